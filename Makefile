@@ -1,0 +1,51 @@
+# Every verb a user or CI needs. `make help` lists them.
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+PINNED_TORCH := torch==2.5.1
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv smoke test test-slow test-harness test-pinned lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+
+# torch comes first and pinned, so that the range in pyproject.toml installs nothing newer.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+venv: $(VENV)/.installed  ## create .venv with the package and its test and lint tools
+
+smoke: venv  ## train our submission and the baseline on the smoke workloads, print scores, write plots
+	$(BIN)/python -m workloads_smoke.smoke
+
+test: venv  ## run the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: venv  ## run the checks that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-harness: venv  ## run the checks that need the official harness (skipped, loudly, without it)
+	$(BIN)/python -m pytest -m harness -rs
+
+# A second environment; several GB where only the CUDA build of the pinned torch is to be had.
+.venv-pinned/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-pinned
+	.venv-pinned/bin/pip install --quiet "$(PINNED_TORCH)"
+	.venv-pinned/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+test-pinned: .venv-pinned/.installed  ## run the suite on the benchmark's pinned torch
+	.venv-pinned/bin/python -m pytest
+
+lint: venv  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove what the targets above made, but not results
+	rm -rf $(VENV) .venv-pinned .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

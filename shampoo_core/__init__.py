@@ -1,0 +1,1 @@
+"""shampoo_core."""
