@@ -1,0 +1,123 @@
+"""Load a submission from the path of its Python file, as it stands.
+
+The official runner imports `a/b/submission.py` as the module `a.b.submission` from the working
+directory. We do the same from the file's own root, wherever the working directory is: the first
+folder above it that is not a package. So relative imports, imports from the root, and imports of what
+lies beside the file all resolve.
+"""
+
+import importlib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from workloads_smoke import algoperf_standin
+from workloads_smoke.errors import UserError
+
+REQUIRED_FUNCTIONS = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
+
+# How far above the file the root of absolute imports such as `submissions.self_tuning.x` may lie.
+_NUM_ANCESTORS = 5
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The functions of a submission.
+
+    Attributes:
+        path: The file they come from.
+        init_optimizer_state: Builds the optimizer state.
+        update_params: One training step.
+        data_selection: Takes the batches of a step from the queue.
+        get_batch_size: Global batch size by workload name.
+        prepare_for_eval: Readies model and optimizer for an evaluation, or None.
+        get_eval_batch_size: Evaluation batch size by workload name, or None.
+        wants_train_state: Whether `update_params` has a parameter `train_state`.
+    """
+
+    path: Path
+    init_optimizer_state: Callable[..., Any]
+    update_params: Callable[..., Any]
+    data_selection: Callable[..., Any]
+    get_batch_size: Callable[[str], int]
+    prepare_for_eval: Callable[..., Any] | None
+    get_eval_batch_size: Callable[[str], int] | None
+    wants_train_state: bool
+
+
+def load_submission(path: Path) -> Submission:
+    """Import a submission file.
+
+    Args:
+        path: A Python file with the submission functions.
+
+    Returns:
+        Its functions.
+
+    Raises:
+        UserError: There is no such file, it does not import, or it lacks a function; the message
+            says which.
+    """
+    if path.suffix != ".py":
+        raise UserError(f"--submission_path must be a Python file (*.py), got {path}")
+    if not path.is_file():
+        raise UserError(f"--submission_path: there is no file {path}")
+    algoperf_standin.install_if_needed()
+    module = _import_file(path.resolve())
+    missing = [name for name in REQUIRED_FUNCTIONS if not callable(getattr(module, name, None))]
+    if missing:
+        raise UserError(f"submission {path} lacks the function {', '.join(missing)}")
+    return Submission(
+        path=path,
+        init_optimizer_state=module.init_optimizer_state,
+        update_params=module.update_params,
+        data_selection=module.data_selection,
+        get_batch_size=module.get_batch_size,
+        prepare_for_eval=getattr(module, "prepare_for_eval", None),
+        get_eval_batch_size=getattr(module, "get_eval_batch_size", None),
+        wants_train_state="train_state" in inspect.signature(module.update_params).parameters,
+    )
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file under its dotted name below its root."""
+    root = path.parent
+    while (root / "__init__.py").exists() and root.name.isidentifier():
+        root = root.parent
+    name = ".".join(path.relative_to(root).with_suffix("").parts)
+    # The root goes first, so that the file itself is found under its name; what is added for other
+    # people's absolute imports goes last, so that it hides nothing.
+    sys.path.insert(0, str(root))
+    sys.path += [str(folder) for folder in list(path.parents)[:_NUM_ANCESTORS] if folder != root]
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(name)
+    # Whatever a foreign file raises on import is the caller's to know, in one line.
+    except Exception as error:  # noqa: BLE001
+        raise UserError(f"submission {path} does not import: {_describe(error)}") from error
+    if module.__file__ is None or not path.samefile(module.__file__):
+        raise UserError(
+            f"submission {path} does not import: its name {name!r} already belongs to "
+            f"{module.__file__}; rename the file or its folder"
+        )
+    return module
+
+
+def _describe(error: Exception) -> str:
+    """The error and the last line of source that led to it."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    sources = [frame for frame in frames if not frame.filename.startswith("<")]
+    place = f" ({sources[-1].filename}:{sources[-1].lineno})" if sources else ""
+    hint = ""
+    if isinstance(error, ModuleNotFoundError):
+        hint = "; install what its requirements.txt asks for"
+        if (error.name or "").split(".")[0] == "jax":
+            hint = "; this runner runs PyTorch submissions"
+    return f"{type(error).__name__}: {error}{place}{hint}"
