@@ -1,1 +1,1 @@
-"""submission."""
+"""AlgoPerf entry: Distributed Shampoo under the external and the self-tuning ruleset."""

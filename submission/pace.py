@@ -1,0 +1,63 @@
+"""Fit the time scales of a setting to the length of the run.
+
+Published settings were found on runs of ten thousand to two hundred thousand steps. In a run of six
+hundred, a refresh every hundred steps happens six times, and a second moment that remembers two
+hundred steps is still warming up at a third of the run. The rules here leave the long runs as
+they are and shorten what is too slow for the short ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .hyperparameters import Hyperparameters
+from .schedule import Schedule
+
+#: A run gets at least this many refreshes, however long the longest allowed interval is.
+REFRESHES_PER_RUN = 100
+#: Second moments forget within one part in this many of the run.
+MEMORIES_PER_RUN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """The time scales of one run.
+
+    Attributes:
+        schedule: Learning rate by step.
+        refresh_interval: Steps between two refreshes of a root or basis, >= 1.
+        beta1: Decay rate of the first moment, in [0, 1).
+        beta2: Decay rate of factors and second moments, in [0, 1).
+    """
+
+    schedule: Schedule
+    refresh_interval: int
+    beta1: float
+    beta2: float
+
+
+def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
+    """Return the time scales for a run of about `step_hint` steps.
+
+    Args:
+        hyperparameters: The setting.
+        step_hint: The workload's estimate of the steps in its budget, >= 1.
+
+    Raises:
+        ValueError: `step_hint` is below 1.
+    """
+    if step_hint < 1:
+        raise ValueError(f"step_hint must be at least 1, got {step_hint!r}")
+    total = max(1, round(step_hint * hyperparameters.step_hint_factor))
+    forget = max(hyperparameters.one_minus_beta2, min(MEMORIES_PER_RUN / total, 0.1))
+    return Pace(
+        schedule=Schedule(
+            shape=hyperparameters.schedule,
+            peak=hyperparameters.learning_rate,
+            total_steps=total,
+            warmup_steps=min(round(total * hyperparameters.warmup_factor), total - 1),
+        ),
+        refresh_interval=max(1, min(hyperparameters.refresh_interval, total // REFRESHES_PER_RUN)),
+        beta1=1.0 - hyperparameters.one_minus_beta1,
+        beta2=1.0 - forget,
+    )

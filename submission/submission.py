@@ -1,0 +1,121 @@
+"""AlgoPerf submission: Distributed Shampoo for the external and the self-tuning ruleset.
+
+The five functions the harness calls. Each does its few lines with the parts beside this file:
+`hyperparameters` checks the setting, `pace` fits it to the length of the run, `construction`
+builds the optimizer, `objective` the loss, `evaluation` swaps averaged weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batch_sizes import batch_size
+from .construction import build_optimizer
+from .evaluation import EvaluationWeights
+from .hyperparameters import Hyperparameters
+from .metrics import is_due, report
+from .objective import in_step_with_others, logits_of, mean_loss
+from .pace import pace
+
+OptimizerState = dict[str, Any]
+UpdateReturn = tuple[OptimizerState, nn.Module, Any]
+
+
+def get_batch_size(workload_name: str) -> int:
+    """Return the global batch size for a workload; ValueError if it is unknown."""
+    return batch_size(workload_name)
+
+
+def init_optimizer_state(
+    workload: Any, model_params: nn.Module, model_state: Any, hyperparameters: Any, rng: Any
+) -> OptimizerState:
+    """Build the optimizer for a model. `hyperparameters` None asks for the built-in setting."""
+    del model_state, rng
+    setting = Hyperparameters.from_namespace(hyperparameters)
+    optimizer = build_optimizer(
+        model_params, workload.model_params_types, setting, pace(setting, workload.step_hint)
+    )
+    # The harness saves and restores every value here through state_dict and load_state_dict.
+    return {
+        "optimizer": optimizer,
+        "evaluation_weights": EvaluationWeights(optimizer, averaging=False),
+    }
+
+
+def update_params(
+    workload: Any,
+    current_param_container: nn.Module,
+    current_params_types: Any,
+    model_state: Any,
+    hyperparameters: Any,
+    batch: Mapping[str, Any],
+    loss_type: Any,
+    optimizer_state: OptimizerState,
+    eval_results: list[tuple[int, Any]],
+    global_step: int,
+    rng: Any,
+    train_state: Mapping[str, Any] | None = None,
+) -> UpdateReturn:
+    """Take one step on `batch`; `global_step` counts from 0."""
+    del current_params_types, loss_type, eval_results, train_state
+    setting = Hyperparameters.from_namespace(hyperparameters)
+    optimizer = optimizer_state["optimizer"]
+    optimizer_state["evaluation_weights"].restore()
+    model = in_step_with_others(current_param_container)
+    model.train()
+
+    optimizer.zero_grad(set_to_none=True)
+    logits, model_state = logits_of(workload, model, model_state, batch, rng, setting.dropout_rate)
+    loss = mean_loss(workload, batch, logits, setting.label_smoothing)
+    loss.backward()
+
+    reported = is_due(global_step, workload.step_hint)
+    if reported or setting.grad_clip is not None:
+        limit = math.inf if setting.grad_clip is None else setting.grad_clip
+        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    learning_rate = pace(setting, workload.step_hint).schedule(global_step + 1)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    if reported:
+        report(workload, global_step, loss, gradient_norm, learning_rate)
+    return optimizer_state, model, model_state
+
+
+def prepare_for_eval(
+    workload: Any,
+    current_param_container: nn.Module,
+    current_params_types: Any,
+    model_state: Any,
+    hyperparameters: Any,
+    loss_type: Any,
+    optimizer_state: OptimizerState,
+    eval_results: list[tuple[int, Any]],
+    global_step: int,
+    rng: Any,
+) -> UpdateReturn:
+    """Put the evaluation weights into the model; the next step puts the training weights back."""
+    del workload, current_params_types, hyperparameters, loss_type, eval_results, global_step, rng
+    optimizer_state["evaluation_weights"].swap_in()
+    return optimizer_state, current_param_container, model_state
+
+
+def data_selection(
+    workload: Any,
+    input_queue: Iterator[dict[str, Any]],
+    optimizer_state: OptimizerState,
+    current_param_container: nn.Module,
+    model_state: Any,
+    hyperparameters: Any,
+    global_step: int,
+    rng: Any,
+) -> dict[str, Any]:
+    """Take the next batch of the queue."""
+    del workload, optimizer_state, current_param_container, model_state, hyperparameters
+    del global_step, rng
+    return next(input_queue)

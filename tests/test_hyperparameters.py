@@ -1,0 +1,117 @@
+"""Every bad hyperparameter is refused by name, and the setting is fitted to the run."""
+
+import collections
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from submission.hyperparameters import SELF_TUNING, Hyperparameters
+from submission.pace import REFRESHES_PER_RUN, pace
+
+TUNING_SEARCH_SPACE = Path(__file__).parents[1] / "tuning_search_space.json"
+GOOD: dict[str, Any] = dataclasses.asdict(SELF_TUNING)
+
+
+def error_of(values: dict[str, Any]) -> str:
+    with pytest.raises(ValueError) as caught:
+        Hyperparameters.from_namespace(SimpleNamespace(**values))
+    return str(caught.value)
+
+
+def test_none_is_the_built_in_setting() -> None:
+    assert Hyperparameters.from_namespace(None) is SELF_TUNING
+
+
+def test_reads_what_a_harness_may_hand_over() -> None:
+    named = collections.namedtuple("Hyperparameters", list(GOOD))(**GOOD)
+    for namespace in (named, SimpleNamespace(**GOOD), dict(GOOD), SELF_TUNING):
+        assert Hyperparameters.from_namespace(namespace) == SELF_TUNING
+
+
+def test_refuses_what_is_no_namespace() -> None:
+    with pytest.raises(TypeError, match="a mapping or None, got int"):
+        Hyperparameters.from_namespace(3)
+
+
+def test_names_what_is_missing_and_what_is_unknown() -> None:
+    values = {name: value for name, value in GOOD.items() if name != "weight_decay"}
+    message = error_of(values | {"weight_dekay": 0.1})
+    assert "missing: weight_decay; unknown: weight_dekay." in message
+    assert ", ".join(GOOD) in message
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SELF_TUNING.learning_rate = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("learning_rate", -0.1, "must be a number in (0, inf)"),
+        ("learning_rate", 0.0, "must be a number in (0, inf)"),
+        ("learning_rate", math.nan, "must be a number in (0, inf)"),
+        ("learning_rate", math.inf, "must be a number in (0, inf)"),
+        ("learning_rate", "0.1", "must be a number in (0, inf)"),
+        ("learning_rate", True, "must be a number in (0, inf)"),
+        ("one_minus_beta1", 0.0, "must be a number in (0, 1]"),
+        ("one_minus_beta2", 1.1, "must be a number in (0, 1]"),
+        ("max_block_size", 0, "must be a whole number in [1, 1.04858e+06]"),
+        ("max_block_size", 10.5, "must be a whole number in [1, 1.04858e+06]"),
+        ("warmup_factor", 1.0, "must be a number in [0, 1)"),
+        ("dropout_rate", 1.0, "must be a number in [0, 1) or null"),
+        ("grad_clip", 0.0, "must be a number in (0, inf) or null"),
+        ("label_smoothing", None, "must be a number in [0, 1)"),
+        ("nesterov", 1, "must be true or false"),
+        ("preconditioner", "adam", "must be one of shampoo, eigenvalue_corrected"),
+        ("schedule", "step", "must be one of cosine, linear, trapezoid, constant"),
+    ],
+)
+def test_refuses_values_by_name(name: str, value: Any, allowed: str) -> None:
+    assert error_of(GOOD | {name: value}) == f"hyperparameter {name} = {value!r}: {allowed}"
+
+
+@pytest.mark.parametrize("name", ["dropout_rate", "grad_clip", "inverse_exponent"])
+def test_null_is_allowed_where_it_means_something(name: str) -> None:
+    assert getattr(Hyperparameters.from_namespace(GOOD | {name: None}), name) is None
+
+
+def test_the_tuning_space_has_five_different_good_points() -> None:
+    points = json.loads(TUNING_SEARCH_SPACE.read_text())
+    settings = [Hyperparameters.from_namespace(point) for point in points]
+    assert len(settings) == len(set(settings)) == 5
+    assert {setting.preconditioner for setting in settings} == {"shampoo", "eigenvalue_corrected"}
+    # The harness takes the names of the first point for all.
+    assert len({tuple(point) for point in points}) == 1
+
+
+def test_a_long_run_keeps_the_published_time_scales() -> None:
+    fitted = pace(SELF_TUNING, step_hint=196_000)
+    assert fitted.refresh_interval == SELF_TUNING.refresh_interval
+    assert fitted.beta2 == 1.0 - SELF_TUNING.one_minus_beta2
+    assert fitted.schedule.total_steps == 196_000
+    assert fitted.schedule.warmup_steps == 3920
+
+
+def test_a_short_run_refreshes_as_often_as_a_long_one() -> None:
+    """A fixed interval of 100 means six refreshes in a run of 600 steps."""
+    assert 600 // pace(SELF_TUNING, step_hint=600).refresh_interval == REFRESHES_PER_RUN
+    assert pace(SELF_TUNING, step_hint=30).refresh_interval == 1
+
+
+@pytest.mark.parametrize("step_hint", [1, 2, 10, 600, 10_666, 200_000])
+def test_any_length_gives_a_usable_pace(step_hint: int) -> None:
+    fitted = pace(SELF_TUNING, step_hint)
+    assert 0.0 <= fitted.beta2 < 1.0
+    assert 1 <= fitted.refresh_interval <= SELF_TUNING.refresh_interval
+    assert fitted.schedule(1) > 0.0
+
+
+def test_no_run_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="step_hint must be at least 1, got 0"):
+        pace(SELF_TUNING, 0)
