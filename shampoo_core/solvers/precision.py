@@ -1,0 +1,39 @@
+"""Full-precision matrix products, whatever the settings around the call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Switch TF32, reduced-precision float32 products, autocast and autograd off inside the block.
+
+    The float32 setting is global to the process in torch and is put back on the way out; another
+    thread that multiplies meanwhile gets full precision too, never less.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _true_float32():
+        yield
+
+
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    # The older getter raises once somebody has used the newer setter; the newer one always works.
+    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    precisions = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, precisions, strict=True):
+            setting.fp32_precision = precision
