@@ -1,0 +1,45 @@
+"""Plain float64 references of every rule in ALGORITHMS.md: one parameter, no blocks, no batching.
+
+Independent of ``shampoo_core`` on purpose. A class per method with ``step(gradient, lr=None)``
+returning the new parameter, state in named attributes, plain numbers as arguments.
+"""
+
+from .averaging import (
+    LatestWeightAverage,
+    PrimalAveraging,
+    ScheduleFree,
+    ScheduleFreeAdamW,
+    WeightEMA,
+)
+from .diagonal import SGD, AdaGrad, AdamW, RMSprop, RowWiseAdaGrad
+from .eigenvalue_corrected import SOAP, EShampoo
+from .kl import KLSOAP, IdealKLShampoo, KLShampoo, MetaKLShampoo, PerFactorCorrected
+from .method import FilteredGradient, Method
+from .shampoo import Shampoo
+from .spectral import Muon, newton_schulz, polar
+
+__all__ = [
+    "KLSOAP",
+    "SGD",
+    "SOAP",
+    "AdaGrad",
+    "AdamW",
+    "EShampoo",
+    "FilteredGradient",
+    "IdealKLShampoo",
+    "KLShampoo",
+    "LatestWeightAverage",
+    "MetaKLShampoo",
+    "Method",
+    "Muon",
+    "PerFactorCorrected",
+    "PrimalAveraging",
+    "RMSprop",
+    "RowWiseAdaGrad",
+    "ScheduleFree",
+    "ScheduleFreeAdamW",
+    "Shampoo",
+    "WeightEMA",
+    "newton_schulz",
+    "polar",
+]
