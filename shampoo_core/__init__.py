@@ -1,1 +1,25 @@
-"""shampoo_core."""
+"""Distributed Shampoo: blocked, batched by block shape, every state in a checkpoint.
+
+from shampoo_core import DistributedShampoo, ShampooConfig
+
+optimizer = DistributedShampoo(model.parameters(), lr=1e-3, preconditioner=ShampooConfig())
+"""
+
+from shampoo_core.grafting import AdaGradGrafting, AdamGrafting, RMSpropGrafting, SGDGrafting
+from shampoo_core.optimizer import DistributedShampoo
+from shampoo_core.preconditioners.shampoo import ShampooConfig
+from shampoo_core.refresh import AdaptiveRefresh, FixedRefresh, StaggeredRefresh
+from shampoo_core.solvers import EighSolver
+
+__all__ = [
+    "AdaGradGrafting",
+    "AdamGrafting",
+    "AdaptiveRefresh",
+    "DistributedShampoo",
+    "EighSolver",
+    "FixedRefresh",
+    "RMSpropGrafting",
+    "SGDGrafting",
+    "ShampooConfig",
+    "StaggeredRefresh",
+]

@@ -1,0 +1,79 @@
+"""Checks at the door, and the numbers of one parameter group that every part of a step may need."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+MomentumNormaliser = Literal["exact", "algoperf_v05"]
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """Numbers shared by the preconditioner, the grafting and the filter of one parameter group."""
+
+    betas: tuple[float, float]
+    beta3: float | None
+    eps: float
+    bias_correction: bool
+    momentum_normaliser: MomentumNormaliser
+
+
+def check_range(
+    owner: str,
+    name: str,
+    value: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    """Raise unless ``value`` is a number between ``low`` and ``high``.
+
+    Args:
+        owner: Class or function whose argument is checked, for the message.
+        name: Argument.
+        value: What was given.
+        low: Smallest allowed value.
+        high: Largest allowed value.
+        low_open: Whether ``low`` itself is excluded.
+        high_open: Whether ``high`` itself is excluded.
+
+    Raises:
+        TypeError: ``value`` is not a number.
+        ValueError: ``value`` is outside the range or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (above and below):
+        left, right = "(" if low_open else "[", ")" if high_open else "]"
+        raise ValueError(f"{owner}: {name} must lie in {left}{low}, {high}{right}, got {value!r}")
+
+
+def check_count(owner: str, name: str, value: int | None, *, minimum: int = 1) -> None:
+    """Raise unless ``value`` is a whole number of at least ``minimum`` (or None).
+
+    Raises:
+        TypeError: ``value`` is not a whole number.
+        ValueError: ``value`` is smaller than ``minimum``.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be a whole number, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{owner}: {name} must be at least {minimum}, got {value!r}")
+
+
+def check_choice(owner: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{owner}: {name} must be one of {list(choices)}, got {value!r}")

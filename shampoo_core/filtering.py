@@ -1,0 +1,79 @@
+"""The filtered gradient: what momentum makes of the gradients before they are preconditioned.
+
+    f      = beta3 * average + (1 - beta3) * G        with the average of the steps before
+    average <- beta1 * average + (1 - beta1) * G
+    f / (weight that f's entries sum to)              when bias correction is on
+
+``beta3 = beta1`` is Adam's first moment; ``beta3 = beta1 ** 2`` looks one step ahead, as NAdam does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_core.config import GroupOptions
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.moments import MovingAverage, nonzero_weight
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, stacked_state
+
+
+class Direction(NamedTuple):
+    """``stacks`` times ``scale``: a direction whose per-block factor is not multiplied in yet.
+
+    Bias corrections, grafting ratios and the learning rate are one number per block. Carrying them
+    beside the stacks makes them one multiplication at the end instead of a pass over memory each.
+    Nobody may change ``stacks`` in place: they can be somebody's state.
+    """
+
+    stacks: list[Tensor]
+    scale: Tensor
+    """Block vector."""
+
+
+class GradientFilter:
+    """First moment of the gradients with an optional look-ahead."""
+
+    def __init__(self, stack_set: StackSet, options: GroupOptions) -> None:
+        """Allocate the average unless ``betas[0]`` is 0.
+
+        Args:
+            stack_set: Geometry.
+            options: ``betas[0]``, ``beta3``, ``bias_correction`` and ``momentum_normaliser`` are used.
+        """
+        self._stack_set = stack_set
+        self._beta3 = options.betas[0] if options.beta3 is None else options.beta3
+        self._looks_ahead = self._beta3 != options.betas[0]
+        self._normalises_as_v05 = options.momentum_normaliser == "algoperf_v05"
+        self._corrects = options.bias_correction
+        self.moment: MovingAverage | None = None
+        if options.betas[0] > 0.0:
+            self.moment = MovingAverage(
+                stack_set, options.betas[0], bias_correction=options.bias_correction
+            )
+
+    def filter(self, gradients: StackedGradients) -> Direction:
+        """Absorb the gradients of this step and return the filtered gradient."""
+        if self.moment is None:
+            return Direction(gradients.stacks, self._stack_set.block_vector(1.0))
+        if not self._looks_ahead:
+            self.moment.absorb(gradients)
+            return Direction(self.moment.average, self.moment.weight.reciprocal())
+        ahead = torch._foreach_lerp(self.moment.average, gradients.stacks, 1.0 - self._beta3)
+        weight_before = self.moment.weight
+        self.moment.absorb(gradients)
+        if self._normalises_as_v05 or not self._corrects:
+            weight = self.moment.weight
+        else:
+            weight = self._beta3 * weight_before + (1.0 - self._beta3) * gradients.is_open
+            weight = nonzero_weight(weight)
+        return Direction(ahead, weight.reciprocal())
+
+    def state(self) -> StackState:
+        """The average and its weight, or nothing."""
+        if self.moment is None:
+            return stacked_state(len(self._stack_set), {})
+        return self.moment.state()

@@ -1,0 +1,77 @@
+"""The gradients of one step as stacks, and the guard that keeps bad ones out.
+
+A block whose gradient is missing or not finite is *closed* for this step: its parameters do not move
+and its statistics stay as they were. Missing gradients are known on the host; non-finite ones only on
+the device, where they are found, zeroed and counted without the host ever waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shampoo_core.stacks import StackSet
+
+
+@dataclass(frozen=True)
+class StackedGradients:
+    """Gradients of one step, finite everywhere."""
+
+    stacks: list[Tensor]
+    """One (N, *block shape) tensor per stack; zero for closed blocks."""
+    is_open: Tensor
+    """Block vector: 1 where the block has a finite gradient, else 0."""
+    presence: Tensor | None
+    """Block vector: 1 where the parameter has a gradient at all; None when all have."""
+
+
+class GradientGuard:
+    """Closes blocks, and counts the ones whose gradient was not finite."""
+
+    def __init__(self, stack_set: StackSet) -> None:
+        """Start with nothing counted.
+
+        Args:
+            stack_set: Geometry of the gradients.
+        """
+        self._stack_set = stack_set
+        self.num_non_finite = torch.zeros(
+            stack_set.num_blocks, dtype=torch.int64, device=stack_set.device
+        )
+        """Per block, how many steps it sat out because its gradient was not finite."""
+        self._pattern: tuple[bool, ...] = ()
+        self._presence: Tensor | None = None
+
+    def close_bad_blocks(
+        self, stacks: list[Tensor], gradients: Sequence[Tensor | None]
+    ) -> StackedGradients:
+        """Zero the blocks whose gradient is not finite and mark those that have none.
+
+        Args:
+            stacks: Gradients as stacks; changed in place.
+            gradients: The same by parameter of the group, None where there is none.
+
+        Returns:
+            The guarded gradients.
+        """
+        presence = self._presence_of(gradients)
+        # A NaN compares false, so one comparison finds both NaN and infinity.
+        finite = self._stack_set.norms(stacks, order=torch.inf) < torch.inf
+        self.num_non_finite += ~finite
+        is_open = finite.to(self._stack_set.dtype)
+        if presence is not None:
+            is_open = is_open * presence
+        for stack, closed in zip(stacks, self._stack_set.split(is_open == 0), strict=True):
+            stack.masked_fill_(closed, 0.0)
+        return StackedGradients(stacks, is_open, presence)
+
+    def _presence_of(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
+        """Presence vector, made anew only when another set of parameters has gradients."""
+        pattern = tuple(gradients[p] is not None for p in self._stack_set.parameters)
+        if pattern != self._pattern:
+            self._pattern = pattern
+            self._presence = None if all(pattern) else self._stack_set.presence(gradients)
+        return self._presence

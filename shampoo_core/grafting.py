@@ -1,0 +1,187 @@
+"""Grafting: a diagonal method lends its step length, block by block, to another method's direction.
+
+The same diagonal methods precondition the blocks that have no Kronecker factor (vectors), so that a
+grafted method falls back to the method that it takes its length from.
+
+Source: Agarwal et al. 2020 (arXiv 2002.11803); Shi et al. 2023 (arXiv 2309.06497), section 2.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shampoo_core.config import GroupOptions, check_range
+from shampoo_core.filtering import Direction
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.moments import MovingAverage
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, stacked_state
+
+
+class DiagonalMethod(Protocol):
+    """What grafting needs of a diagonal method."""
+
+    def absorb(self, gradients: StackedGradients) -> None:
+        """Update the second moment."""
+
+    def direction(self, filtered: Direction) -> Direction:
+        """Scale the filtered gradient elementwise."""
+
+    def state(self) -> StackState:
+        """The second moment, or nothing."""
+
+
+class GraftingConfig(Protocol):
+    """A frozen description of a diagonal method."""
+
+    def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
+        """Allocate the method's state for a set of stacks."""
+
+
+class _Sgd:
+    def __init__(self, stack_set: StackSet) -> None:
+        self._num_stacks = len(stack_set)
+
+    def absorb(self, gradients: StackedGradients) -> None:
+        pass  # no second moment
+
+    def direction(self, filtered: Direction) -> Direction:
+        return filtered
+
+    def state(self) -> StackState:
+        return stacked_state(self._num_stacks, {})
+
+
+class _SecondMoment:
+    """``f / (sqrt(V / weight) + eps)``."""
+
+    def __init__(
+        self, stack_set: StackSet, decay: float, eps: float, bias_correction: bool
+    ) -> None:
+        self._stack_set = stack_set
+        self._eps = eps
+        self.second_moment = MovingAverage(stack_set, decay, bias_correction=bias_correction)
+
+    def absorb(self, gradients: StackedGradients) -> None:
+        self.second_moment.absorb_squares(gradients)
+
+    def direction(self, filtered: Direction) -> Direction:
+        # f / (sqrt(V / w) + eps) = f / (sqrt(V) + eps sqrt(w)) * sqrt(w)
+        root_weight = self.second_moment.weight.sqrt()
+        denominators = torch._foreach_sqrt(self.second_moment.average)
+        torch._foreach_add_(denominators, self._stack_set.split(root_weight * self._eps))
+        stacks = torch._foreach_div(filtered.stacks, denominators)
+        return Direction(list(stacks), filtered.scale * root_weight)
+
+    def state(self) -> StackState:
+        return self.second_moment.state()
+
+
+@dataclass(frozen=True)
+class SGDGrafting:
+    """Length of the filtered gradient itself; keeps SGD's learning-rate scale."""
+
+    def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
+        """No state."""
+        return _Sgd(stack_set)
+
+
+@dataclass(frozen=True)
+class AdaGradGrafting:
+    """``f / (sqrt(sum of G^2) + eps)``.
+
+    Args:
+        eps: Added to the root; None takes the group's.
+
+    Raises:
+        ValueError: ``eps`` is not positive.
+    """
+
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, beta2=None, eps=self.eps)
+
+    def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
+        """Allocate the sum of squares."""
+        return _SecondMoment(stack_set, 1.0, _or(self.eps, options.eps), False)
+
+
+@dataclass(frozen=True)
+class RMSpropGrafting:
+    """``f / (sqrt(average of G^2) + eps)`` without bias correction.
+
+    Args:
+        beta2: Decay of the average; None takes the group's ``betas[1]``.
+        eps: Added to the root; None takes the group's.
+
+    Raises:
+        ValueError: ``beta2`` is outside (0, 1] or ``eps`` is not positive.
+    """
+
+    beta2: float | None = None
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, self.beta2, self.eps)
+
+    def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
+        """Allocate the average of squares."""
+        beta2 = _or(self.beta2, options.betas[1])
+        return _SecondMoment(stack_set, beta2, _or(self.eps, options.eps), False)
+
+
+@dataclass(frozen=True)
+class AdamGrafting:
+    """``f / (sqrt(average of G^2 / weight) + eps)``: with this alone the step is Adam's.
+
+    Args:
+        beta2: Decay of the average; None takes the group's ``betas[1]``.
+        eps: Added to the root; None takes the group's.
+
+    Raises:
+        ValueError: ``beta2`` is outside (0, 1] or ``eps`` is not positive.
+    """
+
+    beta2: float | None = None
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, self.beta2, self.eps)
+
+    def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
+        """Allocate the average of squares."""
+        beta2 = _or(self.beta2, options.betas[1])
+        return _SecondMoment(stack_set, beta2, _or(self.eps, options.eps), options.bias_correction)
+
+
+def lend_length(stack_set: StackSet, borrower: list[Tensor], lender: Direction) -> Direction:
+    """Give each block of ``borrower`` the norm of the same block of ``lender``.
+
+    Args:
+        stack_set: Geometry.
+        borrower: Direction of another method, on any scale.
+        lender: Direction of the grafting method.
+
+    Returns:
+        ``borrower * |lender| / |borrower|`` per block; zero where the borrower is zero.
+    """
+    lengths = stack_set.norms(lender.stacks) * lender.scale
+    own = stack_set.norms(borrower).clamp_min(torch.finfo(lengths.dtype).tiny)
+    return Direction(borrower, lengths / own)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _check(config: object, beta2: float | None, eps: float | None) -> None:
+    owner = type(config).__name__
+    if beta2 is not None:
+        check_range(owner, "beta2", beta2, low=0.0, high=1.0, low_open=True)
+    if eps is not None:
+        check_range(owner, "eps", eps, low=0.0, low_open=True)

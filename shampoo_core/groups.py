@@ -1,0 +1,119 @@
+"""Options of a parameter group: their defaults, their checks, and what of them a step needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.engine import StepOptions
+from shampoo_core.grafting import GraftingConfig
+from shampoo_core.weight_decay import WEIGHT_DECAY_KINDS, direction_decay
+
+OWNER = "DistributedShampoo"
+
+CHANGEABLE = ("lr", "weight_decay", "initial_lr", "step")
+"""Options that may change during training; a checkpoint sets them. All others are part of the state's
+shape or meaning and have to agree with the checkpoint's."""
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check every option of a parameter group.
+
+    Args:
+        group: As handed to `torch.optim.Optimizer.add_param_group`, defaults filled in.
+
+    Raises:
+        TypeError: An option is of the wrong type.
+        ValueError: An option is out of range; the message names it, its value and the range.
+    """
+    check_range(OWNER, "lr", group["lr"], low=0.0)
+    betas = group["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"{OWNER}: betas must be a pair of numbers, got {betas!r}")
+    check_range(OWNER, "betas[0]", betas[0], low=0.0, high=1.0, high_open=True)
+    check_range(OWNER, "betas[1]", betas[1], low=0.0, high=1.0)
+    if group["beta3"] is not None:
+        check_range(OWNER, "beta3", group["beta3"], low=0.0, high=1.0, high_open=True)
+    # An element whose gradients were all zero would be 0 / 0 without eps.
+    check_range(OWNER, "eps", group["eps"], low=0.0, low_open=True)
+    check_range(OWNER, "weight_decay", group["weight_decay"], low=0.0)
+    check_choice(OWNER, "weight_decay_kind", group["weight_decay_kind"], WEIGHT_DECAY_KINDS)
+    check_count(OWNER, "max_block_size", group["max_block_size"])
+    check_count(OWNER, "target_order", group["target_order"])
+    check_choice(
+        OWNER, "merge_direction", group["merge_direction"], ("right_to_left", "left_to_right")
+    )
+    check_choice(OWNER, "cut", group["cut"], ("balanced", "greedy"))
+    check_choice(
+        OWNER, "momentum_normaliser", group["momentum_normaliser"], ("exact", "algoperf_v05")
+    )
+    for name, method in (("preconditioner", "create"), ("refresh", "due")):
+        _check_method(name, group[name], method)
+    if group["grafting"] not in ("auto", None):
+        _check_method("grafting", group["grafting"], "create")
+
+
+def check_parameters(parameters: Sequence[Tensor]) -> None:
+    """Refuse what cannot be optimized.
+
+    Raises:
+        TypeError: A parameter is complex or not floating point; the message names its index.
+    """
+    for index, parameter in enumerate(parameters):
+        if parameter.is_complex():
+            raise TypeError(
+                f"{OWNER}: parameter {index} of the group is complex ({parameter.dtype}); "
+                "optimize torch.view_as_real(parameter) instead"
+            )
+        if not parameter.is_floating_point():
+            raise TypeError(
+                f"{OWNER}: parameter {index} of the group has dtype {parameter.dtype}; "
+                "only floating-point parameters can be optimized"
+            )
+
+
+def constant_options(group: Mapping[str, Any]) -> GroupOptions:
+    """Options fixed when the group's state is allocated."""
+    return GroupOptions(
+        betas=(group["betas"][0], group["betas"][1]),
+        beta3=group["beta3"],
+        eps=group["eps"],
+        bias_correction=group["bias_correction"],
+        momentum_normaliser=group["momentum_normaliser"],
+    )
+
+
+def step_options(group: Mapping[str, Any]) -> StepOptions:
+    """Options read anew at every step."""
+    kind, decay = group["weight_decay_kind"], group["weight_decay"]
+    return StepOptions(
+        lr=group["lr"],
+        l2_decay=decay if kind == "l2" else 0.0,
+        direction_decay=direction_decay(kind, decay, group["lr"], group["peak_lr"]),
+    )
+
+
+def grafting_of(group: Mapping[str, Any]) -> GraftingConfig | None:
+    """The group's grafting method, the preconditioner's own choice where it says "auto"."""
+    if group["grafting"] == "auto":
+        chosen: GraftingConfig | None = group["preconditioner"].default_grafting
+        return chosen
+    named: GraftingConfig | None = group["grafting"]
+    return named
+
+
+def state_dtype(parameter: Tensor) -> torch.dtype:
+    """Dtype of a parameter's state and arithmetic: its own, but never below float32."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _check_method(name: str, value: object, method: str) -> None:
+    if not callable(getattr(value, method, None)):
+        raise TypeError(
+            f"{OWNER}: {name} must be one of the configurations that shampoo_core exports, "
+            f"got {value!r}"
+        )

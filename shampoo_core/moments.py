@@ -1,0 +1,100 @@
+"""Running averages of stacks that know the weight of what they hold.
+
+An exponential moving average that started from zero underestimates by the weight of that zero.
+Instead of the closed form ``1 - decay ** t``, which needs to know t and holds only if no step was ever
+missed, the weight is carried along as a block vector: it is exact for every pattern of missing
+gradients.
+
+A block whose gradient was not finite contributes nothing to the average nor to its weight, so that the
+corrected average (average / weight) stays as it was. A block without a gradient is left untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, stacked_state
+
+
+class MovingAverage:
+    """``average <- decay * average + (1 - decay) * value``, or a sum when ``decay`` is 1."""
+
+    def __init__(self, stack_set: StackSet, decay: float, *, bias_correction: bool = True) -> None:
+        """Start from zero.
+
+        Args:
+            stack_set: Geometry of the averaged stacks.
+            decay: In [0, 1]; 1 sums instead of averaging, as AdaGrad does.
+            bias_correction: Whether `weight` reports the true weight; when off it is always 1.
+        """
+        self._stack_set = stack_set
+        self.decay = decay
+        self.gain = 1.0 if decay == 1.0 else 1.0 - decay
+        """Factor on each new value."""
+        self.average = stack_set.zeros()
+        self._corrects = bias_correction and decay < 1.0
+        self._weight = stack_set.block_vector()
+
+    @property
+    def weight(self) -> Tensor:
+        """Block vector by which the average has to be divided; never 0."""
+        if not self._corrects:
+            return torch.ones_like(self._weight)
+        return nonzero_weight(self._weight)
+
+    def absorb(self, gradients: StackedGradients) -> None:
+        """Average in the gradients themselves."""
+        if gradients.presence is None and self.decay < 1.0:
+            torch._foreach_lerp_(self.average, gradients.stacks, self.gain)
+        else:
+            self._decay(gradients)
+            torch._foreach_add_(self.average, gradients.stacks, alpha=self.gain)
+        self._absorb_weight(gradients)
+
+    def absorb_squares(self, gradients: StackedGradients) -> None:
+        """Average in the elementwise squares of the gradients."""
+        self._decay(gradients)
+        torch._foreach_addcmul_(self.average, gradients.stacks, gradients.stacks, value=self.gain)
+        self._absorb_weight(gradients)
+
+    def _decay(self, gradients: StackedGradients) -> None:
+        decay_stacks(self._stack_set, self.average, self.decay, gradients.presence)
+
+    def _absorb_weight(self, gradients: StackedGradients) -> None:
+        absorb_weight(self._weight, self.decay, self.gain, gradients)
+
+    def state(self) -> StackState:
+        """The average and its weight."""
+        weights = self._weight.split(self._stack_set.sizes)
+        return stacked_state(len(self._stack_set), {"average": self.average, "weight": weights})
+
+
+def decay_stacks(
+    stack_set: StackSet, stacks: Sequence[Tensor], decay: float, presence: Tensor | None
+) -> None:
+    """Multiply stacks by ``decay``, in place, except blocks whose presence is 0."""
+    if decay == 1.0:
+        return
+    if presence is None:
+        torch._foreach_mul_(stacks, decay)
+    else:
+        torch._foreach_mul_(stacks, stack_set.split(1.0 - (1.0 - decay) * presence))
+
+
+def nonzero_weight(weight: Tensor) -> Tensor:
+    """Replace weight 0 by 1: the average of a block that never had a gradient is 0 either way."""
+    return weight + (weight == 0)
+
+
+def absorb_weight(weight: Tensor, decay: float, gain: float, gradients: StackedGradients) -> None:
+    """``weight <- decay * weight + gain`` for open blocks, in place."""
+    if gradients.presence is None:
+        weight.mul_(decay)
+    else:
+        weight.mul_(1.0 - (1.0 - decay) * gradients.presence)
+    weight.add_(gradients.is_open, alpha=gain)

@@ -1,0 +1,43 @@
+"""What a preconditioner is to the rest of the optimizer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from shampoo_core.config import GroupOptions
+from shampoo_core.filtering import Direction
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.grafting import GraftingConfig
+from shampoo_core.refresh import RefreshPolicy
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState
+
+
+class Preconditioner(Protocol):
+    """Turns the gradients of a set of stacks into search directions."""
+
+    def step(self, gradients: StackedGradients, step: int) -> Direction:
+        """Absorb the gradients of step ``step`` (counted from 1) and return the ascent direction.
+
+        Directions of closed blocks are finite, and otherwise meaningless: the caller drops them.
+        """
+
+    def state(self) -> StackState:
+        """All state that a checkpoint has to keep, by stack."""
+
+
+class PreconditionerConfig(Protocol):
+    """A frozen description of a preconditioner."""
+
+    @property
+    def default_grafting(self) -> GraftingConfig | None:
+        """Grafting used where the user leaves it to the preconditioner."""
+
+    def create(
+        self,
+        stack_set: StackSet,
+        options: GroupOptions,
+        grafting: GraftingConfig | None,
+        refresh: RefreshPolicy,
+    ) -> Preconditioner:
+        """Allocate the preconditioner's state for a set of stacks."""

@@ -1,0 +1,196 @@
+"""Which roots or eigenbases are recomputed at this step.
+
+A policy is asked once a step and answers with slices of factor stacks. Costs are counted in d^3, the
+work of a root or an eigendecomposition of a (d, d) factor.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from shampoo_core.config import check_count, check_range
+
+
+class FactorStackSize(NamedTuple):
+    """A stack of ``count`` factors of shape (dimension, dimension)."""
+
+    count: int
+    dimension: int
+
+
+class FactorSlice(NamedTuple):
+    """Factors ``start`` to ``stop`` (exclusive) of factor stack number ``stack``."""
+
+    stack: int
+    start: int
+    stop: int
+
+
+class RefreshPolicy(Protocol):
+    """Decides when a factor's root or basis is recomputed.
+
+    Laws: the answer depends on the arguments alone; every factor is due at least once in any
+    ``interval`` consecutive steps from ``first_step`` on.
+    """
+
+    @property
+    def first_step(self) -> int:
+        """First step, counted from 1, at which anything is due."""
+
+    @property
+    def settled_step(self) -> int:
+        """Step from which on every factor has been due at least once."""
+
+    @property
+    def tolerance(self) -> float:
+        """A due factor is left alone while its relative off-diagonal norm is at most this."""
+
+    def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
+        """Slices due at ``step`` (counted from 1)."""
+
+
+@dataclass(frozen=True)
+class FixedRefresh:
+    """Everything at once: at step ``start`` and then at every multiple of ``interval``.
+
+    Args:
+        interval: Steps from one refresh to the next.
+        start: First refresh, in steps counted from 1; None means ``interval``.
+
+    Raises:
+        ValueError: An argument is smaller than 1.
+    """
+
+    interval: int = 100
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("FixedRefresh", "interval", self.interval)
+        check_count("FixedRefresh", "start", self.start)
+
+    @property
+    def first_step(self) -> int:
+        """See `RefreshPolicy`."""
+        return self.interval if self.start is None else self.start
+
+    @property
+    def settled_step(self) -> int:
+        """See `RefreshPolicy`."""
+        return self.first_step
+
+    @property
+    def tolerance(self) -> float:
+        """See `RefreshPolicy`."""
+        return 0.0
+
+    def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
+        """See `RefreshPolicy`."""
+        late_enough = step > self.first_step and step % self.interval == 0
+        return whole_stacks(sizes) if step == self.first_step or late_enough else []
+
+
+@dataclass(frozen=True)
+class AdaptiveRefresh(FixedRefresh):
+    """As `FixedRefresh`, but a factor that its old basis still diagonalises is left alone.
+
+    Args:
+        interval: Steps from one test to the next.
+        start: First refresh, in steps counted from 1; None means ``interval``.
+        threshold: Largest relative off-diagonal Frobenius norm of Q^T A Q that is left alone, in
+            [0, 1].
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Source: arXiv 2506.03595 (off-diagonal criterion); the defaults are its AlgoPerf setting.
+    """
+
+    interval: int = 50
+    start: int | None = None
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("AdaptiveRefresh", "threshold", self.threshold, low=0.0, high=1.0)
+
+    @property
+    def tolerance(self) -> float:
+        """See `RefreshPolicy`."""
+        return self.threshold
+
+
+@dataclass(frozen=True)
+class StaggeredRefresh:
+    """The work of an interval spread evenly over its steps, so that no step is a spike.
+
+    Args:
+        interval: Steps from one refresh of a factor to its next.
+        start: First step at which a refresh may happen; None means 1.
+
+    Raises:
+        ValueError: An argument is smaller than 1.
+    """
+
+    interval: int = 100
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("StaggeredRefresh", "interval", self.interval)
+        check_count("StaggeredRefresh", "start", self.start)
+
+    @property
+    def first_step(self) -> int:
+        """See `RefreshPolicy`."""
+        return 1 if self.start is None else self.start
+
+    @property
+    def settled_step(self) -> int:
+        """See `RefreshPolicy`."""
+        return self.first_step + self.interval - 1
+
+    @property
+    def tolerance(self) -> float:
+        """See `RefreshPolicy`."""
+        return 0.0
+
+    def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
+        """See `RefreshPolicy`."""
+        if step < self.first_step:
+            return []
+        return list(_stagger(sizes, self.interval)[(step - self.first_step) % self.interval])
+
+
+def whole_stacks(sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
+    """One slice per stack, covering all of it."""
+    return [FactorSlice(stack, 0, size.count) for stack, size in enumerate(sizes)]
+
+
+@functools.cache
+def _stagger(
+    sizes: tuple[FactorStackSize, ...], interval: int
+) -> tuple[tuple[FactorSlice, ...], ...]:
+    """Spread factors over ``interval`` phases, largest first onto the least loaded phase.
+
+    Factors of one stack cost the same and are interchangeable, so that only *how many* of a stack fall
+    into a phase is decided by load; which ones is chosen to make every share one contiguous slice.
+    """
+    loads = [(0.0, phase) for phase in range(interval)]
+    shares: dict[tuple[int, int], int] = {}
+    by_cost = sorted(range(len(sizes)), key=lambda stack: -sizes[stack].dimension)
+    for stack in by_cost:
+        for _ in range(sizes[stack].count):
+            load, phase = heapq.heappop(loads)
+            shares[stack, phase] = shares.get((stack, phase), 0) + 1
+            heapq.heappush(loads, (load + float(sizes[stack].dimension) ** 3, phase))
+    phases: list[list[FactorSlice]] = [[] for _ in range(interval)]
+    for stack in range(len(sizes)):
+        start = 0
+        for phase in range(interval):
+            count = shares.get((stack, phase), 0)
+            if count:
+                phases[phase].append(FactorSlice(stack, start, start + count))
+                start += count
+    return tuple(tuple(phase) for phase in phases)

@@ -1,0 +1,204 @@
+"""All blocks of one shape live in one tensor; this file moves blocks in and out of such stacks.
+
+A `StackSet` is the geometry of the stacks that are processed together: which tiles of which
+parameters make up which stack, and where a block's scalars stand in the vectors that hold one number
+per block. Every method is a handful of operations for the whole set, never one per block.
+
+Vocabulary used in all of ``shampoo_core``:
+
+- a *stack* is a tensor of shape (N, *block shape); the list of all of a set's stacks is written
+  ``stacks``;
+- a *block vector* is a tensor of shape (B,), one number for each of the B blocks of the set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shampoo_core.blocking import Shape, Tile
+
+
+@dataclass(frozen=True)
+class StackLayout:
+    """One stack: the shape of its blocks and the tiles it is filled from, in order."""
+
+    block_shape: Shape
+    tiles: tuple[Tile, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """N, the length of the stack."""
+        return sum(tile.num_blocks for tile in self.tiles)
+
+    @property
+    def shape(self) -> Shape:
+        """(N, *block shape)."""
+        return (self.num_blocks, *self.block_shape)
+
+
+class StackSet:
+    """The stacks that are stepped together, and how blocks travel between them and parameters."""
+
+    def __init__(self, tiles: Sequence[Tile], *, dtype: torch.dtype, device: torch.device) -> None:
+        """Group tiles by block shape.
+
+        Args:
+            tiles: Tiles of any number of parameters; blocks of equal shape share a stack.
+            dtype: Of the state and of all arithmetic.
+            device: Of the state.
+        """
+        by_shape: dict[Shape, list[Tile]] = {}
+        for tile in tiles:
+            by_shape.setdefault(tile.sizes, []).append(tile)
+        self.layouts = [StackLayout(shape, tuple(group)) for shape, group in by_shape.items()]
+        self.dtype = dtype
+        self.device = device
+        self.sizes = [layout.num_blocks for layout in self.layouts]
+        self.num_blocks = sum(self.sizes)
+        self.parameters = sorted({tile.parameter for tile in tiles})
+        self._tiles = [tile for layout in self.layouts for tile in layout.tiles]
+
+    def __len__(self) -> int:
+        """Number of stacks."""
+        return len(self.layouts)
+
+    # --- allocation -------------------------------------------------------------------------------
+
+    def empty(self) -> list[Tensor]:
+        """Uninitialised stacks, all views of one flat tensor."""
+        numels = [math.prod(layout.shape) for layout in self.layouts]
+        flat = torch.empty(sum(numels), dtype=self.dtype, device=self.device)
+        pieces = flat.split(numels)
+        return [
+            piece.view(layout.shape) for piece, layout in zip(pieces, self.layouts, strict=True)
+        ]
+
+    def zeros(self) -> list[Tensor]:
+        """One zero tensor per stack, each with its own storage."""
+        return [
+            torch.zeros(layout.shape, dtype=self.dtype, device=self.device)
+            for layout in self.layouts
+        ]
+
+    def block_vector(self, value: float = 0.0) -> Tensor:
+        """A block vector filled with ``value``."""
+        return torch.full((self.num_blocks,), value, dtype=self.dtype, device=self.device)
+
+    # --- block vectors ----------------------------------------------------------------------------
+
+    def split(self, block_vector: Tensor) -> list[Tensor]:
+        """Views of a block vector, one per stack, shaped (N, 1, ..., 1) to broadcast over it."""
+        return [
+            piece.view(-1, *[1] * len(layout.block_shape))
+            for piece, layout in zip(block_vector.split(self.sizes), self.layouts, strict=True)
+        ]
+
+    def norms(self, stacks: Sequence[Tensor], order: float = 2) -> Tensor:
+        """Vector norm of every block, as a block vector."""
+        # unbind gives views; the list goes to one operation, which torch fuses on a GPU.
+        blocks = list(itertools.chain.from_iterable(stack.unbind() for stack in stacks))
+        return torch.stack(torch._foreach_norm(blocks, order))
+
+    def presence(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Block vector with 1 where the block's parameter has a tensor in ``tensors``, else 0."""
+        flags = [
+            [0.0 if tensors[tile.parameter] is None else 1.0] * tile.num_blocks
+            for tile in self._tiles
+        ]
+        return torch.tensor(
+            list(itertools.chain.from_iterable(flags)), dtype=self.dtype, device=self.device
+        )
+
+    # --- moving blocks ----------------------------------------------------------------------------
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Copy parameter-shaped tensors into new stacks; blocks of a missing tensor are zero.
+
+        Args:
+            tensors: One per parameter of the group, indexed by `Tile.parameter`; any floating dtype.
+
+        Returns:
+            One (N, *block shape) tensor per stack.
+        """
+        stacks = self.empty()
+        if any(tensors[parameter] is None for parameter in self.parameters):
+            torch._foreach_zero_(stacks)
+        merged: dict[int, Tensor] = {}
+        sources, targets = [], []
+        for tile, target in zip(self._tiles, self._tile_slots(stacks), strict=True):
+            tensor = tensors[tile.parameter]
+            if tensor is None:
+                continue
+            if tile.parameter not in merged:
+                dense = tensor.to_dense() if tensor.is_sparse else tensor
+                # reshape, not view: a channels-last gradient has to be copied here.
+                merged[tile.parameter] = dense.detach().reshape(tile.merged_shape)
+            sources.append(_tile_view(merged[tile.parameter], tile))
+            targets.append(target)
+        if sources:
+            torch._foreach_copy_(targets, sources)
+        return stacks
+
+    def add_from(
+        self, stacks: Sequence[Tensor], tensors: Sequence[Tensor], scale: float | Tensor
+    ) -> None:
+        """Add ``scale`` times the blocks of parameter-shaped ``tensors`` to the stacks, in place."""
+        sources = [
+            _tile_view(tensors[tile.parameter].detach().reshape(tile.merged_shape), tile)
+            for tile in self._tiles
+        ]
+        torch._foreach_add_(self._tile_slots(stacks), sources, alpha=scale)
+
+    def add_to(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor]) -> None:
+        """Add every block to its place in parameter-shaped ``tensors``, in place."""
+        slots = self._tile_slots(stacks)
+        targets, sources = [], []
+        indirect: dict[int, Tensor] = {}
+        for tile, slot in zip(self._tiles, slots, strict=True):
+            target = _merged_view(tensors[tile.parameter].detach(), tile.merged_shape)
+            if target is None:
+                if tile.parameter not in indirect:
+                    indirect[tile.parameter] = torch.zeros(
+                        tile.merged_shape, dtype=self.dtype, device=self.device
+                    )
+                target = indirect[tile.parameter]
+            targets.append(_tile_view(target, tile))
+            sources.append(slot)
+        torch._foreach_add_(targets, sources)
+        for parameter, update in indirect.items():
+            tensor = tensors[parameter].detach()
+            tensor.add_(update.view(tensor.shape))
+
+    def _tile_slots(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """Views of the stacks, one per tile, shaped (*counts, *sizes)."""
+        slots = []
+        for layout, stack in zip(self.layouts, stacks, strict=True):
+            pieces = stack.split([tile.num_blocks for tile in layout.tiles])
+            for tile, piece in zip(layout.tiles, pieces, strict=True):
+                slots.append(piece.view(*tile.counts, *tile.sizes))
+        return slots
+
+
+def _tile_view(merged: Tensor, tile: Tile) -> Tensor:
+    """View the tile's part of a merged parameter as (*counts, *sizes)."""
+    order = len(tile.sizes)
+    view = merged
+    for axis in reversed(range(order)):
+        start, size, count = tile.starts[axis], tile.sizes[axis], tile.counts[axis]
+        view = view.narrow(axis, start, size * count).unflatten(axis, (count, size))
+    # (count_0, size_0, count_1, size_1, ...) -> (count_0, count_1, ..., size_0, size_1, ...)
+    return view.permute(*range(0, 2 * order, 2), *range(1, 2 * order, 2))
+
+
+def _merged_view(tensor: Tensor, merged_shape: Shape) -> Tensor | None:
+    """``tensor.view(merged_shape)``, or None where there is none, as for channels-last."""
+    try:
+        return tensor.view(merged_shape)
+    except RuntimeError:  # torch has no question for "could this be viewed", only the attempt
+        return None

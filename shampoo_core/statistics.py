@@ -1,0 +1,158 @@
+"""Kronecker factors: for each axis of a block, the running second moment of its gradient along it.
+
+    A_i <- decay * A_i + (1 - decay) * Gram_i(G),      Gram_i contracts G with itself over all other axes
+
+For a matrix G (m x n) these are G G^T (m x m) and G^T G (n x n).
+
+Source: Gupta et al. 2018 (arXiv 1802.09568), Algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.moments import absorb_weight, nonzero_weight
+from shampoo_core.refresh import FactorStackSize
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, stacked_state
+
+
+class FactorAxis(NamedTuple):
+    """One preconditioned axis of one stack; its factors are one (N, d, d) tensor."""
+
+    stack: int
+    """Index of the stack in its set."""
+    axis: int
+    """Axis of the block, counted from 0."""
+    dimension: int
+    """d, the length of that axis."""
+    order: int
+    """Number of axes of the block."""
+
+
+class KroneckerFactors:
+    """Factors of all preconditioned axes of a set of stacks."""
+
+    def __init__(
+        self,
+        stack_set: StackSet,
+        axes: Sequence[FactorAxis],
+        decay: float,
+        *,
+        bias_correction: bool = True,
+        interval: int = 1,
+    ) -> None:
+        """Start from zero.
+
+        Args:
+            stack_set: Geometry.
+            axes: The preconditioned axes, at most one entry per stack and axis.
+            decay: In [0, 1] per step; 1 sums.
+            bias_correction: Whether `corrected` divides by the weight of the average.
+            interval: Gradients are absorbed every so many steps, with ``decay ** interval``.
+        """
+        self.axes = tuple(axes)
+        self.sizes = tuple(
+            FactorStackSize(stack_set.layouts[a.stack].num_blocks, a.dimension) for a in self.axes
+        )
+        self.factors = [
+            torch.zeros(
+                size.count, size.dimension, size.dimension,
+                dtype=stack_set.dtype, device=stack_set.device,
+            )
+            for size in self.sizes
+        ]  # fmt: skip
+        self._stack_set = stack_set
+        self._interval = interval
+        self._decay = decay**interval
+        self._gain = 1.0 if decay == 1.0 else 1.0 - self._decay
+        self._corrects = bias_correction and decay < 1.0
+        self._weight = stack_set.block_vector()
+
+    def absorb(self, gradients: StackedGradients, step: int) -> None:
+        """Add the Gram matrices of the gradients, if this step is one of every ``interval``.
+
+        Args:
+            gradients: Of this step.
+            step: Counted from 1; the first step always counts.
+        """
+        if (step - 1) % self._interval != 0 or not self.axes:
+            return
+        decay = self._decay
+        if gradients.presence is not None:
+            self._decay_present(gradients.presence)
+            decay = 1.0
+        for axis, factor in zip(self.axes, self.factors, strict=True):
+            rows = unfold(gradients.stacks[axis.stack], axis.axis)
+            factor.baddbmm_(rows, rows.mT, beta=decay, alpha=self._gain)
+        absorb_weight(self._weight, self._decay, self._gain, gradients)
+
+    def corrected(self, stack: int, start: int, stop: int) -> Tensor:
+        """Bias-corrected copies of some factors of factor stack ``stack``, shape (stop - start, d, d)."""
+        factors = self.factors[stack][start:stop]
+        if not self._corrects:
+            return factors.clone()
+        weight = self._weight.split(self._stack_set.sizes)[self.axes[stack].stack][start:stop]
+        return factors / nonzero_weight(weight).view(-1, 1, 1)
+
+    def state(self) -> StackState:
+        """The factors, one name per axis, and their weight."""
+        weights = self._weight.split(self._stack_set.sizes)
+        return by_axis(len(self._stack_set), self.axes, "axis", self.factors, weight=weights)
+
+    def _decay_present(self, presence: Tensor) -> None:
+        per_stack = (1.0 - (1.0 - self._decay) * presence).split(self._stack_set.sizes)
+        for axis, factor in zip(self.axes, self.factors, strict=True):
+            factor.mul_(per_stack[axis.stack].view(-1, 1, 1))
+
+
+def by_axis(
+    num_stacks: int,
+    axes: Sequence[FactorAxis],
+    name: str,
+    per_axis: Sequence[Tensor],
+    **per_stack: Sequence[Tensor],
+) -> StackState:
+    """State of tensors that exist once per preconditioned axis, named ``<name><axis>``."""
+    state = stacked_state(num_stacks, per_stack)
+    for axis, tensor in zip(axes, per_axis, strict=True):
+        state[axis.stack][f"{name}{axis.axis}"] = tensor
+    return state
+
+
+def unfold(stack: Tensor, axis: int) -> Tensor:
+    """Matrices whose rows run along one axis: (N, d_0, ..., d_k) -> (N, d_axis, product of the rest).
+
+    A view for the first and the last axis; a copy for those between.
+    """
+    last = stack.dim() - 2
+    if axis == 0:
+        return stack.reshape(stack.shape[0], stack.shape[1], -1)
+    if axis == last:
+        return stack.reshape(stack.shape[0], -1, stack.shape[-1]).mT
+    return stack.movedim(axis + 1, 1).reshape(stack.shape[0], stack.shape[axis + 1], -1)
+
+
+def multiply_along_axes(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Multiply a stack by a matrix along each axis: ``G x_1 X_1 x_2 X_2 ...``.
+
+    Args:
+        stack: (N, d_0, ..., d_k).
+        matrices: One (N, d_i, d_i) tensor per axis; its first index is contracted. None leaves the axis.
+
+    Returns:
+        A tensor of the same shape. For matrices: ``X_0^T G X_1`` per block.
+    """
+    shape = stack.shape
+    for matrix in matrices:
+        # Contract the leading axis and append the result as the last one: after all axes the order
+        # is restored, and each product is one batched matrix product on views.
+        rest = stack.reshape(shape[0], stack.shape[1], -1).mT
+        result = rest if matrix is None else torch.bmm(rest, matrix)
+        stack = result.reshape(shape[0], *stack.shape[2:], stack.shape[1])
+    return stack
