@@ -1,8 +1,6 @@
 """Distributed Shampoo: blocked, batched by block shape, every state in a checkpoint.
 
-from shampoo_core import DistributedShampoo, ShampooConfig
-
-optimizer = DistributedShampoo(model.parameters(), lr=1e-3, preconditioner=ShampooConfig())
+Everything a user needs is exported here; `DistributedShampoo` is the place to start reading.
 """
 
 from shampoo_core.grafting import AdaGradGrafting, AdamGrafting, RMSpropGrafting, SGDGrafting

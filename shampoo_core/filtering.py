@@ -70,7 +70,7 @@ class GradientFilter:
         else:
             weight = self._beta3 * weight_before + (1.0 - self._beta3) * gradients.is_open
             weight = nonzero_weight(weight)
-        return Direction(ahead, weight.reciprocal())
+        return Direction(list(ahead), weight.reciprocal())
 
     def state(self) -> StackState:
         """The average and its weight, or nothing."""

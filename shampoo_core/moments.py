@@ -11,8 +11,6 @@ corrected average (average / weight) stays as it was. A block without a gradient
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -75,7 +73,7 @@ class MovingAverage:
 
 
 def decay_stacks(
-    stack_set: StackSet, stacks: Sequence[Tensor], decay: float, presence: Tensor | None
+    stack_set: StackSet, stacks: list[Tensor], decay: float, presence: Tensor | None
 ) -> None:
     """Multiply stacks by ``decay``, in place, except blocks whose presence is 0."""
     if decay == 1.0:

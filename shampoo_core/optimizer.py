@@ -241,7 +241,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         """
         saved_groups = state_dict["param_groups"]
         self._check_groups(saved_groups)
-        pairs = []
+        pairs: list[tuple[Tensor, Tensor]] = []
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             saved_states = [state_dict["state"].get(key, {}) for key in saved["params"]]
             known = [p in self.state for p in group["params"]]

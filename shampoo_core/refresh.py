@@ -15,9 +15,9 @@ from shampoo_core.config import check_count, check_range
 
 
 class FactorStackSize(NamedTuple):
-    """A stack of ``count`` factors of shape (dimension, dimension)."""
+    """A stack of ``num_factors`` factors of shape (dimension, dimension)."""
 
-    count: int
+    num_factors: int
     dimension: int
 
 
@@ -165,7 +165,7 @@ class StaggeredRefresh:
 
 def whole_stacks(sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
     """One slice per stack, covering all of it."""
-    return [FactorSlice(stack, 0, size.count) for stack, size in enumerate(sizes)]
+    return [FactorSlice(stack, 0, size.num_factors) for stack, size in enumerate(sizes)]
 
 
 @functools.cache
@@ -181,7 +181,7 @@ def _stagger(
     shares: dict[tuple[int, int], int] = {}
     by_cost = sorted(range(len(sizes)), key=lambda stack: -sizes[stack].dimension)
     for stack in by_cost:
-        for _ in range(sizes[stack].count):
+        for _ in range(sizes[stack].num_factors):
             load, phase = heapq.heappop(loads)
             shares[stack, phase] = shares.get((stack, phase), 0) + 1
             heapq.heappush(loads, (load + float(sizes[stack].dimension) ** 3, phase))

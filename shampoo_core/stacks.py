@@ -145,9 +145,7 @@ class StackSet:
             torch._foreach_copy_(targets, sources)
         return stacks
 
-    def add_from(
-        self, stacks: Sequence[Tensor], tensors: Sequence[Tensor], scale: float | Tensor
-    ) -> None:
+    def add_from(self, stacks: Sequence[Tensor], tensors: Sequence[Tensor], scale: float) -> None:
         """Add ``scale`` times the blocks of parameter-shaped ``tensors`` to the stacks, in place."""
         sources = [
             _tile_view(tensors[tile.parameter].detach().reshape(tile.merged_shape), tile)

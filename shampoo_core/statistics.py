@@ -62,7 +62,7 @@ class KroneckerFactors:
         )
         self.factors = [
             torch.zeros(
-                size.count, size.dimension, size.dimension,
+                size.num_factors, size.dimension, size.dimension,
                 dtype=stack_set.dtype, device=stack_set.device,
             )
             for size in self.sizes

@@ -123,7 +123,7 @@ class Shampoo:
         )
         self.roots = [
             torch.eye(axis.dimension, dtype=stack_set.dtype, device=stack_set.device).repeat(
-                size.count, 1, 1
+                size.num_factors, 1, 1
             )
             for axis, size in zip(axes, self.factors.sizes, strict=True)
         ]
@@ -140,7 +140,7 @@ class Shampoo:
 
     def _counters(self) -> list[Tensor]:
         return [
-            torch.zeros(size.count, dtype=torch.int64, device=self._stack_set.device)
+            torch.zeros(size.num_factors, dtype=torch.int64, device=self._stack_set.device)
             for size in self.factors.sizes
         ]
 
