@@ -31,7 +31,7 @@ _EVALUATION_FILE_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
     """One training run.
 
@@ -45,6 +45,7 @@ class Trial:
             Empty where the run ended before its first evaluation.
         target: the target that the run itself recorded, None where it recorded none.
         hyperparameters: what ``hparams.json`` says, empty where there is none.
+        metadata: what ``meta_data_0.json`` says about workload and machine, likewise.
         folder: the trial's folder, None where it came from one file of evaluations.
     """
 
@@ -55,6 +56,7 @@ class Trial:
     evaluations: pd.DataFrame
     target: Target | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
     @property
@@ -152,6 +154,7 @@ def _read_trial(folder: Path, submission: str, study: str, workload: str, trial:
         evaluations=_read_evaluations(folder / "eval_measurements.csv"),
         target=Target.from_mapping(metadata, prefix="workload."),
         hyperparameters=_read_json(folder / "hparams.json"),
+        metadata=metadata,
         folder=folder,
     )
 

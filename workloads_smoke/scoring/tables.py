@@ -9,11 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from workloads_smoke.scoring.files import write_text
+from workloads_smoke.atomic_files import write_text
 from workloads_smoke.scoring.scoreboard import Scoreboard
 from workloads_smoke.scoring.targets import Target
 
 NOT_REACHED = "not reached"
+NOT_RUN = "not run"
 MISSING = "-"
 
 WORKLOAD_HEADER = (
@@ -51,7 +52,7 @@ def workload_rows(board: Scoreboard) -> list[tuple[str, ...]]:
 
 def _cells(board: Scoreboard, record: Mapping[Hashable, Any] | None) -> tuple[str, ...]:
     if record is None:
-        return ("not run", *[MISSING] * 5, "0.000")
+        return (NOT_RUN, *[MISSING] * 5, "0.000")
     workload, submission = record["workload"], record["submission"]
     reached = math.isfinite(record["seconds"])
     return (
@@ -149,7 +150,10 @@ def write_csv(board: Scoreboard, folder: Path) -> list[Path]:
         "trials.csv": board.per_trial,
         "performance_profiles.csv": pd.concat(profiles, ignore_index=True),
     }
-    return [write_text(folder / name, frame.to_csv(index=False)) for name, frame in frames.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, frame in frames.items():
+        write_text(folder / name, frame.to_csv(index=False))
+    return [folder / name for name in frames]
 
 
 def target_text(target: Target) -> str:
