@@ -8,10 +8,15 @@ Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `algoperf/pytorch_ut
 
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from workloads_smoke.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def pytorch_setup() -> tuple[bool, int, torch.device, int]:
@@ -19,34 +24,39 @@ def pytorch_setup() -> tuple[bool, int, torch.device, int]:
 
     Returns:
         `(use_pytorch_ddp, rank, device, n_gpus)`: whether `torchrun` started us, the local rank (0
-        without `torchrun`), the device to put tensors on, and the number of GPUs that this run
-        can use (0 where the processes share the CPU).
+        without `torchrun`), the device to put tensors on, and the number of GPUs in the machine.
     """
     use_pytorch_ddp = "LOCAL_RANK" in os.environ
     rank = int(os.environ["LOCAL_RANK"]) if use_pytorch_ddp else 0
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if n_gpus < world_size():
-        n_gpus = 0
-    device = torch.device(f"cuda:{rank}" if n_gpus else "cpu")
-    return use_pytorch_ddp, rank, device, n_gpus
+    device = torch.device(f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
+    return use_pytorch_ddp, rank, device, torch.cuda.device_count()
 
 
 def pytorch_init(use_pytorch_ddp: bool, rank: int, profiler: Any = None) -> None:
-    """Join the process group: nccl with a GPU each, gloo otherwise.
+    """Join the process group: nccl on GPUs, gloo on a CPU.
 
     Args:
         use_pytorch_ddp: Whether `torchrun` started this process; False does nothing.
         rank: Local rank, from `pytorch_setup`.
         profiler: Unused; the official function takes one in this place.
+
+    Raises:
+        UserError: There are GPUs, but fewer than processes.
     """
     del profiler
-    torch.backends.cudnn.benchmark = True
     if not use_pytorch_ddp:
         return
-    _, _, device, _ = pytorch_setup()
-    if device.type == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _, _, device, n_gpus = pytorch_setup()
+    if device.type == "cpu":
+        dist.init_process_group("gloo")
+        return
+    if n_gpus < world_size():
+        raise UserError(
+            f"torchrun started {world_size()} processes for {n_gpus} GPUs; start one for each, or "
+            "set CUDA_VISIBLE_DEVICES to nothing to use the CPU"
+        )
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl")
 
 
 def world_size() -> int:
@@ -70,10 +80,21 @@ def current_time() -> float:
     return sync_ddp_time(now, device) if use_pytorch_ddp else now
 
 
-def from_rank_zero(value: Any) -> Any:
-    """What rank 0 passed, on every rank: random seeds, time stamps, verdicts on files."""
+def on_rank_zero(action: Callable[[], Result]) -> Result:
+    """Run something on rank 0 only and give every rank its result, or its `UserError`.
+
+    For decisions about files, random seeds and time stamps: ranks that decided for themselves could
+    disagree, and one that raised alone would leave the others waiting.
+    """
     if not (dist.is_available() and dist.is_initialized()):
-        return value
-    box = [value]
+        return action()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]

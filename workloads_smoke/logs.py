@@ -17,7 +17,6 @@ Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `algoperf/logger_uti
 import csv
 import io
 import json
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -134,27 +133,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; mend it or start with --overwrite") from error
+        raise UserError(
+            f"cannot read {path}: {error}; mend it or start with --overwrite"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object; mend it or start with --overwrite")
     return content
-
-
-def saved_or_given_hyperparameters(folder: Path, given: Any) -> Any:
-    """The setting a trial started with, if it did; otherwise the given one.
-
-    Args:
-        folder: The trial's folder.
-        given: Named tuple from the search space, or None under self-tuning.
-
-    Returns:
-        A named tuple `Hyperparameters`, or None under self-tuning.
-
-    Raises:
-        UserError: `hparams.json` was changed into something else.
-    """
-    path = folder / "hparams.json"
-    if given is None or not path.exists():
-        return given
-    saved = read_json_object(path)
-    return namedtuple("Hyperparameters", list(saved))(**saved)  # type: ignore[misc]

@@ -7,6 +7,7 @@ Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `algoperf/logger_uti
 """
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import platform
@@ -57,7 +58,7 @@ def _utilization() -> dict[str, Any]:
     """Load and memory at the start."""
     if importlib.util.find_spec("psutil") is None:
         return {}
-    import psutil
+    psutil = importlib.import_module("psutil")
 
     memory = psutil.virtual_memory()
     return {

@@ -98,7 +98,7 @@ def _import_file(path: Path) -> ModuleType:
     try:
         module = importlib.import_module(name)
     # Whatever a foreign file raises on import is the caller's to know, in one line.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise UserError(f"submission {path} does not import: {_describe(error)}") from error
     if module.__file__ is None or not path.samefile(module.__file__):
         raise UserError(

@@ -1,0 +1,86 @@
+"""From flags to the list of trials to run, each with its setting, seed and folder."""
+
+import struct
+from os import urandom
+from pathlib import Path
+
+from absl import flags
+
+from workloads_smoke.errors import UserError
+from workloads_smoke.experiment import check_folders, experiment_folder, make_folder, recorded_seed
+from workloads_smoke.settings import RunSettings, TrialRequest
+from workloads_smoke.tuning import read_hyperparameters
+
+
+def plan_trials(
+    values: flags.FlagValues, settings: RunSettings, workloads: list[str]
+) -> list[TrialRequest]:
+    """List the trials of a run; nothing on disk changes.
+
+    Args:
+        values: Parsed flags.
+        settings: The options they amount to.
+        workloads: Known names.
+
+    Returns:
+        Trials by workload, then by number. All have the same seed, as in the official runner.
+
+    Raises:
+        UserError: The search space, the slice of settings, or a folder that exists.
+    """
+    numbered = _numbered_hyperparameters(values, settings)
+    experiment = experiment_folder(
+        values.experiment_dir, values.experiment_name, values.append_timestamp
+    )
+    folders = {name: experiment / f"{name}_{values.framework}" for name in workloads}
+    check_folders(list(folders.values()), values.overwrite, bool(values.resume_last_run))
+    fresh_seed = struct.unpack("I", urandom(4))[0] if values.rng_seed is None else values.rng_seed
+    requests = []
+    for name, folder in folders.items():
+        seed = _seed(folder, values, fresh_seed)
+        for number, hyperparameters in numbered:
+            trial = folder / f"trial_{number}"
+            requests.append(TrialRequest(name, number, len(numbered), hyperparameters, seed, trial))
+    return requests
+
+
+def make_folders(plan: list[TrialRequest], overwrite: bool) -> None:
+    """Make each workload's folder; the first thing that a run changes on disk."""
+    for folder in dict.fromkeys(request.folder.parent for request in plan):
+        make_folder(folder, overwrite)
+
+
+def _numbered_hyperparameters(
+    values: flags.FlagValues, settings: RunSettings
+) -> list[tuple[int, dict[str, object] | None]]:
+    """Trial numbers, from 1, with their settings."""
+    if settings.tuning_search_space is None:
+        return [(1, None)]
+    points = read_hyperparameters(settings.tuning_search_space, values.num_tuning_trials)
+    start, end = values.hparam_start_index, values.hparam_end_index
+    first, last = start or 0, len(points) if end is None else end
+    if not 0 <= first < last:
+        raise UserError(
+            "--hparam_start_index and --hparam_end_index must satisfy 0 <= start < end, "
+            f"got {first} and {last}"
+        )
+    chosen = list(enumerate(points, start=1))[first:last]
+    if not chosen:
+        raise UserError(
+            f"--hparam_start_index={first}: {settings.tuning_search_space} gives "
+            f"{len(points)} trials under --num_tuning_trials={values.num_tuning_trials}"
+        )
+    return [(number, point._asdict()) for number, point in chosen]
+
+
+def _seed(folder: Path, values: flags.FlagValues, fresh: int) -> int:
+    """The seed to use; a resumed run keeps the one it was started with."""
+    recorded = recorded_seed(folder) if values.resume_last_run else None
+    if recorded is None:
+        return fresh
+    if values.rng_seed not in (None, recorded):
+        raise UserError(
+            f"--rng_seed={values.rng_seed}: the run in {folder} was started with {recorded}; "
+            "leave the flag out to go on with it"
+        )
+    return recorded

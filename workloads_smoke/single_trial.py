@@ -1,0 +1,86 @@
+"""Set up and run one trial in this process."""
+
+import contextlib
+from collections import namedtuple
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from workloads_smoke.batch_sizes import batch_sizes
+from workloads_smoke.distributed import on_rank_zero, pytorch_setup
+from workloads_smoke.logs import read_json_object, write_json
+from workloads_smoke.outcome import TrialOutcome
+from workloads_smoke.progress import TrialProgress
+from workloads_smoke.registry import load_workload
+from workloads_smoke.settings import RunSettings, TrialRequest
+from workloads_smoke.submissions import Submission
+from workloads_smoke.trial import Trial, step_limit
+
+_HPARAMS, _OUTCOME = "hparams.json", "outcome.json"
+
+
+def run_trial(
+    request: TrialRequest, settings: RunSettings, submission: Submission, slot: int = 0
+) -> TrialOutcome:
+    """Run a trial to its end, from its latest checkpoint if it has one.
+
+    Args:
+        request: Which trial.
+        settings: Options of the run.
+        submission: The functions to call.
+        slot: Line of the terminal for the progress bar.
+
+    Returns:
+        How it ended; `outcome.json` holds the same.
+
+    Raises:
+        UserError: The trial cannot start or go on as asked.
+    """
+    workload = load_workload(request.workload)
+    sizes = batch_sizes(workload, request.workload, submission, settings.use_submission_batch_size)
+    hyperparameters = on_rank_zero(lambda: _keep_hyperparameters(request))
+    limit = step_limit(settings, workload)
+    progress = TrialProgress(
+        f"{request.workload} trial {request.number}/{request.num_trials}",
+        workload.step_hint if limit is None else min(limit, workload.step_hint),
+        workload.target_metric_name,
+        workload.validation_target_value,
+        slot=slot,
+        quiet=pytorch_setup()[1] != 0,
+    )
+    setting = None
+    if hyperparameters is not None:
+        names = list(hyperparameters)
+        setting = namedtuple("Hyperparameters", names)(**hyperparameters)
+    with contextlib.closing(progress):
+        outcome = Trial(request, settings, submission, workload, sizes, setting, progress).run()
+    on_rank_zero(lambda: write_json(request.folder / _OUTCOME, asdict(outcome)))
+    progress.finish(outcome.summary(workload))
+    return outcome
+
+
+def read_outcome(folder: Path) -> TrialOutcome | None:
+    """How the trial in a folder ended, or None while it has not.
+
+    Raises:
+        UserError: `outcome.json` was changed into something else.
+    """
+    path = folder / _OUTCOME
+    return TrialOutcome(**read_json_object(path)) if path.exists() else None
+
+
+def _keep_hyperparameters(request: TrialRequest) -> dict[str, Any] | None:
+    """Write `hparams.json`, or go on with the setting that it has from an earlier start."""
+    request.folder.mkdir(exist_ok=True)
+    path = request.folder / _HPARAMS
+    if request.hyperparameters is None:
+        return None
+    if not path.exists():
+        write_json(path, request.hyperparameters)
+        return request.hyperparameters
+    saved = read_json_object(path)
+    if saved != request.hyperparameters:
+        logging.warning("%s: going on with the setting that is saved there", path)
+    return saved
