@@ -11,6 +11,7 @@ from .averaging import (
     ScheduleFreeAdamW,
     WeightEMA,
 )
+from .blocked import Blocked, block_slices, chunk_sizes, merge_dims
 from .diagonal import SGD, AdaGrad, AdamW, RMSprop, RowWiseAdaGrad
 from .eigenvalue_corrected import SOAP, EShampoo
 from .kl import KLSOAP, IdealKLShampoo, KLShampoo, MetaKLShampoo, PerFactorCorrected
@@ -24,6 +25,7 @@ __all__ = [
     "SOAP",
     "AdaGrad",
     "AdamW",
+    "Blocked",
     "EShampoo",
     "FilteredGradient",
     "IdealKLShampoo",
@@ -40,6 +42,9 @@ __all__ = [
     "ScheduleFreeAdamW",
     "Shampoo",
     "WeightEMA",
+    "block_slices",
+    "chunk_sizes",
+    "merge_dims",
     "newton_schulz",
     "polar",
 ]
