@@ -6,6 +6,8 @@
         flags_<p>.json           every flag of the command
         eval_measurements.csv    one row per evaluation
         measurements.csv         these rows and what the submission logs; a last row with the time
+        step_times.csv           ours: seconds of each step on the submission's clock
+        outcome.json             ours: how the trial ended; marks it as complete
         checkpoint_<step>        see checkpoints.py
 
 `<p>` counts how often the trial was resumed. Columns have the official names, in the official order:
@@ -17,7 +19,9 @@ Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `algoperf/logger_uti
 import csv
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from workloads_smoke.atomic_files import write_text
@@ -25,6 +29,7 @@ from workloads_smoke.errors import UserError
 
 MEASUREMENTS = "measurements.csv"
 EVAL_MEASUREMENTS = "eval_measurements.csv"
+STEP_TIMES = "step_times.csv"
 
 
 class CsvTable:
@@ -77,21 +82,26 @@ class MetricsLogger:
     trial repeats the steps since its checkpoint.
     """
 
-    def __init__(self, folder: Path, num_rows: tuple[int, int] = (0, 0)) -> None:
-        """Open the two files of a trial.
+    def __init__(self, folder: Path, num_rows: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Open the tables of a trial.
 
         Args:
             folder: The trial's folder.
-            num_rows: Rows of an earlier run to keep in `measurements.csv` and
-                `eval_measurements.csv`.
+            num_rows: Rows of an earlier run to keep, by file name; none where it is not named.
         """
-        self._measurements = CsvTable(folder / MEASUREMENTS, num_rows[0])
-        self._evals = CsvTable(folder / EVAL_MEASUREMENTS, num_rows[1])
+        self._tables = {
+            name: CsvTable(folder / name, num_rows.get(name, 0))
+            for name in (MEASUREMENTS, EVAL_MEASUREMENTS, STEP_TIMES)
+        }
 
     @property
-    def num_rows(self) -> tuple[int, int]:
-        """Rows so far in `measurements.csv` and `eval_measurements.csv`."""
-        return len(self._measurements.rows), len(self._evals.rows)
+    def num_rows(self) -> dict[str, int]:
+        """Rows so far, by file name."""
+        return {name: len(table.rows) for name, table in self._tables.items()}
+
+    def append_step_time(self, global_step: int, seconds: float) -> None:
+        """Add the duration of one step."""
+        self._tables[STEP_TIMES].append({"global_step": global_step, "seconds": seconds})
 
     def append_scalar_metrics(
         self,
@@ -104,15 +114,15 @@ class MetricsLogger:
         metrics["global_step"] = global_step
         if preemption_count is not None:
             metrics["preemption_count"] = preemption_count
-        self._measurements.append(metrics)
+        self._tables[MEASUREMENTS].append(metrics)
         if is_eval:
-            self._evals.append(metrics)
+            self._tables[EVAL_MEASUREMENTS].append(metrics)
             self.flush()
 
     def flush(self) -> None:
-        """Write both files."""
-        self._measurements.flush()
-        self._evals.flush()
+        """Write all files."""
+        for table in self._tables.values():
+            table.flush()
 
     def finish(self) -> None:
         """Write what is still in memory."""

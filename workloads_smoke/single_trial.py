@@ -12,11 +12,13 @@ from workloads_smoke.batch_sizes import batch_sizes
 from workloads_smoke.distributed import on_rank_zero, pytorch_setup
 from workloads_smoke.logs import read_json_object, write_json
 from workloads_smoke.outcome import TrialOutcome
+from workloads_smoke.profiling import Profiler
 from workloads_smoke.progress import TrialProgress
 from workloads_smoke.registry import load_workload
 from workloads_smoke.settings import RunSettings, TrialRequest
 from workloads_smoke.submissions import Submission
-from workloads_smoke.trial import Trial, step_limit
+from workloads_smoke.trial import run_loop, step_limit
+from workloads_smoke.trial_setup import TrialContext
 
 _HPARAMS, _OUTCOME = "hparams.json", "outcome.json"
 
@@ -52,12 +54,17 @@ def run_trial(
     )
     setting = None
     if hyperparameters is not None:
-        names = list(hyperparameters)
-        setting = namedtuple("Hyperparameters", names)(**hyperparameters)
+        setting = namedtuple("Hyperparameters", list(hyperparameters))(**hyperparameters)
+    profiler = Profiler(enabled=settings.profile)
+    context = TrialContext(
+        request, settings, submission, workload, *sizes, setting, profiler=profiler
+    )
     with contextlib.closing(progress):
-        outcome = Trial(request, settings, submission, workload, sizes, setting, progress).run()
+        outcome = run_loop(context, progress)
     on_rank_zero(lambda: write_json(request.folder / _OUTCOME, asdict(outcome)))
     progress.finish(outcome.summary(workload))
+    if settings.profile:
+        progress.finish(f"time by action\n{profiler.summary()}")
     return outcome
 
 
