@@ -3,6 +3,7 @@
 Everything a user needs is exported here; `DistributedShampoo` is the place to start reading.
 """
 
+from shampoo_core.averaging import HeavyBall, PrimalAveraging, ScheduleFree, WeightEMA
 from shampoo_core.grafting import AdaGradGrafting, AdamGrafting, RMSpropGrafting, SGDGrafting
 from shampoo_core.optimizer import DistributedShampoo
 from shampoo_core.preconditioners.shampoo import ShampooConfig
@@ -16,8 +17,12 @@ __all__ = [
     "DistributedShampoo",
     "EighSolver",
     "FixedRefresh",
+    "HeavyBall",
+    "PrimalAveraging",
     "RMSpropGrafting",
     "SGDGrafting",
+    "ScheduleFree",
     "ShampooConfig",
     "StaggeredRefresh",
+    "WeightEMA",
 ]

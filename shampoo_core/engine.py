@@ -2,8 +2,8 @@
 
     G  <- gradients of the open blocks                   collect, guard
     P  <- preconditioner(G)                              search direction
-    P  <- P + decay * W                                  weight decay
-    W  <- W - lr * P                                     deliver
+    U  <- -lr * (P + decay * W), or what averaging makes of it
+    W  <- W + U                                          deliver
 
 The engine is the only place that knows this order.
 """
@@ -11,11 +11,10 @@ The engine is the only place that knows this order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from shampoo_core.averaging import AveragingRule, StepOptions, TrainingWeights
 from shampoo_core.exchange.base import Exchange
 from shampoo_core.gradients import GradientGuard
 from shampoo_core.preconditioners.base import Preconditioner
@@ -23,32 +22,27 @@ from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states, stacked_state
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """What a user may change from step to step."""
-
-    lr: float
-    l2_decay: float
-    """Added to the gradient, times the weights."""
-    direction_decay: float
-    """Added to the search direction, times the weights."""
-
-
 class Engine:
     """State and step of the blocks that are stacked together."""
 
     def __init__(
-        self, stack_set: StackSet, preconditioner: Preconditioner, exchange: Exchange
+        self,
+        stack_set: StackSet,
+        preconditioner: Preconditioner,
+        averaging: AveragingRule,
+        exchange: Exchange,
     ) -> None:
         """Put the parts together.
 
         Args:
             stack_set: Geometry of the blocks this rank owns.
             preconditioner: Made for ``stack_set``.
+            averaging: Made for ``stack_set``.
             exchange: Moves blocks between ranks.
         """
         self.stack_set = stack_set
         self.preconditioner = preconditioner
+        self.averaging = averaging
         self.guard = GradientGuard(stack_set)
         self._exchange = exchange
 
@@ -72,27 +66,27 @@ class Engine:
             self.stack_set.add_from(stacks, parameters, options.l2_decay)
         guarded = self.guard.close_bad_blocks(stacks, gradients)
         direction = self.preconditioner.step(guarded, step)
-        if options.direction_decay:
-            ascent = torch._foreach_mul(direction.stacks, self.stack_set.split(direction.scale))
-            self.stack_set.add_from(ascent, parameters, options.direction_decay)
-            descent = -options.lr * guarded.is_open
-            torch._foreach_mul_(ascent, self.stack_set.split(descent))
-            updates = ascent
-        else:
-            descent = direction.scale * (-options.lr * guarded.is_open)
-            updates = torch._foreach_mul(direction.stacks, self.stack_set.split(descent))
+        weights = TrainingWeights(self.stack_set, parameters)
+        updates = self.averaging.update(direction, weights, guarded.is_open, options)
+        self._exchange.deliver(self.stack_set, updates, parameters)
+
+    def evaluation_shift(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+        """Evaluated minus training weights as stacks; None where these are the same."""
+        return self.averaging.evaluation_shift(TrainingWeights(self.stack_set, parameters))
+
+    def shift(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
+        """Add stacks to the parameters, in place."""
         self._exchange.deliver(self.stack_set, updates, parameters)
 
     def state(self) -> StackState:
         """All state that a checkpoint has to keep, by stack."""
-        counts = self.guard.num_non_finite.split(self.stack_set.sizes)
         num_stacks = len(self.stack_set)
-        guard = stacked_state(num_stacks, {"non_finite": counts})
-        return [
-            {**own, **guarded}
-            for own, guarded in zip(
-                self.preconditioner.state(),
-                merge_states(num_stacks, {"guard": guard}),
-                strict=True,
-            )
-        ]
+        counts = self.guard.num_non_finite.split(self.stack_set.sizes)
+        return merge_states(
+            num_stacks,
+            {
+                "": self.preconditioner.state(),
+                "averaging": self.averaging.state(),
+                "guard": stacked_state(num_stacks, {"non_finite": counts}),
+            },
+        )

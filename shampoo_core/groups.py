@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo_core.averaging import StepOptions
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
-from shampoo_core.engine import StepOptions
 from shampoo_core.grafting import GraftingConfig
 from shampoo_core.weight_decay import WEIGHT_DECAY_KINDS, direction_decay
 
@@ -55,6 +55,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         _check_method(name, group[name], method)
     if group["grafting"] not in ("auto", None):
         _check_method("grafting", group["grafting"], "create")
+    if group["averaging"] is not None:
+        _check_method("averaging", group["averaging"], "create")
 
 
 def check_parameters(parameters: Sequence[Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from shampoo_core.averaging import AveragingConfig, Descent
 from shampoo_core.blocking import Cut, MergeDirection, Tile, merge_dimensions, tiles_of
 from shampoo_core.checkpoint import (
     FORMAT_VERSION,
@@ -36,6 +37,9 @@ from shampoo_core.refresh import FixedRefresh, RefreshPolicy
 from shampoo_core.stacks import StackSet
 from shampoo_core.weight_decay import WeightDecayKind
 
+TRAINING_WEIGHTS = "training_weights"
+"""State entry that holds a parameter's training weights while it shows those to evaluate."""
+
 
 class DistributedShampoo(torch.optim.Optimizer):
     """Shampoo and its relatives, blocked, batched by block shape.
@@ -61,6 +65,9 @@ class DistributedShampoo(torch.optim.Optimizer):
         preconditioner: The method.
         grafting: Where the step length comes from; ``"auto"`` leaves it to the preconditioner.
         refresh: When roots or bases are recomputed.
+        averaging: Momentum on the direction, or which weights are evaluated; see
+            `shampoo_core.averaging`. With one that averages, call `eval` before evaluating and
+            `train` before the next step.
         bias_correction: Whether averages are divided by the weight of what they hold.
         momentum_normaliser: ``"algoperf_v05"`` divides a look-ahead gradient by 1 - beta1^t, as the
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
@@ -89,6 +96,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         preconditioner: PreconditionerConfig | None = None,
         grafting: GraftingConfig | Literal["auto"] | None = "auto",
         refresh: RefreshPolicy | None = None,
+        averaging: AveragingConfig | None = None,
         bias_correction: bool = True,
         momentum_normaliser: MomentumNormaliser = "exact",
     ) -> None:
@@ -106,11 +114,13 @@ class DistributedShampoo(torch.optim.Optimizer):
             preconditioner=ShampooConfig() if preconditioner is None else preconditioner,
             grafting=grafting,
             refresh=FixedRefresh() if refresh is None else refresh,
+            averaging=averaging,
             bias_correction=bias_correction,
             momentum_normaliser=momentum_normaliser,
         )
         self._exchange = LocalExchange()
         self._engines: list[list[Engine]] = []
+        self._evaluates = False
         super().__init__(params, defaults)
 
     # --- groups -----------------------------------------------------------------------------------
@@ -162,7 +172,9 @@ class DistributedShampoo(torch.optim.Optimizer):
             preconditioner = group["preconditioner"].create(
                 stack_set, constant_options(group), grafting_of(group), group["refresh"]
             )
-            engine = Engine(stack_set, preconditioner, self._exchange)
+            averaging = group["averaging"]
+            rule = Descent(stack_set) if averaging is None else averaging.create(stack_set)
+            engine = Engine(stack_set, preconditioner, rule, self._exchange)
             self._engines[group_index].append(engine)
             for index, views in block_views(engine).items():
                 self.state[group["params"][index]].update(views)
@@ -197,7 +209,15 @@ class DistributedShampoo(torch.optim.Optimizer):
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            RuntimeError: After `eval` without `train`.
         """
+        if self._evaluates:
+            raise RuntimeError(
+                f"{OWNER}: the parameters hold the weights to evaluate; "
+                "call optimizer.train() before the next step"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -212,10 +232,42 @@ class DistributedShampoo(torch.optim.Optimizer):
                 engine.step(group["params"], gradients, group["step"], step_options(group))
         return loss
 
+    # --- weights to evaluate ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the weights to evaluate into the parameters; the training weights are kept aside.
+
+        Does nothing when they are there already. Without averaging both are the same.
+        """
+        if self._evaluates:
+            return
+        self._evaluates = True
+        for group, engines in zip(self.param_groups, self._engines, strict=True):
+            for engine in engines:
+                shift = engine.evaluation_shift(group["params"])
+                if shift is None:
+                    continue
+                for index in engine.stack_set.parameters:
+                    parameter = group["params"][index]
+                    self.state[parameter][TRAINING_WEIGHTS] = parameter.detach().clone()
+                engine.shift(group["params"], shift)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Put the training weights back, bit by bit as they were; nothing if they are there."""
+        self._evaluates = False
+        for parameter, state in self.state.items():
+            training = state.pop(TRAINING_WEIGHTS, None)
+            if training is not None:
+                parameter.copy_(training)
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Complete state: plain tensors (views of the live ones) and numbers, no collective.
+
+        Saved after `eval` it holds the training weights too.
 
         Returns:
             ``state``: per parameter index a flat dict, see `shampoo_core.checkpoint`;
@@ -226,6 +278,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             {name: describe(value) for name, value in group.items()}
             for group in state_dict["param_groups"]
         ]
+        state_dict["evaluates"] = self._evaluates
         state_dict["format_version"] = FORMAT_VERSION
         return state_dict
 
@@ -236,12 +289,16 @@ class DistributedShampoo(torch.optim.Optimizer):
             state_dict: From `state_dict` of an optimizer with the same groups and options. Learning
                 rate, weight decay and step are taken from it.
 
+        After a state saved in evaluation the parameters are taken to hold evaluated weights, and
+        `train` brings the training weights back.
+
         Raises:
             ValueError: It is of another configuration or model; the message names the difference.
         """
         saved_groups = state_dict["param_groups"]
         self._check_groups(saved_groups)
         pairs: list[tuple[Tensor, Tensor]] = []
+        kept_aside: dict[Tensor, Tensor] = {}
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             saved_states = [state_dict["state"].get(key, {}) for key in saved["params"]]
             known = [p in self.state for p in group["params"]]
@@ -249,12 +306,20 @@ class DistributedShampoo(torch.optim.Optimizer):
             for position, (parameter, entries) in enumerate(
                 zip(group["params"], saved_states, strict=True)
             ):
-                own = self.state.get(parameter, {})
-                check_entries(f"{OWNER}: group {index}, parameter {position}", own, entries)
-                pairs.extend((own[name], entries[name]) for name in own)
+                own = _without_training_weights(self.state.get(parameter, {}))
+                rest = _without_training_weights(entries)
+                check_entries(f"{OWNER}: group {index}, parameter {position}", own, rest)
+                pairs.extend((own[name], rest[name]) for name in own)
+                if TRAINING_WEIGHTS in entries:
+                    kept_aside[parameter] = entries[TRAINING_WEIGHTS].to(parameter, copy=True)
         with torch.no_grad():
             for target, source in pairs:
                 target.copy_(source)
+        for state in self.state.values():
+            state.pop(TRAINING_WEIGHTS, None)
+        for parameter, training in kept_aside.items():
+            self.state[parameter][TRAINING_WEIGHTS] = training
+        self._evaluates = state_dict["evaluates"]
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             group.update({name: saved[name] for name in CHANGEABLE if name in saved})
 
@@ -277,3 +342,7 @@ class DistributedShampoo(torch.optim.Optimizer):
                     f"{OWNER}: group {index} of the checkpoint is of another configuration: "
                     + "; ".join(found)
                 )
+
+
+def _without_training_weights(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in entries.items() if name != TRAINING_WEIGHTS}

@@ -20,9 +20,10 @@ def stacked_state(num_stacks: int, tensors: Mapping[str, Sequence[Tensor]]) -> S
 
 
 def merge_states(num_stacks: int, parts: Mapping[str, StackState]) -> StackState:
-    """Join the states of several parts, prefixing every name with its part's name and a dot."""
+    """Join the states of several parts, prefixing names with ``<part>.`` unless the part is ""."""
     merged: StackState = [{} for _ in range(num_stacks)]
     for part, state in parts.items():
         for into, stack in zip(merged, state, strict=True):
-            into.update({f"{part}.{name}": tensor for name, tensor in stack.items()})
+            prefix = f"{part}." if part else ""
+            into.update({prefix + name: tensor for name, tensor in stack.items()})
     return merged
