@@ -18,7 +18,7 @@ from workloads_smoke.scoring.verdict import headline, workload_verdict
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #202124;
-  background: #fff; max-width: 68rem; margin: 2.5rem auto; padding: 0 1.5rem; }
+  background: #fff; max-width: 76rem; margin: 2.5rem auto; padding: 0 1.5rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
 p.lead { font-size: 1.12rem; margin: .2rem 0 1.4rem; } .quiet { color: #5f6368; font-size: .9rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
@@ -41,8 +41,8 @@ _READING = """
 <dt>steps, seconds</dt><dd>to the first evaluation that meets the target: the fastest trial of a
 study, then the median of the studies. Seconds are the submission's own time; evaluations and
 logging are not in it.</dd>
-<dt>ms/step</dt><dd>submission time by steps up to the target, or to the end where it was missed;
-best trial of each study, median of the studies.</dd>
+<dt>ms/step</dt><dd>seconds divided by steps, both to the target; where it was missed, those of
+the whole run with the best metric.</dd>
 <dt>best</dt><dd>best validation metric of all trials.</dd>
 <dt>studies</dt><dd>studies that reached the target, of all.</dd>
 <dt>score</dt><dd>AlgoPerf score: area below the performance profile for tau in [1, r_max], by the

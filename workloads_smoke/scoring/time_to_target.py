@@ -10,6 +10,7 @@ scores whatever that order is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -156,12 +157,14 @@ def workload_table(per_study: pd.DataFrame, targets: Mapping[str, Target]) -> pd
 
     Returns:
         Columns ``workload``, ``submission``; ``steps`` and ``seconds``, medians over studies;
-        ``seconds_per_step``, the median over the studies' best trials; ``best_metric`` over all;
+        ``seconds_per_step``, their quotient, or where not reached the median over the studies'
+        best trials; ``best_metric`` over all;
         ``studies_reached``, ``num_studies``, ``num_trials`` (all studies together).
     """
     rows = []
     for key, group in per_study.groupby(["workload", "submission"], sort=True):
         workload, submission = key
+        steps, seconds = float(np.median(group["steps"])), float(np.median(group["seconds"]))
         pick = (
             group["best_metric"].min
             if targets[str(workload)].lower_is_better
@@ -171,9 +174,14 @@ def workload_table(per_study: pd.DataFrame, targets: Mapping[str, Target]) -> pd
             {
                 "workload": workload,
                 "submission": submission,
-                "steps": float(np.median(group["steps"])),
-                "seconds": float(np.median(group["seconds"])),
-                "seconds_per_step": group["seconds_per_step"].median(),
+                "steps": steps,
+                "seconds": seconds,
+                # The quotient, so that a ratio of times is that of steps times that of step times.
+                "seconds_per_step": (
+                    seconds / steps
+                    if math.isfinite(seconds)
+                    else group["seconds_per_step"].median()
+                ),
                 "best_metric": pick(),
                 "studies_reached": int(np.isfinite(group["seconds"]).sum()),
                 "num_studies": len(group),

@@ -51,7 +51,11 @@ def workload_verdict(board: Scoreboard, workload: str) -> str:
     missed = [record for record in ranked if not math.isfinite(record["seconds"])]
     sentences = [_winner(reached[0], target, alone=len(records) == 1)] if reached else []
     sentences += [_comparison(reached[0], other, board.r_max) for other in reached[1:]]
-    sentences += [_miss(record, target) for record in missed]
+    if reached or any(record["studies_reached"] for record in missed):
+        sentences += [_miss(record, target) for record in missed]
+    else:
+        bests = [f"{record['submission']} {_best(record)}" for record in missed]
+        sentences.append(f"Nobody reached {tables.target_text(target)}; best: {_join(bests)}.")
     sentences += [f"{name} did not run it." for name in board.submissions if name not in records]
     return " ".join(sentences)
 
@@ -66,15 +70,15 @@ def _winner(winner: Record, target: Target, alone: bool) -> str:
 
 def _comparison(winner: Record, other: Record, r_max: float) -> str:
     time_ratio = other["seconds"] / winner["seconds"]
-    step_ratio = winner["steps"] / other["steps"]
-    step_time_ratio = winner["seconds_per_step"] / other["seconds_per_step"]
+    step_ratio = other["steps"] / winner["steps"]
+    step_time_ratio = other["seconds_per_step"] / winner["seconds_per_step"]
     sentence = (
-        f"{other['submission']} took {tables.times(time_ratio)} as long"
-        f" ({tables.seconds(other['seconds'])} s): {winner['submission']} needed"
-        f" {tables.times(step_ratio)} the steps ({tables.count(winner['steps'])} against"
-        f" {tables.count(other['steps'])}) at {tables.times(step_time_ratio)} the time per step"
-        f" ({tables.milliseconds(winner['seconds_per_step'])} ms against"
-        f" {tables.milliseconds(other['seconds_per_step'])} ms){_how_often(other)}"
+        f"{other['submission']}{_how_often(other)} took {tables.times(time_ratio)} as long"
+        f" ({tables.seconds(other['seconds'])} s): {tables.times(step_ratio)} the steps"
+        f" ({tables.count(other['steps'])} against {tables.count(winner['steps'])}) at"
+        f" {tables.times(step_time_ratio)} the time per step"
+        f" ({tables.milliseconds(other['seconds_per_step'])} against"
+        f" {tables.milliseconds(winner['seconds_per_step'])} ms)"
     )
     if time_ratio > r_max:
         sentence += f"; beyond {r_max:g}x, the score counts it as missed"
@@ -85,16 +89,25 @@ def _how_often(record: Record) -> str:
     """Says so where only some studies reached the target; the median hides that."""
     if record["studies_reached"] == record["num_studies"]:
         return ""
-    return f", in {record['studies_reached']} of {record['num_studies']} studies"
+    return f" (reached in {record['studies_reached']} of {record['num_studies']} studies)"
 
 
 def _miss(record: Record, target: Target) -> str:
-    sentence = f"{record['submission']} did not reach {tables.target_text(target)}"
+    goal = tables.target_text(target)
     if record["studies_reached"]:
-        sentence += f" but in {record['studies_reached']} of {record['num_studies']} studies"
+        sentence = (
+            f"{record['submission']} reached {goal} in only {record['studies_reached']} of"
+            f" {record['num_studies']} studies, which counts as missed"
+        )
+    else:
+        sentence = f"{record['submission']} did not reach {goal}"
+    return f"{sentence}; its best was {_best(record)}."
+
+
+def _best(record: Record) -> str:
     if math.isnan(record["best_metric"]):
-        return f"{sentence}; no evaluation gave a number."
-    return f"{sentence}; its best was {tables.metric(record['best_metric'])}."
+        return "not a number"
+    return tables.metric(record["best_metric"])
 
 
 def _join(parts: Sequence[str]) -> str:
