@@ -109,7 +109,12 @@ def _exit_with(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-if __name__ == "__main__":
+def command_line() -> NoReturn:
+    """Register the flags, parse them and run; leaves the process."""
     run_flags.define()
     flags.adopt_module_key_flags(run_flags)
     app.run(main)
+
+
+if __name__ == "__main__":
+    command_line()
