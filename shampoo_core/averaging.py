@@ -38,6 +38,8 @@ class StepOptions:
     """Added to the gradient, times the weights."""
     direction_decay: float
     """Added to the search direction, times the weights."""
+    direction_shrink: float = 1.0
+    """Factor on the search direction before the weights are added."""
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ class Engine:
             self.stack_set.add_from(stacks, parameters, options.l2_decay)
         guarded = self.guard.close_bad_blocks(stacks, gradients)
         direction = self.preconditioner.step(guarded, step)
+        if direction is None:
+            return
+        if options.direction_shrink != 1.0:
+            direction = direction._replace(scale=direction.scale * options.direction_shrink)
         weights = TrainingWeights(self.stack_set, parameters)
         updates = self.averaging.update(direction, weights, guarded.is_open, options)
         self._exchange.deliver(self.stack_set, updates, parameters)

@@ -63,13 +63,14 @@ class GradientFilter:
             self.moment.absorb(gradients)
             return Direction(self.moment.average, self.moment.weight.reciprocal())
         ahead = torch._foreach_lerp(self.moment.average, gradients.stacks, 1.0 - self._beta3)
-        weight_before = self.moment.weight
+        weight_ahead = (
+            self._beta3 * self.moment.raw_weight + (1.0 - self._beta3) * gradients.is_open
+        )
         self.moment.absorb(gradients)
         if self._normalises_as_v05 or not self._corrects:
             weight = self.moment.weight
         else:
-            weight = self._beta3 * weight_before + (1.0 - self._beta3) * gradients.is_open
-            weight = nonzero_weight(weight)
+            weight = nonzero_weight(weight_ahead)
         return Direction(list(ahead), weight.reciprocal())
 
     def state(self) -> StackState:

@@ -56,28 +56,51 @@ class _Sgd:
         return stacked_state(self._num_stacks, {})
 
 
-class _SecondMoment:
-    """``f / (sqrt(V / weight) + eps)``."""
+class SecondMomentScaling:
+    """``f / ((V / weight)^exponent + eps)``, V a running average or sum of squared gradients."""
 
     def __init__(
-        self, stack_set: StackSet, decay: float, eps: float, bias_correction: bool
+        self,
+        stack_set: StackSet,
+        decay: float,
+        eps: float,
+        *,
+        bias_correction: bool,
+        exponent: float = 0.5,
     ) -> None:
+        """Start from zero.
+
+        Args:
+            stack_set: Geometry.
+            decay: Of the average; 1 sums.
+            eps: Positive.
+            bias_correction: Whether V is divided by its weight.
+            exponent: Positive; 1/2 is the root of Adam.
+        """
         self._stack_set = stack_set
         self._eps = eps
+        self._exponent = exponent
         self.second_moment = MovingAverage(stack_set, decay, bias_correction=bias_correction)
 
     def absorb(self, gradients: StackedGradients) -> None:
+        """See `DiagonalMethod`."""
         self.second_moment.absorb_squares(gradients)
 
     def direction(self, filtered: Direction) -> Direction:
-        # f / (sqrt(V / w) + eps) = f / (sqrt(V) + eps sqrt(w)) * sqrt(w)
-        root_weight = self.second_moment.weight.sqrt()
-        denominators = torch._foreach_sqrt(self.second_moment.average)
-        torch._foreach_add_(denominators, self._stack_set.split(root_weight * self._eps))
+        """See `DiagonalMethod`."""
+        # f / ((V / w)^e + eps) = f / (V^e + eps w^e) * w^e
+        weight = self.second_moment.weight**self._exponent
+        average = self.second_moment.average
+        if self._exponent == 0.5:
+            denominators = torch._foreach_sqrt(average)
+        else:
+            denominators = torch._foreach_pow(average, self._exponent)
+        torch._foreach_add_(denominators, self._stack_set.split(weight * self._eps))
         stacks = torch._foreach_div(filtered.stacks, denominators)
-        return Direction(list(stacks), filtered.scale * root_weight)
+        return Direction(list(stacks), filtered.scale * weight)
 
     def state(self) -> StackState:
+        """See `DiagonalMethod`."""
         return self.second_moment.state()
 
 
@@ -108,7 +131,8 @@ class AdaGradGrafting:
 
     def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         """Allocate the sum of squares."""
-        return _SecondMoment(stack_set, 1.0, _or(self.eps, options.eps), False)
+        eps = _or(self.eps, options.eps)
+        return SecondMomentScaling(stack_set, 1.0, eps, bias_correction=False)
 
 
 @dataclass(frozen=True)
@@ -132,7 +156,8 @@ class RMSpropGrafting:
     def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         """Allocate the average of squares."""
         beta2 = _or(self.beta2, options.betas[1])
-        return _SecondMoment(stack_set, beta2, _or(self.eps, options.eps), False)
+        eps = _or(self.eps, options.eps)
+        return SecondMomentScaling(stack_set, beta2, eps, bias_correction=False)
 
 
 @dataclass(frozen=True)
@@ -156,7 +181,8 @@ class AdamGrafting:
     def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         """Allocate the average of squares."""
         beta2 = _or(self.beta2, options.betas[1])
-        return _SecondMoment(stack_set, beta2, _or(self.eps, options.eps), options.bias_correction)
+        eps = _or(self.eps, options.eps)
+        return SecondMomentScaling(stack_set, beta2, eps, bias_correction=options.bias_correction)
 
 
 def lend_length(stack_set: StackSet, borrower: list[Tensor], lender: Direction) -> Direction:

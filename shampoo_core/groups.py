@@ -11,7 +11,7 @@ from torch import Tensor
 from shampoo_core.averaging import StepOptions
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
 from shampoo_core.grafting import GraftingConfig
-from shampoo_core.weight_decay import WEIGHT_DECAY_KINDS, direction_decay
+from shampoo_core.weight_decay import WEIGHT_DECAY_KINDS, direction_decay, direction_shrink
 
 OWNER = "DistributedShampoo"
 
@@ -96,6 +96,7 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
         lr=group["lr"],
         l2_decay=decay if kind == "l2" else 0.0,
         direction_decay=direction_decay(kind, decay, group["lr"], group["peak_lr"]),
+        direction_shrink=direction_shrink(kind, decay, group["lr"]),
     )
 
 

@@ -36,14 +36,15 @@ class MovingAverage:
         """Factor on each new value."""
         self.average = stack_set.zeros()
         self._corrects = bias_correction and decay < 1.0
-        self._weight = stack_set.block_vector()
+        self.raw_weight = stack_set.block_vector()
+        """Block vector: the weight of what the average holds; 0 before the first gradient."""
 
     @property
     def weight(self) -> Tensor:
         """Block vector by which the average has to be divided; never 0."""
         if not self._corrects:
-            return torch.ones_like(self._weight)
-        return nonzero_weight(self._weight)
+            return torch.ones_like(self.raw_weight)
+        return nonzero_weight(self.raw_weight)
 
     def absorb(self, gradients: StackedGradients) -> None:
         """Average in the gradients themselves."""
@@ -64,11 +65,11 @@ class MovingAverage:
         decay_stacks(self._stack_set, self.average, self.decay, gradients.presence)
 
     def _absorb_weight(self, gradients: StackedGradients) -> None:
-        absorb_weight(self._weight, self.decay, self.gain, gradients)
+        absorb_weight(self.raw_weight, self.decay, self.gain, gradients)
 
     def state(self) -> StackState:
         """The average and its weight."""
-        weights = self._weight.split(self._stack_set.sizes)
+        weights = self.raw_weight.split(self._stack_set.sizes)
         return stacked_state(len(self._stack_set), {"average": self.average, "weight": weights})
 
 

@@ -156,3 +156,19 @@ def multiply_along_axes(stack: Tensor, matrices: Sequence[Tensor | None]) -> Ten
         result = rest if matrix is None else torch.bmm(rest, matrix)
         stack = result.reshape(shape[0], *stack.shape[2:], stack.shape[1])
     return stack
+
+
+def multiply_along_axis(stack: Tensor, axis: int, matrices: Tensor) -> Tensor:
+    """Multiply a stack by one matrix per block along one axis: ``G x_axis X``.
+
+    Args:
+        stack: (N, d_0, ..., d_k).
+        axis: Of the block, counted from 0.
+        matrices: (N, d_axis, d_axis); the first index is contracted.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    moved = stack.movedim(axis + 1, 1)
+    product = torch.bmm(matrices.mT, moved.reshape(moved.shape[0], moved.shape[1], -1))
+    return product.view(moved.shape).movedim(1, axis + 1)

@@ -1,14 +1,10 @@
-"""Which axes of which stacks get a Kronecker factor, and which due factors are solved together."""
+"""Which axes of which stacks get a Kronecker factor, and with which exponent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping
 
 from shampoo_core.config import check_range
-from shampoo_core.refresh import FactorSlice
 from shampoo_core.stacks import StackSet
 from shampoo_core.statistics import FactorAxis
 
@@ -55,29 +51,3 @@ def check_exponents(owner: str, override: ExponentOverride) -> None:
         values = (override,)
     for value in values:
         check_range(owner, "exponent", value, low=0.0, low_open=True)
-
-
-def group_due(
-    due: Sequence[FactorSlice], keys: Sequence[tuple[int, float]]
-) -> dict[tuple[int, float], list[FactorSlice]]:
-    """Group due slices by (dimension, exponent), so that each group is one batch for the solver.
-
-    Args:
-        due: Slices of factor stacks.
-        keys: (dimension, exponent) of every factor stack.
-    """
-    groups: dict[tuple[int, float], list[FactorSlice]] = {}
-    for item in due:
-        groups.setdefault(keys[item.stack], []).append(item)
-    return groups
-
-
-def slices_of(tensors: Sequence[Tensor], due: Sequence[FactorSlice]) -> list[Tensor]:
-    """Views of the due parts of tensors that exist once per factor stack."""
-    return [tensors[item.stack][item.start : item.stop] for item in due]
-
-
-def write_slices(tensors: Sequence[Tensor], due: Sequence[FactorSlice], values: Tensor) -> None:
-    """Copy a batch back to the places that its entries came from, in place."""
-    counts = [item.stop - item.start for item in due]
-    torch._foreach_copy_(slices_of(tensors, due), list(values.split(counts)))

@@ -16,9 +16,10 @@ from shampoo_core.state import StackState
 class Preconditioner(Protocol):
     """Turns the gradients of a set of stacks into search directions."""
 
-    def step(self, gradients: StackedGradients, step: int) -> Direction:
+    def step(self, gradients: StackedGradients, step: int) -> Direction | None:
         """Absorb the gradients of step ``step`` (counted from 1) and return the ascent direction.
 
+        None means that the gradients were only learnt from and the parameters stay.
         Directions of closed blocks are finite, and otherwise meaningless: the caller drops them.
         """
 

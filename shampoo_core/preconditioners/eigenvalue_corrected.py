@@ -6,9 +6,9 @@
     M, D <- averages of g and g^2                                  in the eigenbasis
     P    = (M / (sqrt(D) + eps)) x_1 Q_1^T x_2 Q_2^T ...
 
-The averages live in the eigenbasis, so a step costs three two-sided products instead of four, and they
-are carried over when the basis turns: with S_i = Q_i,old^T Q_i,new, M becomes M x_i S_i, exactly, and D
-becomes D x_i (S_i o S_i), which is exact where coordinates are uncorrelated.
+The averages live in the eigenbasis, so that a step costs three two-sided products instead of four.
+They are carried over when the basis turns: with S_i = Q_i,old^T Q_i,new, M becomes M x_i S_i, which is
+exact, and D becomes D x_i (S_i o S_i), which is exact where coordinates are uncorrelated.
 
 Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3; Eschenhagen et al. 2025 (arXiv 2506.03595);
 the transport of D is ALGORITHMS.md section 2.3.
@@ -16,6 +16,7 @@ the transport of D is ALGORITHMS.md section 2.3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -25,15 +26,175 @@ from torch import Tensor
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
-from shampoo_core.preconditioners.axes import (
-    group_due,
-    preconditioned_axes,
-    slices_of,
-    write_slices,
-)
-from shampoo_core.refresh import FactorSlice, RefreshPolicy
+from shampoo_core.grafting import GraftingConfig, SecondMomentScaling
+from shampoo_core.preconditioners.axes import preconditioned_axes
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Replacement
+from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import KroneckerFactors, by_axis, multiply_along_axes
+from shampoo_core.statistics import KroneckerFactors, multiply_along_axes, multiply_along_axis
+
+SecondMoments = Literal["transport", "keep"]
+
+
+@dataclass(frozen=True)
+class EigenvalueCorrectedConfig:
+    """Adam in the eigenbasis of Shampoo's factors.
+
+    Args:
+        solver: Computes the eigenbases, by descending eigenvalue.
+        exponent: Of the second moment in the eigenbasis; 1/2 is Adam's root.
+        second_moments: What becomes of D when the basis turns: ``"transport"`` carries it into the
+            new basis, ``"keep"`` leaves its numbers as they are.
+        lagged: Whether factors and bases know past gradients only, as in the published SOAP code:
+            the first gradient makes the first basis and no step, and later ones reach the factors
+            after their own step.
+        factor_decay: Decay of the factors per step, 1 sums; None takes ``betas[1]``.
+        statistics_interval: Steps from one update of the factors to the next.
+        precondition_vectors: Whether blocks with one axis get a basis too; by default they are
+            stepped by Adam.
+
+    Raises:
+        TypeError: A number is of the wrong type.
+        ValueError: A number is out of range.
+    """
+
+    solver: BasisSolver = field(default_factory=EighSolver)
+    exponent: float = 0.5
+    second_moments: SecondMoments = "transport"
+    lagged: bool = False
+    factor_decay: float | None = None
+    statistics_interval: int = 1
+    precondition_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        owner = "EigenvalueCorrectedConfig"
+        check_range(owner, "exponent", self.exponent, low=0.0, high=1.0, low_open=True)
+        check_choice(owner, "second_moments", self.second_moments, ("transport", "keep"))
+        if self.factor_decay is not None:
+            check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
+        check_count(owner, "statistics_interval", self.statistics_interval)
+
+    @property
+    def default_grafting(self) -> GraftingConfig | None:
+        """None: the length is right already."""
+        return None
+
+    def create(
+        self,
+        stack_set: StackSet,
+        options: GroupOptions,
+        grafting: GraftingConfig | None,
+        refresh: RefreshPolicy,
+    ) -> EigenvalueCorrected:
+        """See `PreconditionerConfig`.
+
+        Raises:
+            ValueError: Grafting was asked for.
+        """
+        if grafting is not None:
+            raise ValueError(
+                f"EigenvalueCorrectedConfig: grafting must be None or 'auto', got {grafting!r}; "
+                "the second moments of the eigenbasis set the length already"
+            )
+        return EigenvalueCorrected(self, stack_set, options, refresh)
+
+
+class EigenvalueCorrected:
+    """State and step of eigenvalue-corrected Shampoo for one set of stacks."""
+
+    def __init__(
+        self,
+        config: EigenvalueCorrectedConfig,
+        stack_set: StackSet,
+        options: GroupOptions,
+        refresh: RefreshPolicy,
+    ) -> None:
+        """Allocate factors (zero), bases (identity), and both moments (zero)."""
+        self._config = config
+        self._stack_set = stack_set
+        self._refresh = refresh
+        axes = preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors)
+        self.factors = KroneckerFactors(
+            stack_set,
+            axes,
+            options.betas[1] if config.factor_decay is None else config.factor_decay,
+            bias_correction=options.bias_correction,
+            interval=config.statistics_interval,
+        )
+        self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
+        self.filter = GradientFilter(stack_set, options)
+        self.scaling = SecondMomentScaling(
+            stack_set,
+            options.betas[1],
+            options.eps,
+            bias_correction=options.bias_correction,
+            exponent=config.exponent,
+        )
+
+    def step(self, gradients: StackedGradients, step: int) -> Direction | None:
+        """See `Preconditioner`."""
+        if not self._config.lagged:
+            self._refresh_bases(gradients, step)
+            return self._adam_in_eigenbasis(gradients)
+        if step == 1:
+            self.factors.absorb(gradients, step)
+            self._turn(whole_stacks(self.factors.sizes))
+            return None
+        direction = self._adam_in_eigenbasis(gradients)
+        self._refresh_bases(gradients, step - 1)
+        return direction
+
+    def _adam_in_eigenbasis(self, gradients: StackedGradients) -> Direction:
+        rotated = replace(gradients, stacks=self._rotate(gradients.stacks))
+        self.scaling.absorb(rotated)
+        direction = self.scaling.direction(self.filter.filter(rotated))
+        return direction._replace(stacks=self._rotate(direction.stacks, back=True))
+
+    def _rotate(self, stacks: Sequence[Tensor], *, back: bool = False) -> list[Tensor]:
+        """Into the eigenbasis, or back; blocks without factors stay as they are."""
+        rotated = list(stacks)
+        for index, bases in self.bases.per_stack().items():
+            if back:
+                bases = [None if basis is None else basis.mT for basis in bases]
+            rotated[index] = multiply_along_axes(rotated[index], bases)
+        return rotated
+
+    def _refresh_bases(self, gradients: StackedGradients, step: int) -> None:
+        self.factors.absorb(gradients, step)
+        due = self._refresh.due(step, self.factors.sizes)
+        self._turn(self.bases.stale(due, self.bases.matrices, self._refresh.tolerance))
+
+    def _turn(self, due: Sequence[FactorSlice]) -> None:
+        """Recompute bases and carry the moments into them."""
+        for replacement in self.bases.refresh(due, self._solve):
+            self._carry_over(replacement)
+
+    def _solve(self, factors: Tensor, old: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+        result = self._config.solver.basis(factors, warm_start=old)
+        return result.eigenvectors, result.accepted
+
+    def _carry_over(self, replacement: Replacement) -> None:
+        where, old, new = replacement
+        axis = self.factors.axes[where.stack]
+        turn = torch.bmm(old.mT, new)
+        blocks = slice(where.start, where.stop)
+        if self.filter.moment is not None:
+            momentum = self.filter.moment.average[axis.stack][blocks]
+            momentum.copy_(multiply_along_axis(momentum, axis.axis, turn))
+        if self._config.second_moments == "transport":
+            second = self.scaling.second_moment.average[axis.stack][blocks]
+            second.copy_(multiply_along_axis(second, axis.axis, turn.square()))
+
+    def state(self) -> StackState:
+        """See `Preconditioner`."""
+        return merge_states(
+            len(self._stack_set),
+            {
+                "factors": self.factors.state(),
+                "": self.bases.state("bases"),
+                "filter": self.filter.state(),
+                "second_moment": self.scaling.state(),
+            },
+        )

@@ -25,16 +25,14 @@ from shampoo_core.preconditioners.axes import (
     ExponentOverride,
     check_exponents,
     exponent_of_order,
-    group_due,
     preconditioned_axes,
-    slices_of,
-    write_slices,
 )
-from shampoo_core.refresh import FactorSlice, RefreshPolicy
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices
+from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import KroneckerFactors, by_axis, multiply_along_axes
+from shampoo_core.statistics import KroneckerFactors, multiply_along_axes
 
 
 @dataclass(frozen=True)
@@ -121,28 +119,12 @@ class Shampoo:
             bias_correction=options.bias_correction,
             interval=config.statistics_interval,
         )
-        self.roots = [
-            torch.eye(axis.dimension, dtype=stack_set.dtype, device=stack_set.device).repeat(
-                size.num_factors, 1, 1
-            )
-            for axis, size in zip(axes, self.factors.sizes, strict=True)
+        exponents = [
+            exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes
         ]
-        self.num_refreshes = self._counters()
-        """Per factor, how many refreshes gave it a new root."""
-        self.num_failures = self._counters()
-        """Per factor, how many refreshes kept the old root because the new one was no good."""
-        self._solver_keys = [
-            (axis.dimension, exponent_of_order(axis.order, config.exponent, 0.5 / axis.order))
-            for axis in axes
-        ]
+        self.roots = FactorMatrices(stack_set, self.factors, exponents)
         self.filter = GradientFilter(stack_set, options)
         self.grafting = None if grafting is None else grafting.create(stack_set, options)
-
-    def _counters(self) -> list[Tensor]:
-        return [
-            torch.zeros(size.num_factors, dtype=torch.int64, device=self._stack_set.device)
-            for size in self.factors.sizes
-        ]
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
@@ -151,7 +133,7 @@ class Shampoo:
             self.grafting.absorb(gradients)
         due = self._refresh.due(step, self.factors.sizes)
         if due:
-            self._refresh_roots(due)
+            self.roots.refresh(due, self._solve)
         filtered = self.filter.filter(gradients)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
@@ -163,10 +145,7 @@ class Shampoo:
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
-        matrices: dict[int, list[Tensor | None]] = {}
-        for axis, root in zip(self.factors.axes, self.roots, strict=True):
-            matrices.setdefault(axis.stack, [None] * axis.order)[axis.axis] = root
-        for index, per_axis in matrices.items():
+        for index, per_axis in self.roots.per_stack().items():
             stacks[index] = multiply_along_axes(filtered.stacks[index], per_axis)
         if self.grafting is None:
             return Direction(stacks, filtered.scale)
@@ -174,7 +153,7 @@ class Shampoo:
 
     def _mix_unready(self, direction: Direction, grafted: Direction) -> Direction:
         """Use the grafting method's direction for blocks whose first root is still to come."""
-        ready = self._ready_blocks()
+        ready = self.roots.ready_blocks()
         mixed = torch._foreach_mul(direction.stacks, self._stack_set.split(direction.scale * ready))
         rest = torch._foreach_mul(
             grafted.stacks, self._stack_set.split(grafted.scale * (1.0 - ready))
@@ -182,49 +161,29 @@ class Shampoo:
         torch._foreach_add_(mixed, rest)
         return Direction(list(mixed), self._stack_set.block_vector(1.0))
 
-    def _ready_blocks(self) -> Tensor:
-        """Block vector: 1 where every factor of the block has a root by now, else 0."""
-        ready = self._stack_set.block_vector(1.0)
-        per_stack = ready.split(self._stack_set.sizes)
-        for axis, count in zip(self.factors.axes, self.num_refreshes, strict=True):
-            per_stack[axis.stack].mul_(count > 0)
-        return ready
-
-    def _refresh_roots(self, due: list[FactorSlice]) -> None:
+    def _solve(self, factors: Tensor, old: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
         config = self._config
-        for (_, exponent), group in group_due(due, self._solver_keys).items():
-            factors = torch.cat([self.factors.corrected(*item) for item in group])
-            if config.trace_scaling > 0.0:
-                factors = _scale_by_trace(factors, config.trace_scaling)
-            old = torch.cat(slices_of(self.roots, group))
-            result = config.solver.inverse_root(
-                factors,
-                exponent,
-                rank_tolerance=config.rank_tolerance,
-                ridge=config.ridge,
-                relative_ridge=config.relative_ridge,
-                warm_start=old,
-            )
-            accepted = result.accepted
-            roots = torch.where(accepted.view(-1, 1, 1), result.roots, old)
-            write_slices(self.roots, group, roots)
-            counts = [item.stop - item.start for item in group]
-            torch._foreach_add_(slices_of(self.num_refreshes, group), accepted.split(counts))
-            torch._foreach_add_(slices_of(self.num_failures, group), (~accepted).split(counts))
+        if config.trace_scaling > 0.0:
+            factors = _scale_by_trace(factors, config.trace_scaling)
+        result = config.solver.inverse_root(
+            factors,
+            exponent,
+            rank_tolerance=config.rank_tolerance,
+            ridge=config.ridge,
+            relative_ridge=config.relative_ridge,
+        )
+        return result.roots, result.accepted
 
     def state(self) -> StackState:
         """See `Preconditioner`."""
-        count, axes = len(self._stack_set), self.factors.axes
         parts = {
             "factors": self.factors.state(),
-            "roots": by_axis(count, axes, "axis", self.roots),
-            "refreshes": by_axis(count, axes, "axis", self.num_refreshes),
-            "failures": by_axis(count, axes, "axis", self.num_failures),
+            "": self.roots.state("roots"),
             "filter": self.filter.state(),
         }
         if self.grafting is not None:
             parts["grafting"] = self.grafting.state()
-        return merge_states(count, parts)
+        return merge_states(len(self._stack_set), parts)
 
 
 def _scale_by_trace(factors: Tensor, exponent: float) -> Tensor:

@@ -1,0 +1,166 @@
+"""One matrix per Kronecker factor that is recomputed from it now and then: its root, or its basis.
+
+A refresh solves all due factors of one size and exponent as one batch, keeps the old matrix where the
+new one was not accepted, and counts both. Nothing here depends on what the matrices are used for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shampoo_core.refresh import FactorSlice
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, merge_states
+from shampoo_core.statistics import KroneckerFactors, by_axis
+
+Solve = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(factors (K, d, d), old matrices (K, d, d), exponent) -> (new matrices, accepted (K,) bool)."""
+
+
+class Replacement(NamedTuple):
+    """What a refresh did to one slice of factors."""
+
+    where: FactorSlice
+    old: Tensor
+    new: Tensor
+
+
+class FactorMatrices:
+    """Matrices that belong to the factors of a set of stacks, the identity at first."""
+
+    def __init__(
+        self, stack_set: StackSet, factors: KroneckerFactors, exponents: Sequence[float]
+    ) -> None:
+        """Allocate one identity per factor.
+
+        Args:
+            stack_set: Geometry.
+            factors: What the matrices are computed from.
+            exponents: Per preconditioned axis; handed to the solver, factors of one size and
+                exponent are solved together.
+        """
+        self._stack_set = stack_set
+        self._factors = factors
+        self._exponents = tuple(exponents)
+        self.matrices = [
+            torch.eye(size.dimension, dtype=stack_set.dtype, device=stack_set.device).repeat(
+                size.num_factors, 1, 1
+            )
+            for size in factors.sizes
+        ]
+        self.num_refreshes = self._counters()
+        """Per factor, how many refreshes gave it a new matrix."""
+        self.num_failures = self._counters()
+        """Per factor, how many refreshes kept the old matrix because the new one was no good."""
+
+    def refresh(self, due: Sequence[FactorSlice], solve: Solve) -> list[Replacement]:
+        """Recompute the matrices of the due factors in place.
+
+        Args:
+            due: Slices of factor stacks.
+            solve: Computes a batch.
+
+        Returns:
+            The old and the new matrices of every slice.
+        """
+        replacements = []
+        for exponent, group in self._grouped(due):
+            counts = [item.stop - item.start for item in group]
+            old = torch.cat(_slices(self.matrices, group))
+            factors = torch.cat([self._factors.corrected(*item) for item in group])
+            solved, accepted = solve(factors, old, exponent)
+            new = torch.where(accepted.view(-1, 1, 1), solved, old)
+            torch._foreach_copy_(_slices(self.matrices, group), list(new.split(counts)))
+            torch._foreach_add_(_slices(self.num_refreshes, group), list(accepted.split(counts)))
+            torch._foreach_add_(_slices(self.num_failures, group), list((~accepted).split(counts)))
+            replacements += [
+                Replacement(*one)
+                for one in zip(group, old.split(counts), new.split(counts), strict=True)
+            ]
+        return replacements
+
+    def stale(
+        self, due: Sequence[FactorSlice], bases: Sequence[Tensor], tolerance: float
+    ) -> list[FactorSlice]:
+        """The due factors that their bases no longer diagonalise; one host synchronisation.
+
+        Args:
+            due: Slices to test.
+            bases: (N, d, d) per factor stack.
+            tolerance: Largest relative off-diagonal norm of Q^T A Q that passes; 0 passes nothing,
+                and needs no test.
+        """
+        if tolerance <= 0.0 or not due:
+            return list(due)
+        from shampoo_core.solvers import off_diagonal_ratio
+
+        ratios = [
+            off_diagonal_ratio(self._factors.corrected(*item), basis)
+            for item, basis in zip(due, _slices(bases, due), strict=True)
+        ]
+        exceeds = (~(torch.cat(ratios) <= tolerance)).tolist()
+        candidates = [
+            FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)
+        ]
+        return _joined([c for c, stale in zip(candidates, exceeds, strict=True) if stale])
+
+    def ready_blocks(self) -> Tensor:
+        """Block vector: 1 where every factor of the block has been refreshed once, else 0."""
+        ready = self._stack_set.block_vector(1.0)
+        per_stack = ready.split(self._stack_set.sizes)
+        for axis, count in zip(self._factors.axes, self.num_refreshes, strict=True):
+            per_stack[axis.stack].mul_(count > 0)
+        return ready
+
+    def per_stack(self) -> dict[int, list[Tensor | None]]:
+        """Per stack that has factors: its matrices, one entry per axis of its blocks."""
+        matrices: dict[int, list[Tensor | None]] = {}
+        for axis, matrix in zip(self._factors.axes, self.matrices, strict=True):
+            matrices.setdefault(axis.stack, [None] * axis.order)[axis.axis] = matrix
+        return matrices
+
+    def state(self, name: str) -> StackState:
+        """Matrices under ``name``, and the counters."""
+        count, axes = len(self._stack_set), self._factors.axes
+        return merge_states(
+            count,
+            {
+                name: by_axis(count, axes, "axis", self.matrices),
+                "refreshes": by_axis(count, axes, "axis", self.num_refreshes),
+                "failures": by_axis(count, axes, "axis", self.num_failures),
+            },
+        )
+
+    def _grouped(self, due: Sequence[FactorSlice]) -> list[tuple[float, list[FactorSlice]]]:
+        """Due slices that can be one batch: same dimension and same exponent."""
+        groups: dict[tuple[int, float], list[FactorSlice]] = {}
+        for item in due:
+            key = (self._factors.sizes[item.stack].dimension, self._exponents[item.stack])
+            groups.setdefault(key, []).append(item)
+        return [(exponent, group) for (_, exponent), group in groups.items()]
+
+    def _counters(self) -> list[Tensor]:
+        return [
+            torch.zeros(size.num_factors, dtype=torch.int64, device=self._stack_set.device)
+            for size in self._factors.sizes
+        ]
+
+
+def _slices(tensors: Sequence[Tensor], due: Sequence[FactorSlice]) -> list[Tensor]:
+    """Views of the due parts of tensors that exist once per factor stack."""
+    return [tensors[item.stack][item.start : item.stop] for item in due]
+
+
+def _joined(singles: Sequence[FactorSlice]) -> list[FactorSlice]:
+    """Join neighbouring slices of one stack."""
+    joined: list[FactorSlice] = []
+    for item in singles:
+        if joined and joined[-1].stack == item.stack and joined[-1].stop == item.start:
+            joined[-1] = FactorSlice(item.stack, joined[-1].start, item.stop)
+        else:
+            joined.append(item)
+    return joined
