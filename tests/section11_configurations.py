@@ -15,7 +15,7 @@ from shampoo_core import (
     SGDGrafting,
     ShampooConfig,
 )
-from tests.reference.section11 import Case
+from reference.section11 import Case
 
 GRAFTINGS = {
     "adam": lambda o: AdamGrafting(o["grafting_beta2"], o["grafting_eps"]),
