@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runner import SUBMISSION, write_submission
+from tiny_runner import write_submission
 
 TIMES = ("score", "time", "duration")
 
@@ -42,7 +41,11 @@ class Runner:
         return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
     def command(self, **flags: Any) -> list[str]:
-        return [sys.executable, str(Path(__file__).with_name("tiny_runner.py")), *self.flags(**flags)]
+        return [
+            sys.executable,
+            str(Path(__file__).with_name("tiny_runner.py")),
+            *self.flags(**flags),
+        ]
 
     def run(self, environment: dict[str, str] | None = None, **flags: Any) -> Any:
         return subprocess.run(

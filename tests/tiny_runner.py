@@ -90,7 +90,9 @@ class TinyWorkload(spec.Workload):
     def init_model_fn(self, rng: Any) -> tuple[nn.Module, None]:
         torch.manual_seed(int(rng[0]))
         model: nn.Module = TinyModel()
-        self._param_types = {name: spec.ParameterType.WEIGHT for name, _ in model.named_parameters()}
+        self._param_types = {
+            name: spec.ParameterType.WEIGHT for name, _ in model.named_parameters()
+        }
         if distributed.is_initialized():
             model = DistributedDataParallel(model)
         return model, None

@@ -21,8 +21,8 @@ from workloads_smoke.errors import UserError
 
 REQUIRED_FUNCTIONS = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
 
-# How far above the file the root of absolute imports such as `submissions.self_tuning.x` may lie.
-_NUM_ANCESTORS = 5
+# How far above the file the root of absolute imports such as `submissions.self_tuning.x.y` may lie.
+_NUM_ANCESTORS = 4
 
 
 @dataclass(frozen=True)
