@@ -1,1 +1,1 @@
-"""workloads_smoke."""
+"""Tiny offline versions of the AlgoPerf workloads, with a local runner and scoring."""

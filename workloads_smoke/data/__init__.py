@@ -1,0 +1,1 @@
+"""Offline data sets of the smoke workloads and the queue that serves them."""

@@ -1,0 +1,93 @@
+"""English prose that every Python installation carries: its documentation.
+
+The language reference (`pydoc_data.topics`) and the docstrings of the standard library's
+top-level modules. The texts of Python 3.11 to 3.13 differ a little, hence so do the batches;
+`fingerprint` says which text a run has seen.
+"""
+
+import ast
+import functools
+import hashlib
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+_WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
+_SENTENCE_END = re.compile(r"(?<=[.!?:;,])\s+")
+_EDGE_MARKS = "\"'`*()[].,;:!?"
+_SEED = 30240
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+@functools.cache
+def documentation() -> tuple[str, ...]:
+    """Return the texts: topics of the reference by title, then docstrings by file.
+
+    Raises:
+        RuntimeError: If this Python comes without its documentation or library sources.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise RuntimeError(
+            "this Python lacks pydoc_data, whose text the workload needs: install the complete "
+            "standard library (on Debian: libpython3-stdlib)."
+        ) from error
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(file for file in library.glob("*.py") if not file.name.startswith("_"))
+    if len(files) < 50:
+        raise RuntimeError(f"the standard library's sources are not in {library}.")
+    texts = [topics[title] for title in sorted(topics)]
+    for file in files:
+        texts.extend(_docstrings(file))
+    return tuple(texts)
+
+
+def fingerprint() -> str:
+    """Return a short hash of the texts, to record beside results."""
+    return hashlib.sha256("\0".join(documentation()).encode()).hexdigest()[:16]
+
+
+def _clauses(text: str) -> Iterator[list[str]]:
+    """Yield the parts between punctuation that consist of plain words, in lower case."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        for clause in _SENTENCE_END.split(" ".join(paragraph.split())):
+            words = [word.strip(_EDGE_MARKS) for word in clause.lower().split()]
+            if words and all(_WORD.fullmatch(word) for word in words):
+                yield words
+
+
+@functools.cache
+def sentences(min_words: int = 4, max_words: int = 14) -> tuple[str, ...]:
+    """Return distinct clauses of plain words, shuffled by a fixed seed.
+
+    Two clauses that differ in their vowels only count as one, since the translation workload
+    tells them apart by nothing else.
+
+    Args:
+        min_words: Shortest clause.
+        max_words: Longest clause.
+    """
+    distinct: dict[str, str] = {}
+    for text in documentation():
+        for words in _clauses(text):
+            if min_words <= len(words) <= max_words:
+                distinct.setdefault(" ".join(drop_vowels(word) for word in words), " ".join(words))
+    chosen = list(distinct.values())
+    random.Random(_SEED).shuffle(chosen)
+    return tuple(chosen)
+
+
+def drop_vowels(word: str) -> str:
+    """Remove all vowels but a leading one, as in a consonant script: 'these' -> 'ths'."""
+    return word[:1] + re.sub("[aeiou]", "", word[1:])

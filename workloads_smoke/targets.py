@@ -1,0 +1,45 @@
+"""The targets of the smoke workloads, read from targets.json.
+
+`python -m workloads_smoke.set_targets` writes that file; nobody edits values by hand.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TARGETS_FILE = Path(__file__).with_name("targets.json")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Values of a workload's target metric to reach."""
+
+    validation_target_value: float
+    test_target_value: float
+
+
+@functools.cache
+def _read() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(TARGETS_FILE.read_text())
+    return content
+
+
+def load_targets(workload: str) -> Targets:
+    """Return the targets of a workload.
+
+    Args:
+        workload: Its official name.
+
+    Raises:
+        KeyError: If no targets were set for it yet; the message names the script that does.
+    """
+    entries = _read()["workloads"]
+    if workload not in entries:
+        raise KeyError(
+            f"no targets for {workload!r} in {TARGETS_FILE.name}: run "
+            f"`python -m workloads_smoke.set_targets --workload {workload}`."
+        )
+    entry = entries[workload]
+    return Targets(entry["validation_target_value"], entry["test_target_value"])

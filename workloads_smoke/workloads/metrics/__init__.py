@@ -1,0 +1,1 @@
+"""Evaluation metrics as the official workloads define them, one module each."""
