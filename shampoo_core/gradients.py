@@ -23,7 +23,7 @@ class StackedGradients:
     stacks: list[Tensor]
     """One (N, *block shape) tensor per stack; zero for closed blocks."""
     is_open: Tensor
-    """Block vector: 1 where the block has a finite gradient, else 0."""
+    """Block vector: 1 where the block has a finite gradient, else 0; valid during the step."""
     presence: Tensor | None
     """Block vector: 1 where the parameter has a gradient at all; None when all have."""
 
@@ -42,6 +42,7 @@ class GradientGuard:
             stack_set.num_blocks, dtype=torch.int64, device=stack_set.device
         )
         """Per block, how many steps it sat out because its gradient was not finite."""
+        self._is_open = stack_set.block_vector()
         self._pattern: tuple[bool, ...] = ()
         self._presence: Tensor | None = None
 
@@ -58,14 +59,17 @@ class GradientGuard:
             The guarded gradients.
         """
         presence = self._presence_of(gradients)
-        # A NaN compares false, so one comparison finds both NaN and infinity.
-        finite = self._stack_set.norms(stacks, order=torch.inf) < torch.inf
-        self.num_non_finite += ~finite
-        is_open = finite.to(self._stack_set.dtype)
+        # A NaN compares false, so one comparison finds both NaN and infinity. Written to a float
+        # tensor it is 1 or 0.
+        norms = self._stack_set.norms(stacks, order=torch.inf)
+        is_open = torch.lt(norms, torch.inf, out=self._is_open)
+        closed = is_open == 0
+        self.num_non_finite += closed
         if presence is not None:
             is_open = is_open * presence
-        for stack, closed in zip(stacks, self._stack_set.split(is_open == 0), strict=True):
-            stack.masked_fill_(closed, 0.0)
+            closed = is_open == 0
+        for stack, mask in zip(stacks, self._stack_set.split(closed), strict=True):
+            stack.masked_fill_(mask, 0.0)
         return StackedGradients(stacks, is_open, presence)
 
     def _presence_of(self, gradients: Sequence[Tensor | None]) -> Tensor | None:

@@ -25,6 +25,10 @@ from shampoo_core.state import StackState, stacked_state
 class DiagonalMethod(Protocol):
     """What grafting needs of a diagonal method."""
 
+    @property
+    def second_moment(self) -> MovingAverage | None:
+        """The running average of squared gradients, if the method keeps one."""
+
     def absorb(self, gradients: StackedGradients) -> None:
         """Update the second moment."""
 
@@ -43,6 +47,8 @@ class GraftingConfig(Protocol):
 
 
 class _Sgd:
+    second_moment: MovingAverage | None = None
+
     def __init__(self, stack_set: StackSet) -> None:
         self._num_stacks = len(stack_set)
 
@@ -80,17 +86,22 @@ class SecondMomentScaling:
         self._stack_set = stack_set
         self._eps = eps
         self._exponent = exponent
-        self.second_moment = MovingAverage(stack_set, decay, bias_correction=bias_correction)
+        self._average = MovingAverage(stack_set, decay, bias_correction=bias_correction)
+
+    @property
+    def second_moment(self) -> MovingAverage:
+        """V."""
+        return self._average
 
     def absorb(self, gradients: StackedGradients) -> None:
         """See `DiagonalMethod`."""
-        self.second_moment.absorb_squares(gradients)
+        self._average.absorb_squares(gradients)
 
     def direction(self, filtered: Direction) -> Direction:
         """See `DiagonalMethod`."""
         # f / ((V / w)^e + eps) = f / (V^e + eps w^e) * w^e
-        weight = self.second_moment.weight**self._exponent
-        average = self.second_moment.average
+        weight = self._average.weight**self._exponent
+        average = self._average.average
         if self._exponent == 0.5:
             denominators = torch._foreach_sqrt(average)
         else:
@@ -101,7 +112,7 @@ class SecondMomentScaling:
 
     def state(self) -> StackState:
         """See `DiagonalMethod`."""
-        return self.second_moment.state()
+        return self._average.state()
 
 
 @dataclass(frozen=True)
@@ -196,9 +207,10 @@ def lend_length(stack_set: StackSet, borrower: list[Tensor], lender: Direction) 
     Returns:
         ``borrower * |lender| / |borrower|`` per block; zero where the borrower is zero.
     """
-    lengths = stack_set.norms(lender.stacks) * lender.scale
-    own = stack_set.norms(borrower).clamp_min(torch.finfo(lengths.dtype).tiny)
-    return Direction(borrower, lengths / own)
+    # One list of both, so that both norms are one operation.
+    lengths, own = stack_set.norms([*lender.stacks, *borrower]).chunk(2)
+    own = own.clamp_min(torch.finfo(own.dtype).tiny)
+    return Direction(borrower, lengths * lender.scale / own)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -18,6 +18,9 @@ from shampoo_core.gradients import StackedGradients
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
 
+SMALLEST_WEIGHT = 1e-12
+"""Below any real weight: the first gradient already brings 1 - decay."""
+
 
 class MovingAverage:
     """``average <- decay * average + (1 - decay) * value``, or a sum when ``decay`` is 1."""
@@ -86,14 +89,15 @@ def decay_stacks(
 
 
 def nonzero_weight(weight: Tensor) -> Tensor:
-    """Replace weight 0 by 1: the average of a block that never had a gradient is 0 either way."""
-    return weight + (weight == 0)
+    """Lift weight 0, of a block that never had a gradient and whose average is 0, off zero."""
+    return weight.clamp_min(SMALLEST_WEIGHT)
 
 
 def absorb_weight(weight: Tensor, decay: float, gain: float, gradients: StackedGradients) -> None:
     """``weight <- decay * weight + gain`` for open blocks, in place."""
-    if gradients.presence is None:
-        weight.mul_(decay)
-    else:
+    if gradients.presence is None and decay < 1.0:
+        weight.lerp_(gradients.is_open, gain)
+        return
+    if gradients.presence is not None:
         weight.mul_(1.0 - (1.0 - decay) * gradients.presence)
     weight.add_(gradients.is_open, alpha=gain)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.moments import absorb_weight, nonzero_weight
+from shampoo_core.moments import MovingAverage, absorb_weight, nonzero_weight
 from shampoo_core.refresh import FactorStackSize
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
@@ -46,6 +46,7 @@ class KroneckerFactors:
         *,
         bias_correction: bool = True,
         interval: int = 1,
+        companion: MovingAverage | None = None,
     ) -> None:
         """Start from zero.
 
@@ -55,6 +56,8 @@ class KroneckerFactors:
             decay: In [0, 1] per step; 1 sums.
             bias_correction: Whether `corrected` divides by the weight of the average.
             interval: Gradients are absorbed every so many steps, with ``decay ** interval``.
+            companion: An average that absorbs the same gradients before any refresh; if its decay is
+                the same too, its weight is the factors' weight and none is kept here.
         """
         self.axes = tuple(axes)
         self.sizes = tuple(
@@ -72,7 +75,9 @@ class KroneckerFactors:
         self._decay = decay**interval
         self._gain = 1.0 if decay == 1.0 else 1.0 - self._decay
         self._corrects = bias_correction and decay < 1.0
-        self._weight = stack_set.block_vector()
+        shares = companion is not None and interval == 1 and companion.decay == decay
+        self._companion = companion if shares else None
+        self._own_weight = stack_set.block_vector()
 
     def absorb(self, gradients: StackedGradients, step: int) -> None:
         """Add the Gram matrices of the gradients, if this step is one of every ``interval``.
@@ -90,20 +95,24 @@ class KroneckerFactors:
         for axis, factor in zip(self.axes, self.factors, strict=True):
             rows = unfold(gradients.stacks[axis.stack], axis.axis)
             factor.baddbmm_(rows, rows.mT, beta=decay, alpha=self._gain)
-        absorb_weight(self._weight, self._decay, self._gain, gradients)
+        if self._companion is None:
+            absorb_weight(self._own_weight, self._decay, self._gain, gradients)
 
     def corrected(self, stack: int, start: int, stop: int) -> Tensor:
         """Bias-corrected copies of some factors of factor stack ``stack``, shape (stop - start, d, d)."""
         factors = self.factors[stack][start:stop]
         if not self._corrects:
             return factors.clone()
-        weight = self._weight.split(self._stack_set.sizes)[self.axes[stack].stack][start:stop]
+        weights = self._own_weight if self._companion is None else self._companion.raw_weight
+        weight = weights.split(self._stack_set.sizes)[self.axes[stack].stack][start:stop]
         return factors / nonzero_weight(weight).view(-1, 1, 1)
 
     def state(self) -> StackState:
-        """The factors, one name per axis, and their weight."""
-        weights = self._weight.split(self._stack_set.sizes)
-        return by_axis(len(self._stack_set), self.axes, "axis", self.factors, weight=weights)
+        """The factors, one name per axis, and their weight unless it is the companion's."""
+        per_stack = {}
+        if self._companion is None:
+            per_stack["weight"] = self._own_weight.split(self._stack_set.sizes)
+        return by_axis(len(self._stack_set), self.axes, "axis", self.factors, **per_stack)
 
     def _decay_present(self, presence: Tensor) -> None:
         per_stack = (1.0 - (1.0 - self._decay) * presence).split(self._stack_set.sizes)

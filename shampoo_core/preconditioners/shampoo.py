@@ -112,19 +112,20 @@ class Shampoo:
         self._stack_set = stack_set
         self._refresh = refresh
         axes = preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors)
+        self.filter = GradientFilter(stack_set, options)
+        self.grafting = None if grafting is None else grafting.create(stack_set, options)
         self.factors = KroneckerFactors(
             stack_set,
             axes,
             options.betas[1] if config.factor_decay is None else config.factor_decay,
             bias_correction=options.bias_correction,
             interval=config.statistics_interval,
+            companion=None if self.grafting is None else self.grafting.second_moment,
         )
         exponents = [
             exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes
         ]
         self.roots = FactorMatrices(stack_set, self.factors, exponents)
-        self.filter = GradientFilter(stack_set, options)
-        self.grafting = None if grafting is None else grafting.create(stack_set, options)
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
