@@ -132,10 +132,28 @@ def check_matrices(matrices: Tensor, warm_start: Tensor | None = None) -> None:
         )
 
 
+class Regularization(NamedTuple):
+    """How a root is kept finite: truncation, or a ridge if one of the ridges is positive.
+
+    Attributes:
+        rank_tolerance: Eigenvalues at or below this fraction of the largest are dropped.
+        ridge: Added to every eigenvalue, in units of the matrix.
+        relative_ridge: Added to every eigenvalue, in units of the largest one.
+    """
+
+    rank_tolerance: float
+    ridge: float
+    relative_ridge: float
+
+
 def check_regularization(
-    exponent: float, rank_tolerance: float | None, ridge: float, relative_ridge: float
-) -> None:
-    """Refuse exponents and regularisation outside their ranges, or both kinds at once."""
+    matrices: Tensor,
+    exponent: float,
+    rank_tolerance: float | None,
+    ridge: float,
+    relative_ridge: float,
+) -> Regularization:
+    """Refuse numbers outside their ranges, and both kinds at once; fill in the default tolerance."""
     if not (math.isfinite(exponent) and exponent > 0):
         raise ValueError(
             f"exponent must be a finite number > 0, got {exponent}; to leave a side without "
@@ -145,7 +163,8 @@ def check_regularization(
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number >= 0, got {value}; 0 switches it off")
     if rank_tolerance is None:
-        return
+        epsilon = torch.finfo(matrices.dtype).eps
+        return Regularization(matrices.shape[-1] * epsilon, ridge, relative_ridge)
     if not 0 <= rank_tolerance < 1:
         raise ValueError(
             f"rank_tolerance must be None or in [0, 1), got {rank_tolerance}; it is a fraction of "
@@ -157,6 +176,7 @@ def check_regularization(
             f"relative_ridge={relative_ridge}: give one of them; "
             "a ridge takes the place of truncation"
         )
+    return Regularization(rank_tolerance, ridge, relative_ridge)
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from shampoo_core.solvers.base import Regularization
+
 
 def scale_to_unit(matrices: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
     """Divide every matrix by its largest absolute entry (plus the absolute ridge).
@@ -27,13 +29,7 @@ def scale_to_unit(matrices: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]
 
 
 def spectral_power(
-    eigenvalues: Tensor,
-    scales: Tensor,
-    exponent: float,
-    *,
-    rank_tolerance: float | None,
-    ridge: float,
-    relative_ridge: float,
+    eigenvalues: Tensor, scales: Tensor, exponent: float, regularization: Regularization
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the regularised inverse root, in the units of the unscaled matrices.
 
@@ -41,24 +37,22 @@ def spectral_power(
         eigenvalues: (N, d) of the matrices divided by ``scales``, in any order; NaN where unsolved.
         scales: (N,) as :func:`scale_to_unit` gives them.
         exponent: > 0.
-        rank_tolerance: As for :meth:`RootSolver.inverse_root`, as are the ridges.
-        ridge: In units of the unscaled matrices.
-        relative_ridge: In units of the largest eigenvalue.
+        regularization: Its ridge is in units of the unscaled matrices.
 
     Returns:
         powers: (N, d), finite; zeros for dropped eigenvalues and where not accepted.
         accepted: (N,) bool; some direction is kept, and all powers are finite.
     """
-    info = torch.finfo(eigenvalues.dtype)
+    tolerance, ridge, relative_ridge = regularization
     largest = eigenvalues.amax(-1, keepdim=True)
     if ridge > 0 or relative_ridge > 0:
         # Rounding makes null directions slightly negative; a ridge far below rounding vanishes.
         shift = ridge / scales[:, None] + relative_ridge * largest
-        regular = (eigenvalues.clamp(min=0.0) + shift).clamp_(min=info.tiny)
+        regular = eigenvalues.clamp(min=0.0) + shift
+        regular.clamp_(min=torch.finfo(eigenvalues.dtype).tiny)
         if ridge == 0:  # else the zero matrix is as good as any
             regular = regular.masked_fill_(largest <= 0, float("inf"))
     else:
-        tolerance = eigenvalues.shape[-1] * info.eps if rank_tolerance is None else rank_tolerance
         # Infinity, since its inverse power is zero. No positive eigenvalue: all are dropped.
         regular = eigenvalues.masked_fill(eigenvalues <= tolerance * largest, float("inf"))
     powers = regular.pow_(-exponent).mul_(scales.pow(-exponent)[:, None])

@@ -1,0 +1,42 @@
+"""How well an old basis still diagonalises a matrix: the test of adaptive refreshes."""
+
+import torch
+from torch import Tensor
+
+from shampoo_core.solvers.base import check_matrices
+from shampoo_core.solvers.precision import full_precision
+from shampoo_core.solvers.scaling import scale_to_unit
+
+
+def off_diagonal_ratio(matrices: Tensor, basis: Tensor) -> Tensor:
+    """Return (N,): ``||B - diag(B)||_F / ||B||_F`` of ``B = Q^T A Q``.
+
+    It is the relative error of ``Q diag(B) Q^T``, the best reconstruction of A in the old basis
+    (arXiv 2506.03595); it does not depend on the scale of A, nor on the order and signs of the
+    columns of Q. No host synchronisation.
+
+    Args:
+        matrices: (N, d, d) symmetric.
+        basis: (N, d, d) orthogonal.
+
+    Returns:
+        Between 0 and 1; 0 for matrices of zeros, which any basis diagonalises; infinity for matrices
+        that are not finite, so that they exceed every tolerance and meet a solver that counts them.
+    """
+    check_matrices(matrices, basis)
+    with full_precision(matrices.device):
+        unit, scales = scale_to_unit(matrices)
+        ratio = relative_off_diagonal(torch.bmm(basis.mT, torch.bmm(unit, basis)))
+        return ratio.masked_fill_(~(scales < float("inf")), float("inf"))
+
+
+def relative_off_diagonal(matrices: Tensor) -> Tensor:
+    """Return (N,) ``||B - diag(B)||_F / ||B||_F``, zero for zero; sets the diagonals to zero.
+
+    Not as ``sqrt(||B||^2 - ||diag B||^2)``: the difference of two large numbers has a floor of 3e-4
+    in float32 and can be negative (ALGORITHMS.md 3.5 b).
+    """
+    total = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    matrices.diagonal(dim1=-2, dim2=-1).zero_()
+    off_diagonal = torch.linalg.vector_norm(matrices, dim=(-2, -1))
+    return off_diagonal / total.clamp_(min=torch.finfo(matrices.dtype).tiny)

@@ -1,0 +1,164 @@
+"""Orthogonal iteration from the previous basis: tracks an eigenbasis by matrix products and QR."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shampoo_core.solvers.base import (
+    BasisResult,
+    Regularization,
+    RootResult,
+    check_matrices,
+    check_number,
+    check_regularization,
+)
+from shampoo_core.solvers.criterion import relative_off_diagonal
+from shampoo_core.solvers.eigh import EighSolver
+from shampoo_core.solvers.precision import full_precision
+from shampoo_core.solvers.scaling import scale_to_unit, spectral_power
+
+
+@dataclass(frozen=True)
+class OrthogonalIterationSolver:
+    """Warm-started orthogonal iteration, the basis refresh of SOAP.
+
+    One iteration: ``Y = A Q``; sort the columns by ``diag(Q^T Y)``, descending; ``Q <- qr(Y).Q``.
+    Descending order is what makes it converge: entry (i, j), i > j, of ``Q^T A Q`` is multiplied by
+    ``lambda_i / lambda_j``, in ascending order every step drives the basis away (ALGORITHMS.md
+    3.5 a). Columns keep their direction: ``q_new . A q_old >= 0``.
+
+    Without a warm start the first basis is an eigendecomposition. Matrices that are not accepted
+    (zero or not finite) keep their warm start. No host synchronisation in :meth:`basis`.
+
+    Attributes:
+        max_iterations: At least 1. Default 1, as SOAP.
+        tolerance: A matrix stops, unchanged but for the order of its columns, as soon as its relative
+            off-diagonal norm (:func:`off_diagonal_ratio`) is at most this. Default 0: all iterations
+            are made, and the test's product is saved.
+        residual_bound: Of roots: ``max|B_ij| / sqrt(b_i b_j)``, i != j, where b are the regularised
+            eigenvalues. Default 0.1.
+        eigh_fallback: Roots that exceed the bound are made from an eigendecomposition; asking whether
+            there is any is the only host synchronisation of :meth:`inverse_root`.
+    """
+
+    max_iterations: int = 1
+    tolerance: float = 0.0
+    residual_bound: float = 0.1
+    eigh_fallback: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("max_iterations", self.max_iterations, 1)
+        check_number("tolerance", self.tolerance, 0.0, 1.0)
+        check_number("residual_bound", self.residual_bound, 0.0)
+
+    def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
+        """See :meth:`BasisSolver.basis`."""
+        check_matrices(matrices, warm_start)
+        if warm_start is None:
+            return EighSolver().basis(matrices)
+        with full_precision(matrices.device):
+            unit, scales = scale_to_unit(matrices)
+            vectors, order = self._iterate(unit, warm_start)
+            values = (vectors * torch.bmm(unit, vectors)).sum(-2)
+            values, last = values.sort(dim=-1, descending=True, stable=True)
+            vectors, order = _columns(vectors, last), order.gather(-1, last)
+            values = values * scales[:, None]
+            accepted = (values[:, 0] > 0) & (values[:, 0] < float("inf"))
+            return BasisResult(
+                torch.where(accepted[:, None, None], vectors, warm_start),
+                values.masked_fill_(~accepted[:, None], 0.0),
+                accepted,
+                torch.where(accepted[:, None], order, _identity_order(order)),
+            )
+
+    def inverse_root(
+        self,
+        matrices: Tensor,
+        exponent: float,
+        *,
+        rank_tolerance: float | None = None,
+        ridge: float = 0.0,
+        relative_ridge: float = 0.0,
+        warm_start: Tensor | None = None,
+    ) -> RootResult:
+        """See :meth:`RootSolver.inverse_root`.
+
+        ``warm_start`` is the ``eigenvectors`` of the previous result, not its roots. Small
+        eigenvalues need an accurate basis: without enough iterations most roots will come from the
+        fallback.
+        """
+        check_matrices(matrices, warm_start)
+        regularization = check_regularization(
+            matrices, exponent, rank_tolerance, ridge, relative_ridge
+        )
+        vectors = self.basis(matrices, warm_start).eigenvectors
+        with full_precision(matrices.device):
+            roots, usable, residual = _root_in_basis(matrices, vectors, exponent, regularization)
+            if warm_start is None:  # already an eigendecomposition
+                return RootResult(roots, usable, vectors)
+            accepted = usable & (residual <= self.residual_bound)
+            if self.eigh_fallback:
+                rejected = usable & ~accepted
+                if rejected.any().item():  # the host synchronisation
+                    where = rejected.nonzero().squeeze(-1)
+                    exact = EighSolver().basis(matrices[where])
+                    vectors[where] = exact.eigenvectors
+                    roots[where], accepted[where], _ = _root_in_basis(
+                        matrices[where], exact.eigenvectors, exponent, regularization
+                    )
+            return RootResult(roots.masked_fill_(~accepted[:, None, None], 0.0), accepted, vectors)
+
+    def _iterate(self, unit: Tensor, warm_start: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last basis and, per column, the column of the warm start it came from."""
+        vectors = warm_start
+        order = _identity_order(vectors[:, 0])
+        for _ in range(self.max_iterations):
+            products = torch.bmm(unit, vectors)
+            stale = None
+            if self.tolerance == 0.0:
+                sizes = (vectors * products).sum(-2)
+            else:
+                rotated = torch.bmm(vectors.mT, products)
+                sizes = rotated.diagonal(dim1=-2, dim2=-1).clone()
+                stale = (relative_off_diagonal(rotated) > self.tolerance)[:, None]
+            descending = sizes.argsort(descending=True, stable=True)
+            refreshed = _orthonormalized(_columns(products, descending))
+            moved = order.gather(-1, descending)
+            vectors = (
+                refreshed if stale is None else torch.where(stale[..., None], refreshed, vectors)
+            )
+            order = moved if stale is None else torch.where(stale, moved, order)
+        return vectors, order
+
+
+def _root_in_basis(
+    matrices: Tensor, vectors: Tensor, exponent: float, regularization: Regularization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Roots as if the basis were exact, whether they are usable at all, and how inexact it is."""
+    unit, scales = scale_to_unit(matrices, regularization.ridge)
+    rotated = torch.bmm(vectors.mT, torch.bmm(unit, vectors))
+    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+    powers, usable = spectral_power(diagonal, scales, exponent, regularization)
+    # A relative test: in directions of small eigenvalues small entries matter. Dropped ones do not.
+    weights = (powers * scales.pow(exponent)[:, None]).pow_(0.5 / exponent)
+    rotated.diagonal(dim1=-2, dim2=-1).zero_()
+    coupling = rotated * weights[:, :, None] * weights[:, None, :]
+    residual = torch.linalg.vector_norm(coupling, float("inf"), dim=(-2, -1))
+    return torch.bmm(vectors * powers[:, None, :], vectors.mT), usable, residual
+
+
+def _orthonormalized(matrices: Tensor) -> Tensor:
+    """Orthogonal factor of the QR factorisation with a non-negative diagonal of R."""
+    orthogonal, triangular = torch.linalg.qr(matrices)
+    flipped = triangular.diagonal(dim1=-2, dim2=-1) < 0
+    return torch.where(flipped[:, None, :], -orthogonal, orthogonal)
+
+
+def _columns(matrices: Tensor, order: Tensor) -> Tensor:
+    return matrices.gather(-1, order[:, None, :].expand_as(matrices))
+
+
+def _identity_order(like: Tensor) -> Tensor:
+    """Return (N, d) column numbers 0..d-1, for (N, d) ``like``."""
+    return torch.arange(like.shape[-1], device=like.device).expand(like.shape)
