@@ -9,7 +9,7 @@ Source: Gupta et al. 2018 (arXiv 1802.09568), Algorithms 1 and 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,12 +79,19 @@ class KroneckerFactors:
         self._companion = companion if shares else None
         self._own_weight = stack_set.block_vector()
 
-    def absorb(self, gradients: StackedGradients, step: int) -> None:
+    def absorb(
+        self,
+        gradients: StackedGradients,
+        step: int,
+        rows_of: Callable[[FactorAxis], Tensor] | None = None,
+    ) -> None:
         """Add the Gram matrices of the gradients, if this step is one of every ``interval``.
 
         Args:
             gradients: Of this step.
             step: Counted from 1; the first step always counts.
+            rows_of: What to form the Gram matrices of an axis from, (N, d, any number); None takes
+                the gradients, unfolded along it. Must be zero for closed blocks.
         """
         if (step - 1) % self._interval != 0 or not self.axes:
             return
@@ -92,8 +99,12 @@ class KroneckerFactors:
         if gradients.presence is not None:
             self._decay_present(gradients.presence)
             decay = 1.0
+
+        def gradient_rows(axis: FactorAxis) -> Tensor:
+            return unfold(gradients.stacks[axis.stack], axis.axis)
+
         for axis, factor in zip(self.axes, self.factors, strict=True):
-            rows = unfold(gradients.stacks[axis.stack], axis.axis)
+            rows = (rows_of or gradient_rows)(axis)
             factor.baddbmm_(rows, rows.mT, beta=decay, alpha=self._gain)
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)

@@ -7,20 +7,16 @@
     P    = (M / (sqrt(D) + eps)) x_1 Q_1^T x_2 Q_2^T ...
 
 The averages live in the eigenbasis, so that a step costs three two-sided products instead of four.
-They are carried over when the basis turns: with S_i = Q_i,old^T Q_i,new, M becomes M x_i S_i, which is
-exact, and D becomes D x_i (S_i o S_i), which is exact where coordinates are uncorrelated.
+They are carried over when the basis turns, see `shampoo_core.preconditioners.basis_change`.
 
-Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3; Eschenhagen et al. 2025 (arXiv 2506.03595);
-the transport of D is ALGORITHMS.md section 2.3.
+Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3; Eschenhagen et al. 2025 (arXiv 2506.03595).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
@@ -28,14 +24,18 @@ from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import GraftingConfig, SecondMomentScaling
 from shampoo_core.preconditioners.axes import preconditioned_axes
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Replacement
+from shampoo_core.preconditioners.basis_change import (
+    SECOND_MOMENTS,
+    SecondMoments,
+    turn_first_moment,
+    turn_second_moment,
+)
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solution, Solve
 from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import KroneckerFactors, multiply_along_axes, multiply_along_axis
-
-SecondMoments = Literal["transport", "keep"]
+from shampoo_core.statistics import KroneckerFactors
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EigenvalueCorrectedConfig:
         solver: Computes the eigenbases, by descending eigenvalue.
         exponent: Of the second moment in the eigenbasis; 1/2 is Adam's root.
         second_moments: What becomes of D when the basis turns: ``"transport"`` carries it into the
-            new basis, ``"keep"`` leaves its numbers as they are.
+            new basis, ``"permute"`` lets its numbers follow their columns, ``"keep"`` leaves them.
         lagged: Whether factors and bases know past gradients only, as in the published SOAP code:
             the first gradient makes the first basis and no step, and later ones reach the factors
             after their own step.
@@ -71,7 +71,7 @@ class EigenvalueCorrectedConfig:
     def __post_init__(self) -> None:
         owner = "EigenvalueCorrectedConfig"
         check_range(owner, "exponent", self.exponent, low=0.0, high=1.0, low_open=True)
-        check_choice(owner, "second_moments", self.second_moments, ("transport", "keep"))
+        check_choice(owner, "second_moments", self.second_moments, SECOND_MOMENTS)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)
@@ -140,52 +140,44 @@ class EigenvalueCorrected:
             return self._adam_in_eigenbasis(gradients)
         if step == 1:
             self.factors.absorb(gradients, step)
-            self._turn(whole_stacks(self.factors.sizes))
+            self._turn(whole_stacks(self.factors.sizes), self._first_basis)
             return None
         direction = self._adam_in_eigenbasis(gradients)
         self._refresh_bases(gradients, step - 1)
         return direction
 
     def _adam_in_eigenbasis(self, gradients: StackedGradients) -> Direction:
-        rotated = replace(gradients, stacks=self._rotate(gradients.stacks))
+        rotated = replace(gradients, stacks=self.bases.multiply(gradients.stacks))
         self.scaling.absorb(rotated)
         direction = self.scaling.direction(self.filter.filter(rotated))
-        return direction._replace(stacks=self._rotate(direction.stacks, back=True))
-
-    def _rotate(self, stacks: Sequence[Tensor], *, back: bool = False) -> list[Tensor]:
-        """Into the eigenbasis, or back; blocks without factors stay as they are."""
-        rotated = list(stacks)
-        for index, bases in self.bases.per_stack().items():
-            if back:
-                bases = [None if basis is None else basis.mT for basis in bases]
-            rotated[index] = multiply_along_axes(rotated[index], bases)
-        return rotated
+        stacks = self.bases.multiply(direction.stacks, transposed=True)
+        return direction._replace(stacks=stacks)
 
     def _refresh_bases(self, gradients: StackedGradients, step: int) -> None:
         self.factors.absorb(gradients, step)
         due = self._refresh.due(step, self.factors.sizes)
-        self._turn(self.bases.stale(due, self.bases.matrices, self._refresh.tolerance))
+        stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
+        has_basis = self._config.lagged or step > self._refresh.settled_step
+        self._turn(stale, self._continue_basis if has_basis else self._first_basis)
 
-    def _turn(self, due: Sequence[FactorSlice]) -> None:
+    def _turn(self, due: Sequence[FactorSlice], solve: Solve) -> None:
         """Recompute bases and carry the moments into them."""
-        for replacement in self.bases.refresh(due, self._solve):
-            self._carry_over(replacement)
+        for change in self.bases.refresh(due, solve):
+            stack, axis = self.factors.axes[change.where.stack][:2]
+            if self.filter.moment is not None:
+                turn_first_moment(self.filter.moment.average[stack], axis, change)
+            second_moment = self.scaling.second_moment.average[stack]
+            turn_second_moment(second_moment, axis, change, self._config.second_moments)
 
-    def _solve(self, factors: Tensor, old: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    def _first_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del old, exponent
+        result = self._config.solver.basis(factors)
+        return Solution(result.eigenvectors, result.accepted)
+
+    def _continue_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del exponent
         result = self._config.solver.basis(factors, warm_start=old)
-        return result.eigenvectors, result.accepted
-
-    def _carry_over(self, replacement: Replacement) -> None:
-        where, old, new = replacement
-        axis = self.factors.axes[where.stack]
-        turn = torch.bmm(old.mT, new)
-        blocks = slice(where.start, where.stop)
-        if self.filter.moment is not None:
-            momentum = self.filter.moment.average[axis.stack][blocks]
-            momentum.copy_(multiply_along_axis(momentum, axis.axis, turn))
-        if self._config.second_moments == "transport":
-            second = self.scaling.second_moment.average[axis.stack][blocks]
-            second.copy_(multiply_along_axis(second, axis.axis, turn.square()))
+        return Solution(result.eigenvectors, result.accepted, result.order)
 
     def state(self) -> StackState:
         """See `Preconditioner`."""

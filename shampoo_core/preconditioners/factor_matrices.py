@@ -13,12 +13,25 @@ import torch
 from torch import Tensor
 
 from shampoo_core.refresh import FactorSlice
+from shampoo_core.solvers import off_diagonal_ratio
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import KroneckerFactors, by_axis
+from shampoo_core.statistics import KroneckerFactors, by_axis, multiply_along_axes
 
-Solve = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""(factors (K, d, d), old matrices (K, d, d), exponent) -> (new matrices, accepted (K,) bool)."""
+
+class Solution(NamedTuple):
+    """The new matrices of a batch of K factors."""
+
+    matrices: Tensor
+    """(K, d, d)."""
+    accepted: Tensor
+    """(K,) bool; the old matrix stays where it is false."""
+    order: Tensor | None = None
+    """(K, d): the old column that a new one continues; None where columns are not continued."""
+
+
+Solve = Callable[[Tensor, Tensor, float], Solution]
+"""(factors (K, d, d), old matrices (K, d, d), exponent) -> new matrices."""
 
 
 class Replacement(NamedTuple):
@@ -27,6 +40,8 @@ class Replacement(NamedTuple):
     where: FactorSlice
     old: Tensor
     new: Tensor
+    order: Tensor | None
+    """See `Solution`."""
 
 
 class FactorMatrices:
@@ -72,14 +87,15 @@ class FactorMatrices:
             counts = [item.stop - item.start for item in group]
             old = torch.cat(_slices(self.matrices, group))
             factors = torch.cat([self._factors.corrected(*item) for item in group])
-            solved, accepted = solve(factors, old, exponent)
+            solved, accepted, order = solve(factors, old, exponent)
             new = torch.where(accepted.view(-1, 1, 1), solved, old)
             torch._foreach_copy_(_slices(self.matrices, group), list(new.split(counts)))
             torch._foreach_add_(_slices(self.num_refreshes, group), list(accepted.split(counts)))
             torch._foreach_add_(_slices(self.num_failures, group), list((~accepted).split(counts)))
+            orders = [None] * len(group) if order is None else order.split(counts)
             replacements += [
                 Replacement(*one)
-                for one in zip(group, old.split(counts), new.split(counts), strict=True)
+                for one in zip(group, old.split(counts), new.split(counts), orders, strict=True)
             ]
         return replacements
 
@@ -96,8 +112,6 @@ class FactorMatrices:
         """
         if tolerance <= 0.0 or not due:
             return list(due)
-        from shampoo_core.solvers import off_diagonal_ratio
-
         ratios = [
             off_diagonal_ratio(self._factors.corrected(*item), basis)
             for item, basis in zip(due, _slices(bases, due), strict=True)
@@ -122,6 +136,19 @@ class FactorMatrices:
         for axis, matrix in zip(self._factors.axes, self.matrices, strict=True):
             matrices.setdefault(axis.stack, [None] * axis.order)[axis.axis] = matrix
         return matrices
+
+    def multiply(self, stacks: Sequence[Tensor], *, transposed: bool = False) -> list[Tensor]:
+        """Multiply every stack by its matrices, or their transposes, along all axes that have one.
+
+        For eigenbases: rotate the stacks into the eigenbasis, or back. Stacks without factors are
+        returned as they are.
+        """
+        result = list(stacks)
+        for index, matrices in self.per_stack().items():
+            if transposed:
+                matrices = [None if matrix is None else matrix.mT for matrix in matrices]
+            result[index] = multiply_along_axes(result[index], matrices)
+        return result
 
     def state(self, name: str) -> StackState:
         """Matrices under ``name``, and the counters."""

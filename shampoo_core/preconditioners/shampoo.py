@@ -6,19 +6,25 @@
 
 with the length of P taken, block by block, from a diagonal method (grafting).
 
+With ``statistics="whitened"`` the factor of an axis is measured on gradients that the other axes' roots
+have whitened already, the stationarity condition of KL-Shampoo; `shampoo_core.preconditioners.kl` is
+that method in full.
+
 Source: Gupta et al. 2018 (arXiv 1802.09568), Algorithms 1 and 2; Anil et al. 2020 (arXiv 2002.09018);
-Shi et al. 2023 (arXiv 2309.06497).
+Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from shampoo_core.config import GroupOptions, check_count, check_range
-from shampoo_core.filtering import Direction, GradientFilter
+from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.filtering import Direction, GradientFilter, blend
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
 from shampoo_core.preconditioners.axes import (
@@ -27,12 +33,14 @@ from shampoo_core.preconditioners.axes import (
     exponent_of_order,
     preconditioned_axes,
 )
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solution
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import KroneckerFactors, multiply_along_axes
+from shampoo_core.statistics import FactorAxis, KroneckerFactors, multiply_along_axes, unfold
+
+Statistics = Literal["gram", "whitened", "whitened_mean"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,10 @@ class ShampooConfig:
         relative_ridge: As ``ridge``, in units of the factor's largest eigenvalue.
         trace_scaling: c of A * trace(A)^(-c) before the root, in [0, 1]; 0 is off.
         factor_decay: Decay of the factors per step, 1 sums; None takes ``betas[1]``.
+        statistics: Of which gradients the factor of an axis is the second moment: ``"gram"`` the raw
+            ones; ``"whitened"`` multiplied by the stored roots of the other axes; ``"whitened_mean"``
+            also divided by the product of the other dimensions. For whitening proper the exponent has
+            to be 1/2.
         statistics_interval: Steps from one update of the factors to the next.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
@@ -65,6 +77,7 @@ class ShampooConfig:
     relative_ridge: float = 0.0
     trace_scaling: float = 0.0
     factor_decay: float | None = None
+    statistics: Statistics = "gram"
     statistics_interval: int = 1
     precondition_vectors: bool = False
 
@@ -78,6 +91,7 @@ class ShampooConfig:
         check_range(owner, "trace_scaling", self.trace_scaling, low=0.0, high=1.0)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
+        check_choice(owner, "statistics", self.statistics, get_args(Statistics))
         check_count(owner, "statistics_interval", self.statistics_interval)
 
     @property
@@ -129,7 +143,7 @@ class Shampoo:
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
-        self.factors.absorb(gradients, step)
+        self.factors.absorb(gradients, step, self._rows_of(gradients))
         if self.grafting is not None:
             self.grafting.absorb(gradients)
         due = self._refresh.due(step, self.factors.sizes)
@@ -141,8 +155,23 @@ class Shampoo:
             return grafted
         direction = self._precondition(filtered, grafted)
         if step < self._refresh.settled_step:
-            return self._mix_unready(direction, grafted)
+            # Blocks whose first root is still to come follow the grafting method.
+            return blend(self._stack_set, self.roots.ready_blocks(), direction, grafted)
         return direction
+
+    def _rows_of(self, gradients: StackedGradients) -> Callable[[FactorAxis], Tensor] | None:
+        """What the factors are measured on; None for the gradients themselves."""
+        if self._config.statistics == "gram":
+            return None
+        roots = self.roots.per_stack()
+
+        def whitened_rows(axis: FactorAxis) -> Tensor:
+            others = [root if i != axis.axis else None for i, root in enumerate(roots[axis.stack])]
+            rows = unfold(multiply_along_axes(gradients.stacks[axis.stack], others), axis.axis)
+            means = self._config.statistics == "whitened_mean"
+            return rows * rows.shape[-1] ** -0.5 if means else rows
+
+        return whitened_rows
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
@@ -152,17 +181,8 @@ class Shampoo:
             return Direction(stacks, filtered.scale)
         return lend_length(self._stack_set, stacks, grafted)
 
-    def _mix_unready(self, direction: Direction, grafted: Direction) -> Direction:
-        """Use the grafting method's direction for blocks whose first root is still to come."""
-        ready = self.roots.ready_blocks()
-        mixed = torch._foreach_mul(direction.stacks, self._stack_set.split(direction.scale * ready))
-        rest = torch._foreach_mul(
-            grafted.stacks, self._stack_set.split(grafted.scale * (1.0 - ready))
-        )
-        torch._foreach_add_(mixed, rest)
-        return Direction(list(mixed), self._stack_set.block_vector(1.0))
-
-    def _solve(self, factors: Tensor, old: Tensor, exponent: float) -> tuple[Tensor, Tensor]:
+    def _solve(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del old
         config = self._config
         if config.trace_scaling > 0.0:
             factors = _scale_by_trace(factors, config.trace_scaling)
@@ -173,7 +193,7 @@ class Shampoo:
             ridge=config.ridge,
             relative_ridge=config.relative_ridge,
         )
-        return result.roots, result.accepted
+        return Solution(result.roots, result.accepted)
 
     def state(self) -> StackState:
         """See `Preconditioner`."""
