@@ -1,0 +1,104 @@
+"""Non-finite gradients: what is affected stays, is counted, and training goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from quadratic import gradient, optimizer_for, parameters, run
+from test_state import METHODS
+
+from shampoo_core import FixedRefresh
+
+
+def poison(params: list[torch.nn.Parameter], value: float) -> None:
+    """One bad number in the first block of the first parameter."""
+    for index, parameter in enumerate(params):
+        parameter.grad = gradient(parameter, 5, index)
+    params[0].grad[0, 0] = value  # type: ignore[index]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_bad_block_stays_where_it_is_and_the_others_move(name: str, value: float) -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, **METHODS[name])
+    run(optimizer, params, range(1, 5))
+    before = [parameter.detach().clone() for parameter in params]
+    poison(params, value)
+    optimizer.step()
+    # (20, 30) is cut into 10 + 10 by 15 + 15.
+    assert torch.equal(params[0][:10, :15], before[0][:10, :15])
+    assert not torch.equal(params[0][10:, :15], before[0][10:, :15])
+    assert all(not torch.equal(p, old) for p, old in zip(params[1:], before[1:], strict=True))
+    run(optimizer, params, range(6, 14))
+    assert not torch.equal(params[0][:10, :15], before[0][:10, :15])
+    for parameter in params:
+        assert torch.isfinite(parameter).all()
+        for key, entry in optimizer.state[parameter].items():
+            assert torch.isfinite(entry).all(), key
+    counted = sum(
+        int(entry)
+        for parameter in params
+        for key, entry in optimizer.state[parameter].items()
+        if key.endswith("guard.non_finite")
+    )
+    assert counted == 1
+
+
+def test_statistics_of_a_bad_block_keep_their_corrected_value() -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, betas=(0.9, 0.9), refresh=FixedRefresh(100))
+    run(optimizer, params, range(1, 5))
+
+    def corrected() -> dict[str, torch.Tensor]:
+        state = {k: v for k, v in optimizer.state[params[0]].items() if k.startswith("block.0.0.")}
+        second = state["block.0.0.grafting.weight"]
+        return {
+            "momentum": state["block.0.0.filter.average"] / state["block.0.0.filter.weight"],
+            "second": state["block.0.0.grafting.average"] / second,
+            "left": state["block.0.0.factors.axis0"] / second,
+            "right": state["block.0.0.factors.axis1"] / second,
+        }
+
+    before = corrected()
+    poison(params, float("nan"))
+    optimizer.step()
+    for key, value in corrected().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-12, atol=1e-14)
+
+
+def test_everything_bad_changes_nothing() -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, weight_decay=0.1)
+    run(optimizer, params, range(1, 4))
+    before = [parameter.detach().clone() for parameter in params]
+    for parameter in params:
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+def test_the_gradients_of_the_caller_are_not_touched() -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, weight_decay_kind="l2")
+    poison(params, float("nan"))
+    before: list[Any] = [parameter.grad.clone() for parameter in params]  # type: ignore[union-attr]
+    optimizer.step()
+    for parameter, old in zip(params, before, strict=True):
+        assert torch.equal(parameter.grad.nan_to_num(), old.nan_to_num())  # type: ignore[union-attr]
+
+
+def test_hundreds_of_bad_steps_in_a_row_leave_a_usable_state() -> None:
+    params = parameters([(4, 4), (3,)], dtype=torch.float32)
+    optimizer = optimizer_for(params, refresh=FixedRefresh(50))
+    run(optimizer, params, range(1, 3))
+    before = [parameter.detach().clone() for parameter in params]
+    for _ in range(1500):
+        for parameter in params:
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    run(optimizer, params, range(3, 6))
+    assert all(torch.isfinite(parameter).all() for parameter in params)

@@ -1,0 +1,216 @@
+"""When factors are refreshed, how evenly the work is spread, and what adaptivity leaves alone."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quadratic import gradient, optimizer_for, parameters, run
+
+from shampoo_core import (
+    AdaptiveRefresh,
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    StaggeredRefresh,
+)
+from shampoo_core.blocking import merge_dimensions, tiles_of
+from shampoo_core.costs import plain_step_flops, refresh_flops
+from shampoo_core.preconditioners.axes import preconditioned_axes
+from shampoo_core.preconditioners.eigenvalue_corrected import SecondMoments
+from shampoo_core.refresh import FactorStackSize, RefreshPolicy
+from shampoo_core.stacks import StackSet
+
+sizes_strategy = st.lists(
+    st.builds(FactorStackSize, st.integers(1, 12), st.integers(1, 64)), min_size=1, max_size=6
+).map(tuple)
+
+
+def covered(
+    policy: RefreshPolicy, sizes: tuple[FactorStackSize, ...], steps: range
+) -> collections.Counter[tuple[int, int]]:
+    """How often each factor is due in some steps."""
+    return collections.Counter(
+        (item.stack, factor)
+        for step in steps
+        for item in policy.due(step, sizes)
+        for factor in range(item.start, item.stop)
+    )
+
+
+@given(sizes_strategy, st.integers(1, 20), st.integers(1, 30))
+def test_staggered_refreshes_every_factor_once_per_interval(
+    sizes: tuple[FactorStackSize, ...], interval: int, start: int
+) -> None:
+    policy = StaggeredRefresh(interval, start)
+    everything = {(i, j) for i, size in enumerate(sizes) for j in range(size.num_factors)}
+    assert not covered(policy, sizes, range(1, policy.first_step))
+    for first in (policy.first_step, policy.first_step + 3):
+        counts = covered(policy, sizes, range(first, first + interval))
+        assert set(counts) == everything
+        assert set(counts.values()) == {1}
+    assert policy.settled_step == start + interval - 1
+
+
+@given(sizes_strategy, st.integers(1, 20), st.integers(1, 30))
+def test_fixed_refreshes_at_its_start_and_at_multiples(
+    sizes: tuple[FactorStackSize, ...], interval: int, start: int
+) -> None:
+    policy = FixedRefresh(interval, start)
+    due = [step for step in range(1, 80) if policy.due(step, sizes)]
+    assert due == [s for s in range(1, 80) if s == start or (s > start and s % interval == 0)]
+    total = sum(size.num_factors for size in sizes)
+    assert sum(covered(policy, sizes, range(start, start + 1)).values()) == total
+
+
+def stacks_of(workload: str) -> StackSet:
+    """The stacks of an official model under the default blocking."""
+    path = Path(__file__).parent / "data" / "algoperf_param_shapes.json"
+    tiles = []
+    for index, (_, shape, _) in enumerate(json.loads(path.read_text())[workload]["params"]):
+        tiles += tiles_of(index, merge_dimensions(tuple(shape), 1024), 1024)
+    return StackSet(tiles, dtype=torch.float32, device=torch.device("meta"))
+
+
+def step_flops(policy: RefreshPolicy, stack_set: StackSet, steps: range) -> list[float]:
+    """Modelled work of each step: statistics, preconditioning and refreshes."""
+    sizes = tuple(
+        FactorStackSize(stack_set.layouts[axis.stack].num_blocks, axis.dimension)
+        for axis in preconditioned_axes(stack_set, precondition_vectors=False)
+    )
+    plain = sum(
+        layout.num_blocks * plain_step_flops(layout.block_shape) for layout in stack_set.layouts
+    )
+    return [
+        plain
+        + sum(
+            (item.stop - item.start) * refresh_flops(sizes[item.stack].dimension)
+            for item in policy.due(step, sizes)
+        )
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize("workload", ["imagenet_resnet", "imagenet_vit"])
+def test_no_step_is_a_spike(workload: str) -> None:
+    """At interval 100 the dearest step costs at most 1.5 times the median; all at once, far more."""
+    stack_set = stacks_of(workload)
+    staggered = step_flops(StaggeredRefresh(100), stack_set, range(1, 101))
+    at_once = step_flops(FixedRefresh(100), stack_set, range(1, 101))
+    assert sum(staggered) == pytest.approx(sum(at_once))
+    assert max(staggered) <= 1.5 * statistics.median(staggered)
+    assert max(at_once) > 5 * statistics.median(at_once)
+
+
+def refreshes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(
+        int(value)
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if ".refreshes." in name
+    )
+
+
+def still(parameter: torch.Tensor, step: int) -> torch.Tensor:
+    """Gradients whose covariance has fixed axes."""
+    generator = torch.Generator().manual_seed(step)
+    noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    scales = torch.logspace(0, -2, parameter.shape[0], dtype=parameter.dtype)
+    return noise * scales[:, None]
+
+
+def test_adaptive_leaves_bases_that_stand_still_alone() -> None:
+    """A covariance that stands still is refreshed a few times, a turning one at every test."""
+    counts = {}
+    for name, turn in (("still", 0.0), ("turning", 0.02)):
+        params = parameters([(8, 64)])
+        optimizer = optimizer_for(
+            params,
+            max_block_size=64,
+            betas=(0.9, 0.99),
+            refresh=AdaptiveRefresh(interval=5, start=5, threshold=0.1),
+            preconditioner=EigenvalueCorrectedConfig(),
+        )
+        generator = torch.Generator().manual_seed(1)
+        skew = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+        rotation = torch.linalg.matrix_exp(turn * (skew - skew.T))
+        frame = torch.eye(8, dtype=torch.float64)
+        for step in range(1, 101):
+            params[0].grad = frame @ still(params[0], step)
+            optimizer.step()
+            frame = rotation @ frame
+        counts[name] = int(optimizer.state[params[0]]["block.0.0.refreshes.axis0"])
+    assert counts["still"] <= 4
+    assert counts["turning"] >= 12
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_the_ends_of_the_threshold_are_always_and_never(threshold: float) -> None:
+    params = parameters([(12, 12)])
+    optimizer = optimizer_for(
+        params,
+        refresh=AdaptiveRefresh(interval=2, start=2, threshold=threshold),
+        preconditioner=EigenvalueCorrectedConfig(),
+    )
+    run(optimizer, params, range(1, 11))
+    assert refreshes(optimizer) == (10 if threshold == 0.0 else 0)
+
+
+def test_transported_second_moments_survive_crossing_eigenvalues() -> None:
+    """A drifting problem: directions stand still, their scales rise and fall and cross.
+
+    Bases are ordered by eigenvalue, so that columns change places at a crossing. Numbers that are left
+    where they were then belong to another direction; carried over they follow theirs. The error is the
+    mean absolute log of measured over true second moment, right after a refresh. It buys a quarter
+    here. It is not always better: where factors forget faster than D, leaving the numbers in
+    descending order happens to put them nearer to the new eigenvalues (measured with factor_decay .9
+    and betas[1] .97: 0.51 transported, 0.31 kept).
+    """
+    errors = {kind: _drift_error(kind) for kind in ("transport", "keep")}
+    assert errors["transport"] < 0.85 * errors["keep"], errors
+
+
+def _drift_error(kind: SecondMoments) -> float:
+    (parameter,) = params = parameters([(6, 32)])
+    optimizer = optimizer_for(
+        params,
+        max_block_size=32,
+        betas=(0.0, 0.9),
+        refresh=FixedRefresh(10, 10),
+        preconditioner=EigenvalueCorrectedConfig(second_moments=kind),
+    )
+    generator = torch.Generator().manual_seed(3)
+    frame = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    errors = []
+    for step in range(1, 401):
+        phase = step / 40 + torch.arange(6, dtype=torch.float64)
+        scales = torch.exp(2 * torch.sin(phase))
+        noise = torch.randn(6, 32, generator=generator, dtype=torch.float64)
+        parameter.grad = frame @ (scales[:, None] * noise)
+        optimizer.step()
+        if step % 10 == 0 and step > 100:
+            state = optimizer.state[parameter]
+            basis = state["block.0.0.bases.axis0"]
+            second = state["block.0.0.second_moment.average"]
+            measured = (second / state["block.0.0.second_moment.weight"]).mean(1)
+            truth = torch.diagonal(basis.T @ frame @ torch.diag(scales**2) @ frame.T @ basis)
+            errors.append((measured / truth).log().abs().mean().item())
+    return statistics.mean(errors)
+
+
+def test_first_direction_after_an_early_basis_is_finite() -> None:
+    params = parameters([(12, 5)])
+    optimizer = optimizer_for(
+        params, refresh=FixedRefresh(10, 1), preconditioner=EigenvalueCorrectedConfig()
+    )
+    params[0].grad = gradient(params[0], 1, 0)
+    before = params[0].detach().clone()
+    optimizer.step()
+    moved = (params[0].detach() - before).norm().item()
+    assert 0 < moved <= 0.011 * math.sqrt(60)
