@@ -186,10 +186,12 @@ def test_eshampoo_with_all_axes_ignored_is_adam(shape: tuple[int, ...], seed: in
     assert_close(trajectory(eshampoo, inputs), trajectory(adam, inputs))
 
 
-@pytest.mark.parametrize("method", [reference.Shampoo, reference.EShampoo])
+@pytest.mark.parametrize(
+    "method", [reference.Shampoo, reference.EShampoo, reference.PerFactorCorrected]
+)
 @pytest.mark.parametrize("grafting", [None, "adam"])
 def test_before_start(method: Any, grafting: str | None) -> None:
-    """Adam by graft or by identity basis; the filtered gradient for plain Shampoo."""
+    """Adam by graft or by identity basis; else the filtered gradient."""
     options: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1}
     inputs, start = gradients((3, 4), 6), np.ones((3, 4))
     graft = {"grafting": grafting, "grafting_beta2": 0.9, "grafting_eps": 1e-6} if grafting else {}

@@ -71,6 +71,21 @@ def test_soap_permutes_and_transports_alike_in_an_exact_basis() -> None:
     assert results[0][1][0, 0] != 0.0
 
 
+def test_soap_normalised_and_skipping_an_axis() -> None:
+    inputs = gradients((3, 4), 3)
+    options: dict[str, Any] = {"lr": 1.0, "betas": (0.9, 0.95), "bias_correction": False}
+    method = reference.SOAP(np.zeros((3, 4)), normalise=True, **options)
+    path = np.stack([method.step(gradient) for gradient in inputs])
+    assert_close(path[0], 0.0)
+    assert_close(np.sqrt(np.mean(np.diff(path, axis=0) ** 2, axis=(1, 2))), 1.0)
+    plain = reference.SOAP(np.zeros((3, 4)), ignored_axes=(0, 1), **options)
+    adam = reference.AdamW(np.zeros((3, 4)), **options)
+    adam.second_moment.kind = "rmsprop"  # raw average, as without bias correction
+    plain.step(inputs[0])
+    for gradient in inputs[1:]:
+        assert_close(plain.step(gradient), adam.step(gradient))
+
+
 # --- KL and per-factor correction -------------------------------------------------------------
 
 
@@ -96,10 +111,55 @@ def test_kl_practical_statistics_by_kronecker_product() -> None:
 
 
 def test_kl_eigenvalues_are_bounded_below() -> None:
-    method = reference.KLShampoo(np.zeros((2, 3)), lr=0.1, betas=(0.9, 0.5), interval=1)
-    for gradient in gradients((2, 3), 30):
+    """Inverse square roots are at most 10, or the side where that is larger."""
+    method = reference.KLShampoo(np.zeros((2, 12)), lr=0.1, betas=(0.9, 0.5), interval=1)
+    for gradient in gradients((2, 12), 30):
         method.step(1e-3 * gradient)
-    assert all(np.array_equal(values, np.full(len(values), 1e-2)) for values in method.eigenvalues)
+    assert_close(method.eigenvalues[0], np.full(2, 1e-2))
+    assert_close(method.eigenvalues[1], np.full(12, 12.0**-2))
+
+
+def test_kl_second_gradient_by_hand() -> None:
+    """The first only initialises; the second meets equal eigenvalues, so no basis shows."""
+    first, second = gradients((2, 3), 2)
+    method = reference.KLShampoo(
+        np.ones((2, 3)), lr=0.1, betas=(0.9, 0.99), factor_beta=0.7, eps=0.5, weight_decay=0.2
+    )
+    assert_close(method.step(first), np.ones((2, 3)))
+    assert_close(method.factors[0], 0.3 / 3 * first @ first.T)
+    assert_close(method.factors[1], 0.3 / 2 * first.T @ first)
+    scale = 10.0 / (1 + 0.5 * 10.0)
+    moved = np.ones((2, 3)) - 0.1 * scale * 0.1 * second
+    assert_close(method.step(second), (1 - 0.1 * 0.2) * moved)
+
+
+@pytest.mark.parametrize("name", ["MetaKLShampoo", "PerFactorCorrected"])
+def test_kl_statistics_divided_by_the_other_side(name: str) -> None:
+    """At the first step nothing is whitened yet; at the second by the roots of the first."""
+    first, second = gradients((2, 3), 2)
+    options: dict[str, Any] = {"kl": True} if name == "PerFactorCorrected" else {}
+    method = getattr(reference, name)(
+        np.zeros((2, 3)), lr=0.1, betas=(0.0, 0.9), eps=1e-2, exponent=0.5, divide=True, **options
+    )
+    method.step(first)
+    left = 0.1 / 3 * first @ first.T
+    right = 0.1 / 2 * first.T @ first
+    assert_close(method.factors[0], left)
+    assert_close(method.factors[1], right)
+    method.step(second)
+    whitener = np.linalg.inv(right / 0.1 + 1e-2 * np.eye(3))
+    assert_close(method.factors[0], 0.9 * left + 0.1 / 3 * second @ whitener @ second.T, 1e-10)
+
+
+def test_klsoap_momentum_turns_with_the_basis() -> None:
+    method = reference.KLSOAP(np.zeros((3, 3)), lr=0.1, betas=(0.9, 0.95), interval=1)
+    inputs, average = gradients((3, 3), 5), np.zeros((3, 3))
+    method.step(inputs[0])
+    for gradient in inputs[1:]:
+        method.step(gradient)
+        average = 0.9 * average + 0.1 * gradient
+        left, right = method.bases
+        assert_close(left @ method.momentum_in_basis @ right.T, average)
 
 
 def test_ideal_kl_finds_the_scale() -> None:
@@ -194,12 +254,19 @@ def test_schedule_free_evaluates_the_mean_of_z() -> None:
         assert_close(y, 0.1 * method.z + 0.9 * method.x)
 
 
-@pytest.mark.parametrize("weight_lr", ["max", "current"])
-def test_schedule_free_weights(weight_lr: str) -> None:
-    """Rates 1, 3, 2: the running maximum weighs 1, 9, 9, the current rate 1, 9, 4."""
-    weights = {"max": [1.0, 9.0, 9.0], "current": [1.0, 9.0, 4.0]}[weight_lr]
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"weight_lr": "max"}, [1.0, 9.0, 9.0]),
+        ({"weight_lr": "current"}, [1.0, 9.0, 4.0]),
+        ({"weight_lr": "current", "weight_lr_power": 1.0}, [1.0, 3.0, 2.0]),
+        ({"weight_lr_power": 0.0, "weight_r": 2.0}, [1.0, 4.0, 9.0]),
+    ],
+)
+def test_schedule_free_weights(options: dict[str, Any], weights: list[float]) -> None:
+    """Weights of z in x for the rates 1, 3, 2."""
     base = reference.SGD(np.ones(3), lr=1.0, betas=(0.0, 1.0))
-    method = reference.ScheduleFree(base, weight_lr=weight_lr)
+    method = reference.ScheduleFree(base, **options)
     visited = []
     for gradient, lr in zip(gradients((3,), 3), (1.0, 3.0, 2.0), strict=True):
         method.step(gradient, lr)
