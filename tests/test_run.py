@@ -3,21 +3,29 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runner import write_submission
+from absl import flags
+from tiny_runner import SUBMISSION, forget_modules, write_submission
+
+from workloads_smoke import run, run_flags
 
 TIMES = ("score", "time", "duration")
+TINY_RUNNER = Path(__file__).with_name("tiny_runner.py")
+# Sums over other numbers of threads have other last bits.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 class Runner:
-    """Calls the command in a folder of its own."""
+    """Calls the command, or what the command calls, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -25,8 +33,8 @@ class Runner:
         self.space = folder / "space.json"
         self.space.write_text(json.dumps([{"learning_rate": 0.1}, {"learning_rate": 0.02}]))
 
-    def flags(self, **flags: Any) -> list[str]:
-        given = {
+    def flags(self, **given: Any) -> list[str]:
+        values = {
             "workload": "tiny",
             "submission_path": self.submission,
             "tuning_search_space": self.space,
@@ -36,25 +44,40 @@ class Runner:
             "rng_seed": 3,
             "max_global_steps": 30,
             "eval_every_steps": 10,
-            **flags,
+            **given,
         }
-        return [f"--{name}={value}" for name, value in given.items() if value is not None]
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
-    def command(self, **flags: Any) -> list[str]:
-        return [
-            sys.executable,
-            str(Path(__file__).with_name("tiny_runner.py")),
-            *self.flags(**flags),
-        ]
+    def command(self, **given: Any) -> list[str]:
+        return [sys.executable, str(TINY_RUNNER), *self.flags(**given)]
 
-    def run(self, environment: dict[str, str] | None = None, **flags: Any) -> Any:
-        return subprocess.run(
-            self.command(**flags),
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            capture_output=True,
+    def start(self, environment: dict[str, str] | None = None, **given: Any) -> Any:
+        """A process of its own; seconds to start, so only where nothing less will do."""
+        return subprocess.Popen(
+            self.command(**given),
+            env={**ONE_THREAD, **(environment or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
         )
+
+    def call(self, **given: Any) -> Any:
+        """`main` in this process, with flags and modules of its own; the exit status."""
+        values = flags.FlagValues()
+        flags.DEFINE_integer("verbosity", 0, "Stands for absl's own.", flag_values=values)
+        run_flags.define(values)
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "FLAGS", values)
+            patch.setattr(sys, "path", list(sys.path))
+            try:
+                run.main(values(["run", *self.flags(**given)]))
+            except SystemExit as end:
+                return end.code
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+                forget_modules(self.folder)
+        return 0
 
     def trial(self, number: int = 1, study: str = "study_0", workload: str = "tiny") -> Path:
         return self.folder / "results" / study / f"{workload}_pytorch" / f"trial_{number}"
@@ -63,6 +86,14 @@ class Runner:
 @pytest.fixture
 def runner(tmp_path: Path) -> Runner:
     return Runner(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trial that nobody disturbed."""
+    runner = Runner(tmp_path_factory.mktemp("whole"))
+    assert runner.call() == 0
+    return runner.trial()
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -108,13 +139,13 @@ def assert_same_trial(first: Path, second: Path) -> None:
         assert_same_bits(*[content["runner_state"]["random"][key] for content in contents])
 
 
-def test_a_run_leaves_the_official_layout(runner: Runner) -> None:
-    result = runner.run(num_tuning_trials=2)
-    assert result.returncode == 0, result.stderr
+def test_a_run_leaves_the_official_layout(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.call(num_tuning_trials=2) == 0
     for number, learning_rate in ((1, 0.1), (2, 0.02)):
         trial = runner.trial(number)
-        files = {path.name for path in trial.iterdir()}
-        assert files == {
+        assert {path.name for path in trial.iterdir()} == {
             *("hparams.json", "meta_data_0.json", "flags_0.json", "outcome.json"),
             *("eval_measurements.csv", "measurements.csv", "step_times.csv"),
             *(f"checkpoint_{step}" for step in (1, 10, 20, 30)),
@@ -125,22 +156,285 @@ def test_a_run_leaves_the_official_layout(runner: Runner) -> None:
         evals = rows(trial / "eval_measurements.csv")
         assert [row["global_step"] for row in evals] == ["1", "10", "20", "30"]
         assert rows(trial / "measurements.csv")[-1]["score"]
-    assert "2 trials" in result.stdout.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith("tiny: none of 2 trials reached the target; logs in ")
+
+
+IN_STEP, IN_CHECKPOINT, IN_LAST_CHECKPOINT = (
+    {"KILL_AT_STEP": "17"},
+    {"KILL_IN_SAVE": "3"},
+    {"KILL_IN_SAVE": "5"},
+)
 
 
 @pytest.mark.parametrize(
-    "death", [{"KILL_AT_STEP": "17"}, {"KILL_IN_SAVE": "3"}, {"KILL_IN_SAVE": "5"}]
+    "death", [IN_STEP, IN_CHECKPOINT, pytest.param(IN_LAST_CHECKPOINT, marks=pytest.mark.slow)]
 )
-def test_a_killed_run_resumes_to_the_same_bits(runner: Runner, death: dict[str, str]) -> None:
+def test_a_killed_run_resumes_to_the_same_bits(
+    runner: Runner, whole_trial: Path, death: dict[str, str]
+) -> None:
     """SIGKILL in the middle of a step, of a checkpoint, and of the last checkpoint."""
-    assert runner.run(experiment_name="whole").returncode == 0
-    assert runner.run(death).returncode == -signal.SIGKILL
-    for path in runner.trial().glob("checkpoint_*"):
-        torch.load(path, weights_only=False)
-    result = runner.run(resume_last_run=True, rng_seed=None)
-    assert result.returncode == 0, result.stderr
-    assert_same_trial(runner.trial(study="whole"), runner.trial())
-    assert {row["preemption_count"] for row in rows(runner.trial() / "eval_measurements.csv")} == (
-        {"0"} if death.get("KILL_IN_SAVE") == "5" else {"0", "1"}
-    )
+    process = runner.start(death)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert_whole_files(runner.trial())
+    assert runner.call(resume_last_run=True, rng_seed=None) == 0
+    assert_same_trial(whole_trial, runner.trial())
+    counts = [row["preemption_count"] for row in rows(runner.trial() / "eval_measurements.csv")]
+    assert counts == ["0", "0", *(["0", "0"] if death == IN_LAST_CHECKPOINT else ["1", "1"])]
     assert (runner.trial() / "meta_data_1.json").exists()
+
+
+def assert_whole_files(trial: Path) -> None:
+    for path in trial.glob("checkpoint_*"):
+        torch.load(path, weights_only=False)
+    for path in trial.glob("*.csv"):
+        assert all(None not in row.values() for row in rows(path))
+    for path in trial.glob("*.json"):
+        json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("signal_sent", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
+def test_an_interrupted_run_leaves_whole_files(
+    runner: Runner, signal_sent: signal.Signals, status: int
+) -> None:
+    process = runner.start(max_global_steps=100_000, num_tuning_trials=2)
+    deadline = time.monotonic() + 100
+    while not (runner.trial() / "checkpoint_20").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal_sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert_whole_files(runner.trial())
+    assert not runner.trial(2).exists()
+
+
+def test_resuming_keeps_complete_trials_and_starts_those_that_lack(
+    runner: Runner, whole_trial: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert runner.call() == 0
+    before = {path: path.read_bytes() for path in runner.trial().iterdir()}
+    runner.trial(2).mkdir()
+    (runner.trial(2) / "hparams.json").write_text('{"learning_rate": 0.1}')
+    assert runner.call(resume_last_run=True, num_tuning_trials=2, rng_seed=None) == 0
+    assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
+    # The second trial keeps the setting that it was started with, which is the first one's.
+    assert "going on with the setting that is saved there" in caplog.text
+    assert_same_trial(whole_trial, runner.trial(2))
+
+
+def test_an_unfinished_trial_without_checkpoints_starts_anew(
+    runner: Runner, whole_trial: Path
+) -> None:
+    assert runner.call(save_checkpoints=False, max_global_steps=20) == 0
+    assert not list(runner.trial().glob("checkpoint_*"))
+    (runner.trial() / "outcome.json").unlink()
+    assert runner.call(save_checkpoints=False, resume_last_run=True) == 0
+    for name in ("eval_measurements.csv", "measurements.csv"):
+        assert untimed(runner.trial() / name) == untimed(whole_trial / name)
+
+
+def test_a_resumed_run_keeps_its_seed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.call(rng_seed=None, max_global_steps=1) == 0
+    seed = json.loads((runner.trial() / "meta_data_0.json").read_text())["rng_seed"]
+    assert runner.call(resume_last_run=True, rng_seed=seed, max_global_steps=1) == 0
+    assert runner.call(resume_last_run=True, rng_seed=seed + 1, max_global_steps=1) == 1
+    assert f"was started with {seed}; leave the flag out" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_stops_a_resume_and_is_left_alone(
+    runner: Runner, whole_trial: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.call() == 0
+    (runner.trial() / "outcome.json").unlink()
+    damaged = runner.trial() / "checkpoint_30"
+    content = damaged.read_bytes()[:1000]
+    damaged.write_bytes(content)
+    before = {path: path.read_bytes() for path in runner.trial().iterdir()}
+    assert runner.call(resume_last_run=True) == 1
+    assert "move it away to resume from checkpoint_20" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
+    damaged.rename(runner.folder / "damaged")
+    assert runner.call(resume_last_run=True) == 0
+    assert_same_trial(whole_trial, runner.trial())
+
+
+def test_only_the_latest_checkpoint_is_kept_if_asked_for(runner: Runner) -> None:
+    assert runner.call(save_intermediate_checkpoints=False) == 0
+    assert [path.name for path in runner.trial().glob("checkpoint_*")] == ["checkpoint_30"]
+
+
+def test_a_slice_of_the_settings(runner: Runner) -> None:
+    assert runner.call(num_tuning_trials=2, hparam_start_index=1, max_global_steps=1) == 0
+    assert not runner.trial(1).exists()
+    assert json.loads((runner.trial(2) / "hparams.json").read_text()) == {"learning_rate": 0.02}
+
+
+def test_self_tuning_has_no_settings(runner: Runner) -> None:
+    text = SUBMISSION.replace(
+        "hyperparameters.learning_rate", "0.1 if hyperparameters is None else 9"
+    )
+    path = write_submission(runner.folder / "self", text)
+    given = {"tuning_ruleset": "self", "tuning_search_space": None, "submission_path": path}
+    assert runner.call(**given, max_global_steps=2) == 0
+    assert not (runner.trial() / "hparams.json").exists()
+    assert len(rows(runner.trial() / "eval_measurements.csv")) == 2
+
+
+def test_a_time_stamp_makes_a_new_folder(runner: Runner) -> None:
+    assert runner.call(append_timestamp=True, max_global_steps=1) == 0
+    (study,) = (runner.folder / "results").iterdir()
+    assert re.fullmatch(r"study_0-\d{4}(-\d\d){5}", study.name)
+
+
+def test_a_profile_is_printed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.call(profile=True) == 0
+    assert re.search(r"Update parameters +30 ", capsys.readouterr().out)
+
+
+def test_an_existing_folder_is_left_alone_unless_told(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runner.trial().parent
+    folder.mkdir(parents=True)
+    (folder / "precious").write_text("mine")
+    assert runner.call() == 1
+    assert capsys.readouterr().err == (
+        f"error: experiment folder {folder} exists; --resume_last_run goes on with it, "
+        "--overwrite deletes it first, --append_timestamp makes a new one beside it\n"
+    )
+    assert [path.name for path in folder.iterdir()] == ["precious"]
+    # A mistake elsewhere must not cost what --overwrite would delete.
+    assert runner.call(overwrite=True, tuning_search_space="none.json") == 1
+    assert (folder / "precious").exists()
+    assert runner.call(overwrite=True, max_global_steps=1) == 0
+    assert not (folder / "precious").exists()
+    assert runner.trial().exists()
+
+
+BROKEN_JSON, NO_RATE, NO_UPDATE = "broken.json", "no_rate.json", "no_update.py"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"workload": "mnits"}, "unknown workload 'mnits'; known ones: mnist, "),
+        ({"workload": "tiny,cifar"}, "unknown workload 'cifar'; known ones: mnist, "),
+        ({"workload": ""}, "unknown workload"),
+        ({"tuning_search_space": BROKEN_JSON}, f"{BROKEN_JSON} is not JSON: line 1, column 2"),
+        (
+            {"tuning_search_space": NO_RATE},
+            f"{NO_RATE} lacks hyperparameter 'learning_rate', which submission",
+        ),
+        ({"tuning_search_space": None}, "--tuning_ruleset=external needs --tuning_search_space"),
+        ({"tuning_ruleset": "self"}, "--tuning_ruleset=self takes no --tuning_search_space"),
+        ({"submission_path": NO_UPDATE}, f"{NO_UPDATE} lacks the function update_params"),
+        ({"submission_path": "none.py"}, "there is no file none.py"),
+        ({"framework": "jax"}, "--framework=jax: this runner runs PyTorch submissions"),
+        ({"use_wandb": True}, "--use_wandb is not possible here"),
+        ({"overwrite": True, "resume_last_run": True}, "give one of them"),
+        ({"max_global_steps": 0}, "--max_global_steps must be at least 1, got 0"),
+        ({"step_budget": 0.0}, "--step_budget must be above 0, got 0.0"),
+        ({"hparam_start_index": 3}, "--hparam_start_index=3: "),
+        ({"hparam_end_index": 0}, "must satisfy 0 <= start < end, got 0 and 0"),
+    ],
+)
+def test_mistakes_get_one_line_and_cost_nothing(
+    runner: Runner,
+    given: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(runner.folder)
+    Path(BROKEN_JSON).write_text("{learning_rate: 3}")
+    Path(NO_RATE).write_text('[{"lr": 0.1}]')
+    Path(NO_UPDATE).write_text(SUBMISSION.replace("def update_params(", "def update("))
+    assert runner.call(**given) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    if "lacks hyperparameter" not in message:  # met only when the submission reads it
+        assert not (runner.folder / "results").exists()
+
+
+def test_an_error_inside_the_submission_keeps_its_traceback(runner: Runner) -> None:
+    text = SUBMISSION.replace("    losses = workload", "    raise KeyError\n    losses = workload")
+    path = write_submission(runner.folder / "raising", text)
+    with pytest.raises(KeyError) as caught:
+        runner.call(submission_path=path)
+    assert str(caught.traceback[-1].path) == str(path)
+
+
+def test_help_explains_every_flag() -> None:
+    values = flags.FlagValues()
+    run_flags.define(values)
+    for name in values:
+        text = values[name].help or ""
+        assert re.fullmatch(r"(<.*>: )?[A-Z'].{10,}\.", text, re.DOTALL), name
+
+
+# `flags.DEFINE_*` of submission_runner.py, mlcommons/algorithmic-efficiency v0.6.
+OFFICIAL_FLAGS = """
+submission_path workload tuning_ruleset tuning_search_space num_tuning_trials data_dir
+imagenet_v2_data_dir librispeech_tokenizer_vocab_path framework torch_compile experiment_dir
+experiment_name save_checkpoints save_intermediate_checkpoints resume_last_run append_timestamp
+use_wandb profile max_global_steps overwrite hparam_start_index hparam_end_index rng_seed
+set_pytorch_max_split_size pytorch_eval_num_workers capture_jax_trace skip_evals
+"""
+
+
+def test_all_official_flags_are_there() -> None:
+    values = flags.FlagValues()
+    run_flags.define(values)
+    ours = {"eval_every_steps", "step_budget", "parallel_trials", "use_submission_batch_size"}
+    assert set(values) == set(OFFICIAL_FLAGS.split()) | ours
+
+
+@pytest.mark.slow
+def test_trials_in_parallel_do_the_same(runner: Runner, whole_trial: Path) -> None:
+    process = runner.start(num_tuning_trials=2, parallel_trials=2)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert_same_trial(whole_trial, runner.trial(1))
+    assert json.loads((runner.trial(2) / "hparams.json").read_text()) == {"learning_rate": 0.02}
+    assert "tiny: none of 2 trials reached the target" in output
+
+
+@pytest.mark.slow
+def test_a_failing_parallel_trial_ends_the_run_and_says_why(runner: Runner) -> None:
+    runner.space.write_text(json.dumps([{"lr": 0.1}, {"lr": 0.2}]))
+    process = runner.start(num_tuning_trials=2, parallel_trials=2)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "lacks hyperparameter 'learning_rate'" in errors
+    assert "failed with exit status 1" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(runner: Runner, whole_trial: Path) -> None:
+    """Torchrun with gloo: the same batches, cut in two; rank 0 alone writes and speaks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(TINY_RUNNER), *runner.flags()]
+    first, second = (
+        subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("trials reached the target") == 1
+    evals = rows(runner.trial() / "eval_measurements.csv")
+    assert [row["global_step"] for row in evals] == ["1", "10", "20", "30"]
+    # Half a batch meets each batch norm: not the same numbers, but the same problem.
+    alone = rows(whole_trial / "eval_measurements.csv")
+    for name in ("validation/loss", "test/loss"):
+        assert float(evals[-1][name]) == pytest.approx(float(alone[-1][name]), rel=0.3)
+    assert second.returncode != 0
+    assert second.stderr.count("error: experiment folder") == 1

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runner import SUBMISSION, write_submission
+from tiny_runner import SUBMISSION, forget_modules, write_submission
 
 from workloads_smoke import algoperf_standin, spec
 from workloads_smoke.errors import UserError
@@ -21,13 +21,11 @@ def get_batch_size(name): return HELPED
 
 
 @pytest.fixture(autouse=True)
-def imports_undone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test loads files of the same names from other folders."""
-    before = dict(sys.modules)
+def imports_undone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Each test loads files of the same names from another folder."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in set(sys.modules) - set(before):
-        del sys.modules[name]
+    forget_modules(tmp_path)
 
 
 def test_all_functions_are_found(tmp_path: Path) -> None:
@@ -73,9 +71,14 @@ def test_imports_resolve_as_in_the_official_harness(
     assert load_submission(path).get_batch_size("tiny") == 32
 
 
-def test_a_file_named_like_an_installed_package_is_still_the_one_loaded(tmp_path: Path) -> None:
+def test_a_file_named_like_an_installed_package_is_still_the_one_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own package is called `submission`, and so will many a folder be."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "submission"]:
+        monkeypatch.delitem(sys.modules, name)
     folder = tmp_path / "submission"
-    path = write_submission(folder, "HELPED = 77" + FUNCTIONS)
+    path = write_submission(folder, "HELPED = 77" + FUNCTIONS, name="submission.py")
     (folder / "__init__.py").touch()
     assert load_submission(path).get_batch_size("tiny") == 77
 
@@ -84,7 +87,7 @@ def test_a_name_already_taken_is_an_error_and_not_the_wrong_file(tmp_path: Path)
     first = write_submission(tmp_path / "first", "HELPED = 1" + FUNCTIONS)
     second = write_submission(tmp_path / "second", "HELPED = 2" + FUNCTIONS)
     load_submission(first)
-    with pytest.raises(UserError, match=r"its name 'submission' already belongs to .*first"):
+    with pytest.raises(UserError, match=r"its name 'entry' already belongs to .*first"):
         load_submission(second)
 
 
@@ -103,7 +106,7 @@ def test_a_missing_function_is_named(tmp_path: Path, name: str) -> None:
         ("import jax.numpy", r"No module named 'jax'.*this runner runs PyTorch submissions"),
         ("from algoperf import jax_utils", r"ImportError: cannot import name 'jax_utils'"),
         ("def broken(:", r"SyntaxError: invalid syntax .*line 1"),
-        ("1 / 0", r"ZeroDivisionError: division by zero \(.*submission.py:1\)"),
+        ("1 / 0", r"ZeroDivisionError: division by zero \(.*entry.py:1\)"),
     ],
 )
 def test_what_does_not_import_says_why_and_where(tmp_path: Path, text: str, message: str) -> None:

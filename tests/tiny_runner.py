@@ -4,6 +4,7 @@ As a script it is `python -m workloads_smoke.run` with one more workload, `tiny`
 that workload and a submission to tests in this process.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,12 +261,25 @@ if KILL_IN_SAVE >= 0:
 '''
 
 
-def write_submission(folder: Path, text: str = SUBMISSION, name: str = "submission.py") -> Path:
+def write_submission(folder: Path, text: str = SUBMISSION, name: str = "entry.py") -> Path:
     """Put a submission into a folder of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(text)
     return path
+
+
+def forget_modules(folder: Path) -> None:
+    """Undo imports from a folder: the next test imports files of the same names from another."""
+    imported = [
+        name
+        for name, module in sys.modules.items()
+        # Packages without an __init__.py have a path only.
+        for place in (vars(module).get("__file__"), *vars(module).get("__path__", []))
+        if str(place).startswith(str(folder))
+    ]
+    for name in imported:
+        sys.modules.pop(name, None)
 
 
 if __name__ == "__main__":

@@ -57,17 +57,16 @@ def _numbered_hyperparameters(
     if settings.tuning_search_space is None:
         return [(1, None)]
     points = read_hyperparameters(settings.tuning_search_space, values.num_tuning_trials)
-    start, end = values.hparam_start_index, values.hparam_end_index
-    first, last = start or 0, len(points) if end is None else end
-    if not 0 <= first < last:
+    start, end = values.hparam_start_index or 0, values.hparam_end_index
+    if start < 0 or (end is not None and end <= start):
         raise UserError(
             "--hparam_start_index and --hparam_end_index must satisfy 0 <= start < end, "
-            f"got {first} and {last}"
+            f"got {start} and {end}"
         )
-    chosen = list(enumerate(points, start=1))[first:last]
+    chosen = list(enumerate(points, start=1))[start:end]
     if not chosen:
         raise UserError(
-            f"--hparam_start_index={first}: {settings.tuning_search_space} gives "
+            f"--hparam_start_index={start}: {settings.tuning_search_space} gives "
             f"{len(points)} trials under --num_tuning_trials={values.num_tuning_trials}"
         )
     return [(number, point._asdict()) for number, point in chosen]

@@ -20,31 +20,40 @@ _UNAVAILABLE = {
 }
 
 
-def define() -> None:
-    """Register the flags; once a process."""
-    _define_what_to_run()
-    _define_tuning()
-    _define_logs()
-    _define_stopping()
-    _define_official_only()
-    _define_local()
-    flags.mark_flags_as_required(_REQUIRED)
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Register the flags.
+
+    Args:
+        values: Where; the process's own flags if not given.
+    """
+    _define_what_to_run(values)
+    _define_tuning(values)
+    _define_logs(values)
+    _define_stopping(values)
+    _define_official_only(values)
+    _define_local(values)
+    flags.mark_flags_as_required(_REQUIRED, flag_values=values)
 
 
-def _define_what_to_run() -> None:
+def _define_what_to_run(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "workload",
         None,
         f"Workload to run, several separated by commas, or 'all'. Known: {', '.join(WORKLOADS)}.",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "submission_path", None, "Python file with the submission functions, anyone's, anywhere."
+        "submission_path",
+        None,
+        "Python file with the submission functions, anyone's, anywhere.",
+        flag_values=values,
     )
     flags.DEFINE_enum(
         "framework",
         "pytorch",
         ["jax", "pytorch"],
         "Framework of the submission; only 'pytorch' runs here.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "rng_seed",
@@ -52,88 +61,123 @@ def _define_what_to_run() -> None:
         "Seed of data order, initial weights and whatever the submission derives from its keys. "
         "None draws one and records it in meta_data_0.json. 0 is a seed like any other (the "
         "official runner takes it for None).",
+        flag_values=values,
     )
 
 
-def _define_tuning() -> None:
+def _define_tuning(values: flags.FlagValues) -> None:
     flags.DEFINE_enum(
         "tuning_ruleset",
         "external",
         ["external", "self"],
         "'external': one trial per setting of --tuning_search_space. 'self': one trial, "
         "hyperparameters are None, and 1.5 times the time budget.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "tuning_search_space",
         None,
         "JSON file with ranges, sampled by a Halton sequence, or with a list of points. Needed "
         "under the external ruleset, refused under self-tuning.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "num_tuning_trials",
         1,
         "Number of settings; a list of points that is shorter gives all its points.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "hparam_start_index", None, "First setting to run, counted from 0; None for the first."
+        "hparam_start_index",
+        None,
+        "First setting to run, counted from 0; None for the first.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "hparam_end_index", None, "Setting before which to stop, counted from 0; None for the end."
+        "hparam_end_index",
+        None,
+        "Setting before which to stop, counted from 0; None for the end.",
+        flag_values=values,
     )
 
 
-def _define_logs() -> None:
+def _define_logs(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "experiment_dir", None, "Folder of all experiments; '~' is the home folder."
+        "experiment_dir",
+        None,
+        "Folder of all experiments; '~' is the home folder.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "experiment_name",
         None,
         "Folder of this experiment below it, such as 'study_0'; logs go to "
         "experiment_dir/experiment_name/<workload>_pytorch/trial_<k>.",
+        flag_values=values,
     )
     flags.DEFINE_boolean(
-        "append_timestamp", False, "Append date and time to the experiment's name."
+        "append_timestamp",
+        False,
+        "Append date and time to the experiment's name.",
+        flag_values=values,
     )
     flags.DEFINE_boolean(
         "overwrite",
         False,
         "Delete an existing folder experiment_dir/experiment_name/<workload>_pytorch first.",
+        flag_values=values,
     )
     flags.DEFINE_boolean(
         "resume_last_run",
         None,
         "Go on in an existing folder: complete trials are kept, the others continue from their "
         "latest checkpoint, with the same bits on one process, or start.",
+        flag_values=values,
     )
     flags.DEFINE_boolean(
-        "save_checkpoints", True, "Save a checkpoint at every evaluation and at the end."
+        "save_checkpoints",
+        True,
+        "Save a checkpoint at every evaluation and at the end.",
+        flag_values=values,
     )
     flags.DEFINE_boolean(
         "save_intermediate_checkpoints",
         True,
         "Keep all checkpoints; otherwise only the latest, written before the one before it goes.",
+        flag_values=values,
     )
 
 
-def _define_stopping() -> None:
-    flags.DEFINE_integer("max_global_steps", None, "Steps after which a trial ends.")
+def _define_stopping(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer(
+        "max_global_steps", None, "Steps after which a trial ends.", flag_values=values
+    )
     flags.DEFINE_boolean(
         "skip_evals",
         False,
         "Train without evaluations, hence without checkpoints on the way and targets to stop at.",
+        flag_values=values,
     )
 
 
-def _define_official_only() -> None:
+def _define_official_only(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
-        "data_dir", "~/data", "Handed to the workloads; ours make their data in memory."
+        "data_dir",
+        "~/data",
+        "Handed to the workloads; ours make their data in memory.",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "imagenet_v2_data_dir", None, "Handed to the workloads; ours make their data in memory."
+        "imagenet_v2_data_dir",
+        None,
+        "Handed to the workloads; ours make their data in memory.",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "librispeech_tokenizer_vocab_path", "", "No effect: our speech workloads have their own."
+        "librispeech_tokenizer_vocab_path",
+        "",
+        "No effect: our speech workloads have their own.",
+        flag_values=values,
     )
     flags.DEFINE_boolean(
         "torch_compile",
@@ -141,12 +185,16 @@ def _define_official_only() -> None:
         "Compile models with torch.compile, except the workloads that the official runner does "
         "not compile. Off here and on there: compiling takes longer than training a tiny model "
         "does, counts as submission time, and needs a C++ compiler.",
+        flag_values=values,
     )
-    flags.DEFINE_boolean("profile", False, "Print where the time of each trial went.")
+    flags.DEFINE_boolean(
+        "profile", False, "Print where the time of each trial went.", flag_values=values
+    )
     flags.DEFINE_boolean(
         "set_pytorch_max_split_size",
         False,
         "Set the CUDA allocator's max_split_size_mb to 256; no effect on a CPU.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "pytorch_eval_num_workers",
@@ -154,18 +202,24 @@ def _define_official_only() -> None:
         "Must be 0: our evaluation data is in memory and needs no loading processes.",
         lower_bound=0,
         upper_bound=0,
+        flag_values=values,
     )
-    flags.DEFINE_boolean("use_wandb", False, "Must be false: Weights & Biases needs a network.")
-    flags.DEFINE_boolean("capture_jax_trace", False, "Must be false: there is no JAX here.")
+    flags.DEFINE_boolean(
+        "use_wandb", False, "Must be false: Weights & Biases needs a network.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "capture_jax_trace", False, "Must be false: there is no JAX here.", flag_values=values
+    )
 
 
-def _define_local() -> None:
+def _define_local(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "eval_every_steps",
         None,
         "Ours: evaluate after the first step and then every so many steps, instead of every "
         "eval_period_time_sec seconds of the workload; steps to target then repeat exactly.",
         lower_bound=1,
+        flag_values=values,
     )
     flags.DEFINE_float(
         "step_budget",
@@ -173,6 +227,7 @@ def _define_local() -> None:
         "Ours: end a trial after this multiple of the workload's step_hint, so that one call "
         "limits workloads of different lengths alike.",
         lower_bound=0.0,
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "parallel_trials",
@@ -180,6 +235,7 @@ def _define_local() -> None:
         "Ours: so many trials at a time, a process each, sharing out the CPU cores. Times then "
         "depend on each other: compare steps, not seconds.",
         lower_bound=1,
+        flag_values=values,
     )
     flags.DEFINE_boolean(
         "use_submission_batch_size",
@@ -187,6 +243,7 @@ def _define_local() -> None:
         "Ours: train with the submission's get_batch_size. Otherwise with the tiny workload's own "
         "batch size, which step_hint and targets refer to; sizes for the official data do not fit. "
         "get_batch_size is called, and must exist, in any case.",
+        flag_values=values,
     )
 
 
@@ -215,6 +272,8 @@ def read_settings(values: flags.FlagValues) -> RunSettings:
         raise UserError("--tuning_ruleset=self takes no --tuning_search_space")
     if values.max_global_steps is not None and values.max_global_steps < 1:
         raise UserError(f"--max_global_steps must be at least 1, got {values.max_global_steps}")
+    if values.step_budget is not None and values.step_budget <= 0:
+        raise UserError(f"--step_budget must be above 0, got {values.step_budget}")
     space = values.tuning_search_space
     return RunSettings(
         submission_path=Path(values.submission_path).expanduser(),
