@@ -6,13 +6,25 @@ Everything a user needs is exported here; `DistributedShampoo` is the place to s
 from shampoo_core.averaging import HeavyBall, PrimalAveraging, ScheduleFree, WeightEMA
 from shampoo_core.grafting import AdaGradGrafting, AdamGrafting, RMSpropGrafting, SGDGrafting
 from shampoo_core.optimizer import DistributedShampoo
+from shampoo_core.preconditioners.diagonal import (
+    AdaGradConfig,
+    AdamConfig,
+    RMSpropConfig,
+    RowWiseAdaGradConfig,
+    SGDConfig,
+)
 from shampoo_core.preconditioners.eigenvalue_corrected import EigenvalueCorrectedConfig
+from shampoo_core.preconditioners.kl import KLShampooConfig
+from shampoo_core.preconditioners.kl_soap import KLSOAPConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
+from shampoo_core.preconditioners.spectral import SpectralConfig
 from shampoo_core.refresh import AdaptiveRefresh, FixedRefresh, StaggeredRefresh
 from shampoo_core.solvers import EighSolver
 
 __all__ = [
+    "AdaGradConfig",
     "AdaGradGrafting",
+    "AdamConfig",
     "AdamGrafting",
     "AdaptiveRefresh",
     "DistributedShampoo",
@@ -20,11 +32,17 @@ __all__ = [
     "EighSolver",
     "FixedRefresh",
     "HeavyBall",
+    "KLSOAPConfig",
+    "KLShampooConfig",
     "PrimalAveraging",
+    "RMSpropConfig",
     "RMSpropGrafting",
+    "RowWiseAdaGradConfig",
+    "SGDConfig",
     "SGDGrafting",
     "ScheduleFree",
     "ShampooConfig",
+    "SpectralConfig",
     "StaggeredRefresh",
     "WeightEMA",
 ]

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from reference.section11 import Case
+from torch import Tensor
 
 from shampoo_core import (
     AdaGradGrafting,
+    AdamConfig,
     AdamGrafting,
     EigenvalueCorrectedConfig,
     FixedRefresh,
     HeavyBall,
+    KLShampooConfig,
     PrimalAveraging,
     RMSpropGrafting,
+    ScheduleFree,
     SGDGrafting,
     ShampooConfig,
 )
-from reference.section11 import Case
+from shampoo_core.solvers import BasisResult, EighSolver, OrthogonalIterationSolver
+
+Options = dict[str, Any]
 
 GRAFTINGS = {
     "adam": lambda o: AdamGrafting(o["grafting_beta2"], o["grafting_eps"]),
@@ -25,10 +36,26 @@ GRAFTINGS = {
 }
 
 
-def configuration(case: Case) -> dict[str, Any]:
+@dataclass(frozen=True)
+class UnsortedIterationSolver:
+    """``Q <- qr(A Q).Q`` with the columns as they stand, as the published KL-Shampoo code has it.
+
+    Unsorted columns converge slower than those of `OrthogonalIterationSolver`, or not at all.
+    """
+
+    def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
+        """See `shampoo_core.solvers.BasisSolver`; all matrices are accepted."""
+        if warm_start is None:
+            return EighSolver().basis(matrices)
+        basis = torch.linalg.qr(torch.bmm(matrices, warm_start)).Q
+        values = (basis * torch.bmm(matrices, basis)).sum(-2)
+        return BasisResult(basis, values, torch.ones(len(basis), dtype=torch.bool))
+
+
+def configuration(case: Case) -> Options:
     """Arguments of `DistributedShampoo` for a case."""
     options = dict(case.options)
-    arguments: dict[str, Any] = {
+    arguments: Options = {
         "lr": options["lr"],
         "betas": options["betas"],
         "eps": options["eps"],
@@ -46,24 +73,74 @@ def configuration(case: Case) -> dict[str, Any]:
         arguments["averaging"] = HeavyBall(
             options["momentum"], options["dampening"], options["nesterov"]
         )
-    arguments |= _method(case, options)
-    return arguments
-
-
-def _method(case: Case, options: dict[str, Any]) -> dict[str, Any]:
     if case.averaging.get("method") == "PrimalAveraging":
-        averaging = PrimalAveraging(case.averaging["mu_x"], case.averaging["mu_y"])
-        shampoo = ShampooConfig(ridge=options["eps"])
-        return {"preconditioner": shampoo, "averaging": averaging}
-    if case.method == "Shampoo":
-        return {
-            "preconditioner": ShampooConfig(ridge=options["eps"], exponent=options.get("exponent"))
-        }
-    if case.method == "EShampoo":
-        return {"preconditioner": EigenvalueCorrectedConfig(second_moments="keep")}
-    if case.method == "SOAP":
-        soap = EigenvalueCorrectedConfig(
-            second_moments="keep", lagged=True, factor_decay=options["factor_beta"]
+        arguments["averaging"] = PrimalAveraging(
+            case.averaging["mu_x"], case.averaging["mu_y"], case.averaging["decay_at"]
         )
-        return {"preconditioner": soap, "weight_decay_kind": "decoupled_after"}
-    raise NotImplementedError(case.method)
+    return arguments | METHODS[case.method](options)
+
+
+def schedule(case: Case, step: int) -> dict[str, float]:
+    """What the caller sets before a step, counted from 1: warm-up, and how SOAP corrects for bias."""
+    lr: float = case.learning_rates[step - 1] if case.learning_rates else case.options["lr"]
+    decay: float = case.options.get("weight_decay", 0.0)
+    if case.method == "SOAP" and step > 1:
+        # Its code has the correction in the step size, and eps beside the uncorrected root.
+        beta1, beta2 = case.options["betas"]
+        correction = (1.0 - beta2 ** (step - 1)) ** 0.5 / (1.0 - beta1 ** (step - 1))
+        return {"lr": lr * correction, "weight_decay": decay / correction}
+    return {"lr": lr * min(1.0, step / case.options.get("warmup_steps", 1)), "weight_decay": decay}
+
+
+def _shampoo(options: Options) -> Options:
+    return {"preconditioner": ShampooConfig(ridge=options["eps"], exponent=options.get("exponent"))}
+
+
+def _meta_kl_shampoo(options: Options) -> Options:
+    return {"preconditioner": ShampooConfig(ridge=options["eps"], statistics="whitened")}
+
+
+def _eshampoo(options: Options) -> Options:
+    return {"preconditioner": EigenvalueCorrectedConfig(second_moments="keep")}
+
+
+def _soap(options: Options) -> Options:
+    soap = EigenvalueCorrectedConfig(
+        solver=OrthogonalIterationSolver(max_iterations=1),
+        second_moments="permute",
+        lagged=True,
+        factor_decay=options["factor_beta"],
+    )
+    return {
+        "preconditioner": soap,
+        "weight_decay_kind": "decoupled_after",
+        "bias_correction": False,
+    }
+
+
+def _kl_shampoo(options: Options) -> Options:
+    kl = KLShampooConfig(solver=UnsortedIterationSolver(), second_moments="keep", lagged=True)
+    return {
+        "preconditioner": kl,
+        "weight_decay_kind": "decoupled_after",
+        "bias_correction": False,
+    }
+
+
+def _schedule_free_adamw(options: Options) -> Options:
+    interpolation, beta2 = options["betas"]
+    return {
+        "preconditioner": AdamConfig(),
+        "averaging": ScheduleFree(interpolation),
+        "betas": (0.0, beta2),
+    }
+
+
+METHODS: dict[str, Callable[[Options], Options]] = {
+    "Shampoo": _shampoo,
+    "MetaKLShampoo": _meta_kl_shampoo,
+    "EShampoo": _eshampoo,
+    "SOAP": _soap,
+    "KLShampoo": _kl_shampoo,
+    "ScheduleFreeAdamW": _schedule_free_adamw,
+}

@@ -1,0 +1,199 @@
+"""KL-Shampoo: gradients whitened by the Kronecker-factored Gaussian that fits them best.
+
+    S_i, Q_i, lambda_i    factors, eigenbases and eigenvalues, see `shampoo_core.preconditioners.kl_factors`
+    M <- average of G x_1 Q_1 x_2 Q_2 ...                          in the eigenbasis
+    P  = (M / (prod_i sqrt(lambda_i) + eps)) x_1 Q_1^T x_2 Q_2^T ...
+
+This is S_1^(-1/2) M S_2^(-1/2) for a matrix, exponent 1/2 on every axis: the product of the factors
+estimates the covariance of the gradient itself, which is why no step length has to be borrowed.
+A step costs three two-sided products; nothing of the size of the block is kept but M.
+
+The variant of facebookresearch/optimizers, Shampoo with roots whose factors are whitened by each other's
+stored roots, is ``ShampooConfig(statistics="whitened")``.
+
+Source: Lin et al. 2025 (arXiv 2509.03378); ALGORITHMS.md section 4.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.filtering import Direction, GradientFilter
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.grafting import GraftingConfig
+from shampoo_core.preconditioners.axes import preconditioned_axes
+from shampoo_core.preconditioners.base import Preconditioner
+from shampoo_core.preconditioners.basis_change import (
+    SECOND_MOMENTS,
+    SecondMoments,
+    turn_first_moment,
+)
+from shampoo_core.preconditioners.diagonal import refuse_grafting
+from shampoo_core.preconditioners.factor_matrices import Replacement
+from shampoo_core.preconditioners.kl_factors import KLFactors
+from shampoo_core.preconditioners.parts import with_adam_for_rest
+from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
+from shampoo_core.solvers import BasisSolver, OrthogonalIterationSolver
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, merge_states
+
+
+@dataclass(frozen=True)
+class KLShampooConfig:
+    """KL-Shampoo on matrices and tensors, Adam with the group's ``betas`` and ``eps`` on vectors.
+
+    Args:
+        solver: Computes the eigenbases; by default one orthogonal iteration from the last one.
+        second_moments: What becomes of second moments that are kept in a basis when it turns:
+            ``"transport"`` carries them into the new one, ``"permute"`` lets them follow their
+            columns, ``"keep"`` leaves their numbers as they are, as the published code does.
+        lagged: Whether a step knows past gradients only, as in the published code: the first gradient
+            makes the first basis and no step, and later ones reach the factors after their own step.
+        initial_eigenvalue: Of all axes after the first gradient, positive.
+        largest_scale: Limit of lambda^(-1/2), positive; None means max(10, min(d, 4000)) on an axis
+            of length d.
+        factor_decay: Decay of factors and eigenvalues per step, 1 sums; None takes ``betas[1]``.
+        statistics_interval: Steps from one update of factors and eigenvalues to the next.
+        precondition_vectors: Whether blocks with one axis get a factor too.
+
+    Raises:
+        TypeError: A number is of the wrong type.
+        ValueError: A number is out of range.
+    """
+
+    solver: BasisSolver = field(default_factory=OrthogonalIterationSolver)
+    second_moments: SecondMoments = "transport"
+    lagged: bool = False
+    initial_eigenvalue: float = 0.1
+    largest_scale: float | None = None
+    factor_decay: float | None = None
+    statistics_interval: int = 1
+    precondition_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        check_choice(owner, "second_moments", self.second_moments, SECOND_MOMENTS)
+        check_range(owner, "initial_eigenvalue", self.initial_eigenvalue, low=0.0, low_open=True)
+        if self.largest_scale is not None:
+            check_range(
+                owner, "largest_scale", self.largest_scale,
+                low=0.0, high=torch.finfo(torch.float32).max ** 0.5, low_open=True,
+            )  # fmt: skip
+        if self.factor_decay is not None:
+            check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
+        check_count(owner, "statistics_interval", self.statistics_interval)
+
+    @property
+    def default_grafting(self) -> GraftingConfig | None:
+        """None: the length is right already."""
+        return None
+
+    def create(
+        self,
+        stack_set: StackSet,
+        options: GroupOptions,
+        grafting: GraftingConfig | None,
+        refresh: RefreshPolicy,
+    ) -> Preconditioner:
+        """See `PreconditionerConfig`.
+
+        Raises:
+            ValueError: Grafting was asked for.
+        """
+        refuse_grafting(self, grafting, "its eigenvalues set the length already")
+        axes = preconditioned_axes(stack_set, precondition_vectors=self.precondition_vectors)
+        return with_adam_for_rest(
+            stack_set,
+            [axis.stack for axis in axes],
+            lambda mine: self._create_method(mine, options, refresh),
+            options,
+            refresh,
+        )
+
+    def _create_method(
+        self, stack_set: StackSet, options: GroupOptions, refresh: RefreshPolicy
+    ) -> Preconditioner:
+        return KLShampoo(self, stack_set, options, refresh)
+
+
+class KLShampoo:
+    """State and step of KL-Shampoo for one set of stacks, all of which have factors."""
+
+    def __init__(
+        self,
+        config: KLShampooConfig,
+        stack_set: StackSet,
+        options: GroupOptions,
+        refresh: RefreshPolicy,
+    ) -> None:
+        """Allocate factors (zero), bases (identity), eigenvalues and the momentum (zero)."""
+        self._lagged = config.lagged
+        self._stack_set = stack_set
+        self._eps = options.eps
+        self._refresh = refresh
+        self.factors = KLFactors(
+            stack_set,
+            preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors),
+            options.betas[1] if config.factor_decay is None else config.factor_decay,
+            interval=config.statistics_interval,
+            initial_eigenvalue=config.initial_eigenvalue,
+            largest_scale=config.largest_scale,
+            second_moments=config.second_moments,
+            solver=config.solver,
+        )
+        self.filter = GradientFilter(stack_set, options)
+
+    def step(self, gradients: StackedGradients, step: int) -> Direction | None:
+        """See `Preconditioner`."""
+        rotated = self._rotated(gradients)
+        if not self._lagged:
+            self.factors.absorb(rotated, step)
+            if self._turn(self._due(step), first=step <= self._refresh.settled_step):
+                rotated = self._rotated(gradients)
+            return self._direction(rotated)
+        if step == 1:
+            self.factors.absorb(rotated, step)
+            self._turn(whole_stacks(self.factors.factors.sizes), first=True)
+            return None
+        direction = self._direction(rotated)
+        self.factors.absorb(rotated, step)
+        self._turn(self._due(step - 1), first=False)
+        return direction
+
+    def _rotated(self, gradients: StackedGradients) -> StackedGradients:
+        return replace(gradients, stacks=self.factors.bases.multiply(gradients.stacks))
+
+    def _due(self, step: int) -> list[FactorSlice]:
+        return self._refresh.due(step, self.factors.factors.sizes)
+
+    def _turn(self, due: list[FactorSlice], *, first: bool) -> bool:
+        """Recompute bases, carry over what is kept in them, and say whether any has turned."""
+        changes = self.factors.refresh(due, self._refresh.tolerance, first=first) if due else []
+        for change in changes:
+            stack, axis = self.factors.factors.axes[change.where.stack][:2]
+            self._carry_over(stack, axis, change)
+        return bool(changes)
+
+    def _carry_over(self, stack: int, axis: int, change: Replacement) -> None:
+        if self.filter.moment is not None:
+            turn_first_moment(self.filter.moment.average[stack], axis, change)
+
+    def _direction(self, rotated: StackedGradients) -> Direction:
+        scaled = self._scaled(self.filter.filter(rotated), rotated)
+        stacks = self.factors.bases.multiply(scaled.stacks, transposed=True)
+        return scaled._replace(stacks=stacks)
+
+    def _scaled(self, filtered: Direction, rotated: StackedGradients) -> Direction:
+        """What is done to the filtered gradient in the eigenbasis."""
+        del rotated
+        denominators = self.factors.root_products()
+        torch._foreach_add_(denominators, self._eps)
+        return filtered._replace(stacks=list(torch._foreach_div(filtered.stacks, denominators)))
+
+    def state(self) -> StackState:
+        """See `Preconditioner`."""
+        parts = {"": self.factors.state(), "filter": self.filter.state()}
+        return merge_states(len(self._stack_set), parts)

@@ -1,0 +1,219 @@
+"""What KL-Shampoo learns about gradients: factors, their eigenbases, and eigenvalues of its own.
+
+The gradients of a block are taken for samples of a Gaussian with covariance S_1 x S_2 x ... (Kronecker
+product). Fitting it by maximum likelihood makes the factor of an axis the second moment of gradients
+that all other axes have whitened; d_i is the length of axis i, D_i the product of the other lengths:
+
+    g        = G x_1 Q_1 x_2 Q_2 ...                                rotated into the eigenbases
+    w_i      = g / prod_{j != i} sqrt(d_j lambda_j)                 whitened along all axes but i
+    S_i      <- beta2 S_i + (1 - beta2) Gram_i(w_i)                 = G Q_j diag(1/lambda_j) Q_j^T G^T / D_i
+    lambda_i <- beta2 lambda_i + (1 - beta2) diag Gram_i(w_i)       limited from below
+
+for all i at once, with the old bases and eigenvalues on the right. S_i is kept in the eigenbasis, as
+Q_i^T S_i Q_i: then neither whitening nor measuring takes products beyond the Gram matrices. When a
+basis turns, by S = Q_old^T Q_new, what is kept in it turns along.
+
+The eigenvalues are averages of their own, not diag(Q_i^T S_i Q_i), with which they would agree but for
+where they start: the first gradient enters the factors as it is, and leaves the eigenvalues at a constant.
+
+Source: Lin et al. 2025 (arXiv 2509.03378); the limit on eigenvalues is that of its published code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.preconditioners.basis_change import SecondMoments, turn_second_moment
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Replacement, Solution
+from shampoo_core.refresh import FactorSlice
+from shampoo_core.solvers import BasisSolver
+from shampoo_core.solvers.precision import full_precision
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, merge_states, stacked_state
+from shampoo_core.statistics import FactorAxis, KroneckerFactors, by_axis, unfold
+
+
+class KLFactors:
+    """Factors S_i in their eigenbases Q_i, and eigenvalues lambda_i, of a set of stacks."""
+
+    def __init__(
+        self,
+        stack_set: StackSet,
+        axes: Sequence[FactorAxis],
+        decay: float,
+        *,
+        interval: int,
+        initial_eigenvalue: float,
+        largest_scale: float | None,
+        second_moments: SecondMoments,
+        solver: BasisSolver,
+    ) -> None:
+        """Start with factors zero and bases the identity.
+
+        Args:
+            stack_set: Geometry.
+            axes: The preconditioned axes.
+            decay: beta2 of factors and eigenvalues per step; 1 sums.
+            interval: Gradients are absorbed every so many steps, with ``decay ** interval``.
+            initial_eigenvalue: Of all axes after the first gradient.
+            largest_scale: What lambda^(-1/2) may be; None means max(10, min(d, 4000)).
+            second_moments: What becomes of eigenvalues when their basis turns.
+            solver: Computes the eigenbases.
+        """
+        self._stack_set = stack_set
+        self._solver = solver
+        self._second_moments = second_moments
+        self._interval = interval
+        self._decay = decay**interval
+        self._gain = 1.0 if decay == 1.0 else 1.0 - self._decay
+        self._initial_eigenvalue = initial_eigenvalue
+        self._floors = [
+            (largest_scale or max(10.0, min(float(axis.dimension), 4000.0))) ** -2.0
+            for axis in axes
+        ]
+        # No bias correction: a basis does not depend on the scale of its factor.
+        self.factors = KroneckerFactors(
+            stack_set, axes, decay, bias_correction=False, interval=interval
+        )
+        self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
+        # One until the first gradient has come, which is therefore not whitened.
+        self.eigenvalues = [
+            torch.ones(
+                size.num_factors, size.dimension, dtype=stack_set.dtype, device=stack_set.device
+            )
+            for size in self.factors.sizes
+        ]
+        """(N, d) per preconditioned axis."""
+        self.started = stack_set.block_vector()
+        """1 for blocks that have absorbed a gradient."""
+
+    def absorb(self, rotated: StackedGradients, step: int) -> None:
+        """Learn from gradients that are in the eigenbases, if this step is one of every interval."""
+        if (step - 1) % self._interval != 0 or not self.eigenvalues:
+            return
+        dimensions = [float(axis.dimension) for axis in self.factors.axes]
+        scales = torch._foreach_pow(torch._foreach_mul(self.eigenvalues, dimensions), -0.5)
+        per_stack = self._broadcast(list(scales))
+        measured: list[Tensor] = []
+
+        def whitened_rows(axis: FactorAxis) -> Tensor:
+            whitened = rotated.stacks[axis.stack]
+            for other, scale in per_stack[axis.stack].items():
+                if other != axis.axis:
+                    whitened = whitened * scale
+            rows = unfold(whitened, axis.axis)
+            measured.append(torch.linalg.vector_norm(rows, dim=-1).square_())
+            return rows
+
+        self.factors.absorb(rotated, step, whitened_rows)
+        self._absorb_eigenvalues(measured, rotated.is_open)
+
+    def _absorb_eigenvalues(self, measured: list[Tensor], is_open: Tensor) -> None:
+        """``lambda <- decay lambda + gain measured``; the first gradient of a block sets it instead."""
+        first = is_open * (1.0 - self.started)
+        self.started.add_(first)
+        decayed = (1.0 - (1.0 - self._decay) * is_open) * (1.0 - first)
+        torch._foreach_mul_(self.eigenvalues, self._per_axis(decayed))
+        gains = self._per_axis(self._gain * (1.0 - first))
+        torch._foreach_addcmul_(self.eigenvalues, measured, gains)
+        torch._foreach_add_(self.eigenvalues, self._per_axis(self._initial_eigenvalue * first))
+        torch._foreach_clamp_min_(self.eigenvalues, self._floors)
+
+    def root_products(self) -> list[Tensor]:
+        """``sqrt(lambda_1) x sqrt(lambda_2) x ...`` (outer product) per stack.
+
+        What a whitened gradient is divided by in the eigenbasis; axes that are not preconditioned
+        have length 1.
+        """
+        per_stack = self._broadcast(list(torch._foreach_sqrt(self.eigenvalues)))
+        products = []
+        for index in range(len(self._stack_set)):
+            product, *others = per_stack[index].values()
+            for root in others:
+                product = product * root
+            products.append(product)
+        return products
+
+    def refresh(
+        self, due: Sequence[FactorSlice], tolerance: float, *, first: bool
+    ) -> list[Replacement]:
+        """Recompute the bases of due factors and turn factors and eigenvalues along.
+
+        Args:
+            due: Slices of factor stacks.
+            tolerance: Of `FactorMatrices.stale`.
+            first: Whether there is no basis to continue yet.
+
+        Returns:
+            The old and the new bases, for what else is kept in them.
+        """
+        # In the coordinates that factors are kept in, their old basis is the identity.
+        identities = [_identity_like(factor) for factor in self.factors.factors]
+        stale = self.bases.stale(due, identities, tolerance)
+        with full_precision(self._stack_set.device):
+            changes = self.bases.refresh(
+                stale, self._first_basis if first else self._continue_basis
+            )
+            for change in changes:
+                factors = self.factors.factors[change.where.stack]
+                kept = factors[change.where.start : change.where.stop]
+                turn = torch.bmm(change.old.mT, change.new)
+                kept.copy_(torch.bmm(turn.mT, torch.bmm(kept, turn)))
+                eigenvalues = self.eigenvalues[change.where.stack]
+                turn_second_moment(eigenvalues, 0, change, self._second_moments)
+        return changes
+
+    def _first_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del exponent
+        result = self._solver.basis(factors)
+        return Solution(_rotated_basis(old, result.eigenvectors), result.accepted)
+
+    def _continue_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del exponent
+        result = self._solver.basis(factors, warm_start=_identity_like(factors))
+        basis = _rotated_basis(old, result.eigenvectors)
+        return Solution(basis, result.accepted, result.order)
+
+    def _broadcast(self, per_axis: list[Tensor]) -> list[dict[int, Tensor]]:
+        """Per stack and axis of its blocks: (N, d) as (N, 1, ..., d, ..., 1)."""
+        per_stack: list[dict[int, Tensor]] = [{} for _ in range(len(self._stack_set))]
+        for axis, tensor in zip(self.factors.axes, per_axis, strict=True):
+            shape = [len(tensor), *[1] * axis.order]
+            shape[axis.axis + 1] = axis.dimension
+            per_stack[axis.stack][axis.axis] = tensor.view(shape)
+        return per_stack
+
+    def _per_axis(self, block_vector: Tensor) -> list[Tensor]:
+        """Views of a block vector, (N, 1) per preconditioned axis."""
+        pieces = block_vector.split(self._stack_set.sizes)
+        return [pieces[axis.stack].view(-1, 1) for axis in self.factors.axes]
+
+    def state(self) -> StackState:
+        """Factors, bases, eigenvalues, and which blocks have started."""
+        count, axes = len(self._stack_set), self.factors.axes
+        started = self.started.split(self._stack_set.sizes)
+        return merge_states(
+            count,
+            {
+                "factors": self.factors.state(),
+                "": self.bases.state("bases"),
+                "eigenvalues": by_axis(count, axes, "axis", self.eigenvalues),
+                "kl": stacked_state(count, {"started": started}),
+            },
+        )
+
+
+def _rotated_basis(old: Tensor, rotation: Tensor) -> Tensor:
+    """``old @ rotation``, orthogonal again up to rounding (one Newton step on Q^T Q = I)."""
+    basis = torch.bmm(old, rotation)
+    # Without it the product of thousands of rotations would drift away from orthogonality.
+    return torch.baddbmm(basis, basis, torch.bmm(basis.mT, basis), beta=1.5, alpha=-0.5)
+
+
+def _identity_like(matrices: Tensor) -> Tensor:
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return identity.expand_as(matrices)

@@ -1,0 +1,74 @@
+"""KL-SOAP: Adam in the eigenbases of KL-Shampoo.
+
+    M, D <- averages of g and g^2,   g = G x_1 Q_1 x_2 Q_2 ...
+    P     = (M / (sqrt(D) + eps)) x_1 Q_1^T x_2 Q_2^T ...
+
+Q_i and what they are made from are those of `shampoo_core.preconditioners.kl`; the second moment is one
+number per element instead of a product of eigenvalues.
+
+Source: Lin et al. 2025 (arXiv 2509.03378); ALGORITHMS.md section 4.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shampoo_core.config import GroupOptions
+from shampoo_core.filtering import Direction
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.grafting import SecondMomentScaling
+from shampoo_core.preconditioners.base import Preconditioner
+from shampoo_core.preconditioners.basis_change import turn_second_moment
+from shampoo_core.preconditioners.factor_matrices import Replacement
+from shampoo_core.preconditioners.kl import KLShampoo, KLShampooConfig
+from shampoo_core.refresh import RefreshPolicy
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, merge_states
+
+
+@dataclass(frozen=True)
+class KLSOAPConfig(KLShampooConfig):
+    """KL-SOAP on matrices and tensors, Adam with the group's ``betas`` and ``eps`` on vectors.
+
+    All arguments are those of `KLShampooConfig`; ``second_moments`` is about D too.
+    """
+
+    def _create_method(
+        self, stack_set: StackSet, options: GroupOptions, refresh: RefreshPolicy
+    ) -> Preconditioner:
+        return KLSOAP(self, stack_set, options, refresh)
+
+
+class KLSOAP(KLShampoo):
+    """State and step of KL-SOAP for one set of stacks, all of which have factors."""
+
+    def __init__(
+        self,
+        config: KLSOAPConfig,
+        stack_set: StackSet,
+        options: GroupOptions,
+        refresh: RefreshPolicy,
+    ) -> None:
+        """Allocate what KL-Shampoo has, and the second moment (zero)."""
+        super().__init__(config, stack_set, options, refresh)
+        self._second_moments = config.second_moments
+        self.scaling = SecondMomentScaling(
+            stack_set,
+            options.betas[1],
+            options.eps,
+            bias_correction=options.bias_correction,
+        )
+
+    def _scaled(self, filtered: Direction, rotated: StackedGradients) -> Direction:
+        self.scaling.absorb(rotated)
+        return self.scaling.direction(filtered)
+
+    def _carry_over(self, stack: int, axis: int, change: Replacement) -> None:
+        super()._carry_over(stack, axis, change)
+        average = self.scaling.second_moment.average[stack]
+        turn_second_moment(average, axis, change, self._second_moments)
+
+    def state(self) -> StackState:
+        """See `Preconditioner`."""
+        parts = {"": super().state(), "second_moment": self.scaling.state()}
+        return merge_states(len(self._stack_set), parts)
