@@ -130,7 +130,7 @@ def test_step_times_are_means_between_evaluations_or_each_step(tmp_path: Path) -
     np.testing.assert_allclose(seconds, [0.1, 0.2])
     np.testing.assert_array_equal(steps, [10, 20])
     assert not times_every_step(trial)
-    (folder / "step_times.csv").write_text("global_step,seconds\n1,0.5\n2,0.25\n")
+    (folder / "step_times.csv").write_text("global_step,seconds\n1,9.0\n2,0.5\n3,0.25\n")
     seconds, steps = step_times(trial)
     np.testing.assert_array_equal(seconds, [0.5, 0.25])
     np.testing.assert_array_equal(steps, [1, 1])

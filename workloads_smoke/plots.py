@@ -145,7 +145,7 @@ def _finish_curves(
     axes: Axes, workload: str, target: Target, unit: str, shown: Sequence[tuple[Array, Array]]
 ) -> None:
     axes.axhline(target.value, color="black", linewidth=1.1, linestyle=TARGET_DASH, zorder=4)
-    axes.set_title(workload)
+    axes.set_title(workload, loc="left")
     axes.set_title(f"target {target.value:g}", loc="right", fontsize=9, weight="normal")
     axes.set_xlabel("training steps" if unit == "steps" else "submission time (s)")
     axes.set_ylabel(f"validation {target.metric.replace('_', ' ')}")
@@ -217,7 +217,7 @@ def performance_profiles(board: Scoreboard) -> Figure:
                 clip_on=False,
                 zorder=3 + rank,
             )
-        axes.set_title(f"by {unit} to target")
+        axes.set_title(f"by {unit} to target", loc="left")
         axes.set_xlabel("tau: times the fastest submission")
         axes.set_xlim(1, board.r_max)
         axes.set_ylim(0, 1.0)
@@ -244,7 +244,7 @@ def step_time_histograms(board: Scoreboard) -> Figure:
     for axes, workload in zip(panels, board.workloads, strict=True):
         pooled = {name: _pooled_times(board, name, workload) for name in board.submissions}
         samples = {name: pair for name, pair in pooled.items() if len(pair[0])}
-        axes.set_title(workload)
+        axes.set_title(workload, loc="left")
         if samples:
             _draw_histograms(axes, samples, colours, every_step)
         else:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from workloads_smoke.scoring.logs import SECONDS, STEP, Trial
 
-# Written by our runner only; the official one times no single step.
+# Written by our runner only (`workloads_smoke.logs`); the official one times no single step.
 STEP_TIMES_FILE = "step_times.csv"
 
 Array = npt.NDArray[np.float64]
@@ -22,12 +22,13 @@ def step_times(trial: Trial) -> tuple[Array, Array]:
             every step counts; else the steps between two evaluations share their mean.
 
     Returns:
-        Seconds per step and number of steps, of equal length. Steps before the first evaluation
-        are left out of the means, since start-up is part of them.
+        Seconds per step and number of steps, of equal length. The first step, and in the means
+        every step before the first evaluation, is left out: start-up is part of it.
     """
     path = None if trial.folder is None else trial.folder / STEP_TIMES_FILE
     if path is not None and path.exists():
-        seconds = pd.read_csv(path)["seconds"].to_numpy(dtype=float)
+        timed = pd.read_csv(path)
+        seconds = timed.loc[timed[STEP] > 1, "seconds"].to_numpy(dtype=float)
         return seconds, np.ones_like(seconds)
     steps = np.diff(trial.evaluations[STEP].to_numpy(dtype=float))
     seconds = np.diff(trial.evaluations[SECONDS].to_numpy(dtype=float))

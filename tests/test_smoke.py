@@ -1,0 +1,233 @@
+"""The main job: planning, fairness, estimates, what it leaves behind. The runner is a stand-in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hand_made_logs import write_missing, write_reaching
+
+from workloads_smoke import smoke
+from workloads_smoke.contenders import known_contenders, read_contenders
+from workloads_smoke.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class StandInRunner:
+    """Writes logs where the runner would; remembers how it was called."""
+
+    def __init__(self, fails_on: str | None = None, interrupted_on: str | None = None) -> None:
+        self.fails_on = fails_on
+        self.interrupted_on = interrupted_on
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        assert not check
+        self.commands.append(command)
+        flags = dict(part[2:].split("=", 1) for part in command if "=" in part)
+        folder = Path(flags["experiment_dir"])
+        if folder.name == self.interrupted_on:
+            raise KeyboardInterrupt
+        if folder.name == self.fails_on:
+            return subprocess.CompletedProcess(command, 1)
+        study = folder / flags["experiment_name"] / f"{flags['workload']}_pytorch"
+        for number in range(1, int(flags["num_tuning_trials"]) + 1):
+            trial = study / f"trial_{number}"
+            if folder.name == "shampoo":
+                write_reaching(trial, 200 * number, 4.0 * number)
+            else:
+                write_missing(trial)
+        return subprocess.CompletedProcess(command, 0)
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandInRunner:
+    stand_in = StandInRunner()
+    monkeypatch.setattr(smoke.subprocess, "run", stand_in)
+    monkeypatch.chdir(tmp_path)
+    return stand_in
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds; one test looks at the report."""
+    monkeypatch.setattr(smoke, "write_report", lambda board, folder, title: folder / "report.html")
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    return smoke.parse_arguments(arguments)
+
+
+def test_default_job_compares_ours_with_nadamw_and_shows_it(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smoke.main([]) == 0
+    printed = capsys.readouterr().out
+    run = Path("results/smoke-001")
+    for name in ("report.html", "scores.csv", "plots/training_curves_steps.png", "commands.txt"):
+        assert (run / name).stat().st_size > 0
+    scores = pd.read_csv(run / "scores.csv", index_col="submission")["score"].to_dict()
+    assert scores == {"shampoo": 1.0, "nadamw": 0.0}
+    assert "[4/4] wmt: nadamw, study_0" in printed
+    assert "left" in printed
+    assert "shampoo has the highest AlgoPerf score, 1.0000 against nadamw 0.0000." in printed
+    assert "nadamw did not reach accuracy >= 0.9; its best was 0.8." in printed
+    # The table grows: once after mnist, once at the end with wmt.
+    assert printed.count("submission   score") == 2
+    calls = [
+        [part for part in command if part.startswith("--workload")] for command in runner.commands
+    ]
+    assert calls == [["--workload=mnist"]] * 2 + [["--workload=wmt"]] * 2
+
+
+@pytest.mark.usefixtures("no_report")
+def test_everybody_gets_the_same_trials_seeds_and_evaluations(runner: StandInRunner) -> None:
+    arguments = ["--seeds=0,7", "--trials=5", "--workloads=mnist", "--evaluations=10"]
+    assert smoke.main(arguments) == 0
+    shared = [
+        sorted(
+            part
+            for part in command
+            if part.startswith(("--num_tuning", "--eval_every", "--step_budget", "--rng_seed"))
+        )
+        for command in runner.commands
+    ]
+    assert shared[0] == shared[1] and shared[2] == shared[3]
+    assert "--rng_seed=0" in shared[0] and "--rng_seed=7" in shared[2]
+    assert "--num_tuning_trials=5" in shared[0] and "--eval_every_steps=60" in shared[0]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_rerun_makes_a_new_folder(runner: StandInRunner) -> None:
+    for _ in range(2):
+        assert smoke.main(["--workloads=mnist", "--submissions=nadamw"]) == 0
+    assert sorted(path.name for path in Path("results").iterdir()) == ["smoke-001", "smoke-002"]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_named_run_is_never_overwritten_silently(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--workloads=mnist", "--submissions=nadamw", "--run_name=mine"]
+    assert smoke.main(arguments) == 0
+    assert smoke.main(arguments) == 1
+    assert "results/mine exists; --resume_last_run goes on with it" in capsys.readouterr().err
+    assert len(runner.commands) == 1
+    assert "--overwrite" not in runner.commands[0]
+    run_folder = smoke.run_folder(options(*arguments, "--overwrite"))
+    (job,) = smoke.plan(options(*arguments))
+    assert "--overwrite" in job.command(run_folder, options(*arguments, "--overwrite"))
+    assert "--resume_last_run" in job.command(run_folder, options(*arguments, "--resume_last_run"))
+    with pytest.raises(UserError, match="need --run_name"):
+        smoke.run_folder(options("--overwrite"))
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_failing_submission_is_reported_and_the_others_scored(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.fails_on = "nadamw"
+    assert smoke.main(["--workloads=mnist"]) == 1
+    captured = capsys.readouterr()
+    assert "failed: nadamw on mnist, study_0" in captured.err
+    assert "shampoo reached the target of 1 of 1 workload." in captured.out
+
+
+def test_nothing_to_score_is_an_error_without_a_traceback(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.fails_on = "nadamw"
+    assert smoke.main(["--workloads=mnist", "--submissions=nadamw"]) == 1
+    assert "error: nothing to score" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.interrupted_on = "nadamw"
+    assert smoke.main(["--workloads=mnist"]) == 130
+    assert "--run_name=smoke-001 --resume_last_run" in capsys.readouterr().err
+
+
+def test_the_estimate_uses_each_workloads_own_pace() -> None:
+    jobs = smoke.plan(options("--seeds=0,1"))
+    mnist, wmt = (next(job for job in jobs if job.workload == name) for name in ("mnist", "wmt"))
+    pace = smoke.Pace()
+    pace.add(mnist, 10.0)
+    pace.add(mnist, 20.0)
+    assert pace.estimate([mnist, wmt]) == 30.0  # wmt is new: the mean of all
+    pace.add(wmt, 90.0)
+    assert pace.estimate([mnist, wmt, wmt]) == 15.0 + 90.0 + 90.0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1 h 02 min")])
+def test_clock(seconds: float, text: str) -> None:
+    assert smoke.clock(seconds) == text
+
+
+def test_any_submission_file_takes_part(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "submission.py").touch()
+    with pytest.raises(UserError, match=r"no tuning_search_space\.json beside"):
+        read_contenders([f"theirs={folder / 'submission.py'}"])
+    (folder / "tuning_search_space.json").write_text("[{}]")
+    (theirs, nadamw) = read_contenders([f"theirs={folder / 'submission.py'}", "nadamw"])
+    assert theirs.search_space == folder / "tuning_search_space.json"
+    assert nadamw.search_space == nadamw.submission.parent / "tuning_search_space.json"
+    assert {"shampoo", "nadamw"} <= set(known_contenders())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads=mnist,cifar100"], "unknown workload(s) cifar100; known: "),
+        (["--submissions=adam"], "unknown submission 'adam'; known are shampoo, "),
+        (["--submissions=x=none.py"], "submission 'x': no such file none.py"),
+        (["--submissions=a/b=none.py"], "the name of a submission is one folder name, got 'a/b'"),
+        (["--submissions=nadamw", "--trials=99"], "nadamw has 5 points in "),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_made(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert smoke.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("results").exists() and not runner.commands
+
+
+def test_one_name_twice_is_refused() -> None:
+    file = known_contenders()["nadamw"]
+    with pytest.raises(UserError, match="'nadamw' is given 2 times"):
+        read_contenders(["nadamw", f"nadamw={file}"])
+
+
+@pytest.mark.parametrize("flag", ["--seeds=0,-1", "--seeds=a", "--trials=0", "--workloads=,"])
+def test_flags_are_checked(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        smoke.parse_arguments([flag])
+    assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_real_runner_does_the_job(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "workloads_smoke.smoke", "--workloads=mnist", "--step_budget=0.1",
+         f"--results_dir={tmp_path}"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    trials = pd.read_csv(tmp_path / "smoke-001" / "trials.csv")
+    assert sorted(trials["submission"]) == ["nadamw", "shampoo"]
+    assert (trials["last_step"] == 60).all() and (trials["num_evaluations"] == 3).all()
+    logs = tmp_path / "smoke-001" / "logs" / "shampoo" / "study_0" / "mnist_pytorch" / "trial_1"
+    point = json.loads((logs / "hparams.json").read_text())
+    assert point == json.loads((REPOSITORY / "tuning_search_space.json").read_text())[0]

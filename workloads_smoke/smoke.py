@@ -1,0 +1,306 @@
+"""The main job, ``make smoke``: train submissions on smoke workloads, compare them, show it.
+
+Every submission gets the same number of trials, each at its own hyperparameter points, on the same
+workloads and seeds. The runner does the training, one process a submission, workload and seed; this
+module only decides the order, says how long it will take, and scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workloads_smoke.atomic_files import write_text
+from workloads_smoke.contenders import (
+    Contender,
+    check_same_number_of_trials,
+    known_contenders,
+    read_contenders,
+)
+from workloads_smoke.errors import UserError
+from workloads_smoke.registry import WORKLOADS, load_workload
+from workloads_smoke.report import write_report
+from workloads_smoke.scoring.console import say
+from workloads_smoke.scoring.folders import fresh_folder
+from workloads_smoke.scoring.logs import read_results
+from workloads_smoke.scoring.scoreboard import Scoreboard
+from workloads_smoke.scoring.tables import score_text
+from workloads_smoke.scoring.verdict import headline, workload_verdict
+
+DEFAULT_WORKLOADS = "mnist,wmt"
+DEFAULT_SUBMISSIONS = "shampoo,nadamw"
+INTERRUPTED = 130  # a shell's status of a command that Ctrl-C ended
+
+
+@dataclass(frozen=True)
+class Job:
+    """All trials of one submission on one workload with one seed: one call of the runner."""
+
+    contender: Contender
+    workload: str
+    seed: int
+
+    @property
+    def study(self) -> str:
+        """Name of the experiment."""
+        return f"study_{self.seed}"
+
+    def command(self, logs: Path, options: argparse.Namespace) -> list[str]:
+        """The runner's command line; logs go to ``logs/<submission>/study_<seed>``."""
+        every = max(1, load_workload(self.workload).step_hint // options.evaluations)
+        command = [
+            sys.executable,
+            "-m",
+            "workloads_smoke.run",
+            f"--workload={self.workload}",
+            f"--submission_path={self.contender.submission}",
+            f"--tuning_search_space={self.contender.search_space}",
+            f"--num_tuning_trials={options.trials}",
+            f"--experiment_dir={logs / self.contender.name}",
+            f"--experiment_name={self.study}",
+            f"--rng_seed={self.seed}",
+            f"--eval_every_steps={every}",
+            f"--step_budget={options.step_budget:g}",
+            # A trial is short: one that was cut off starts anew.
+            "--nosave_checkpoints",
+        ]
+        if options.resume_last_run:
+            command.append("--resume_last_run")
+        elif options.overwrite:
+            command.append("--overwrite")
+        return command
+
+
+@dataclass
+class Pace:
+    """Tells how long the remaining jobs will take, from those that are done."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, job: Job, seconds: float) -> None:
+        """A job took so long."""
+        self.seconds.setdefault(job.workload, []).append(seconds)
+
+    def estimate(self, remaining: Sequence[Job]) -> float:
+        """Seconds for the remaining jobs: each as its workload's mean, a new one as all jobs'."""
+        durations = [duration for known in self.seconds.values() for duration in known]
+        overall = sum(durations) / len(durations)
+        means = {name: sum(known) / len(known) for name, known in self.seconds.items()}
+        return sum(means.get(job.workload, overall) for job in remaining)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; None means that of the process."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workloads_smoke.smoke",
+        description="Train submissions on smoke workloads with the local runner, then compare them:"
+        " table, plots, report. Every submission gets the same number of trials, at its own points.",
+    )
+    parser.add_argument(
+        "--workloads",
+        type=_names,
+        default=DEFAULT_WORKLOADS,
+        help=f"separated by commas, or 'all'; known: {', '.join(WORKLOADS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--submissions",
+        type=_names,
+        default=DEFAULT_SUBMISSIONS,
+        help=f"separated by commas; known: {', '.join(known_contenders())}; NAME=FILE for any other,"
+        " with tuning_search_space.json beside the file or one folder up (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=_seeds, default="0", help="one study a seed, such as 0,1,2 (default: 0)"
+    )
+    parser.add_argument(
+        "--trials",
+        type=_positive,
+        default=1,
+        help="trials of each study: the first points of each search space (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluations",
+        type=_positive,
+        default=20,
+        help="evaluations along a workload's step hint, at equal steps for everybody"
+        " (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--step_budget",
+        type=float,
+        default=1.0,
+        help="end a trial after this multiple of the step hint, where schedules have decayed"
+        " (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--results_dir",
+        type=Path,
+        default=Path("results"),
+        help="folder of all results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--run_name",
+        help="folder of this comparison below it (default: a new one, smoke-001, smoke-002, ...)",
+    )
+    parser.add_argument(
+        "--resume_last_run",
+        action="store_true",
+        help="go on with --run_name: complete trials are kept",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="with --run_name: delete its logs of the submissions, workloads and seeds to be run",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = parse_arguments(arguments)
+    try:
+        jobs = plan(options)
+        folder = run_folder(options)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    try:
+        failed = run_jobs(jobs, folder / "logs", options)
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"interrupted; the same command with --run_name={folder.name} --resume_last_run goes on\n"
+        )
+        return INTERRUPTED
+    return show(folder, failed)
+
+
+def plan(options: argparse.Namespace) -> list[Job]:
+    """List the jobs: seed by seed, workload by workload, so that comparisons complete early.
+
+    Raises:
+        UserError: if a workload or submission is unknown, or points are too few.
+    """
+    workloads = list(WORKLOADS) if options.workloads == ["all"] else options.workloads
+    unknown = [name for name in workloads if name not in WORKLOADS]
+    if unknown:
+        raise UserError(f"unknown workload(s) {', '.join(unknown)}; known: {', '.join(WORKLOADS)}")
+    contenders = read_contenders(options.submissions)
+    check_same_number_of_trials(contenders, options.trials)
+    return [
+        Job(contender, workload, seed)
+        for seed in options.seeds
+        for workload in workloads
+        for contender in contenders
+    ]
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """Folder of this comparison, new unless the options say otherwise.
+
+    Raises:
+        UserError: if it exists and neither ``--resume_last_run`` nor ``--overwrite`` was given.
+    """
+    if options.run_name is None:
+        if options.resume_last_run or options.overwrite:
+            raise UserError("--resume_last_run and --overwrite need --run_name: which comparison?")
+        return fresh_folder(options.results_dir, "smoke")
+    folder: Path = options.results_dir / options.run_name
+    if folder.exists() and not (options.resume_last_run or options.overwrite):
+        raise UserError(
+            f"{folder} exists; --resume_last_run goes on with it, --overwrite deletes its logs"
+            " first, another --run_name leaves it alone"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> list[Job]:
+    """Run every job, one after the other so that times compare; returns those that failed."""
+    say(
+        f"{len(jobs)} runs of {options.trials} trial(s): {', '.join(options.submissions)} on"
+        f" {', '.join(dict.fromkeys(job.workload for job in jobs))}; results in {logs.parent}"
+    )
+    commands = "".join(f"{shlex.join(job.command(logs, options))}\n" for job in jobs)
+    write_text(logs.parent / "commands.txt", commands)
+    pace, failed = Pace(), []
+    start = time.monotonic()
+    for index, job in enumerate(jobs):
+        command = job.command(logs, options)
+        say(f"\n[{index + 1}/{len(jobs)}] {job.workload}: {job.contender.name}, {job.study}")
+        job_start = time.monotonic()
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            failed.append(job)
+            say(f"failed with exit status {status}: {shlex.join(command)}")
+        pace.add(job, time.monotonic() - job_start)
+        remaining = jobs[index + 1 :]
+        if remaining:
+            say(f"{clock(time.monotonic() - start)} so far, about"
+                f" {clock(pace.estimate(remaining))} left")  # fmt: skip
+            if remaining[0].workload != job.workload:
+                _show_table(logs)
+    return failed
+
+
+def show(folder: Path, failed: Sequence[Job]) -> int:
+    """Print the final table and the verdicts, write the report; returns the exit status."""
+    try:
+        board = Scoreboard.of(read_results([folder / "logs"]))
+    except (FileNotFoundError, ValueError) as error:
+        sys.stderr.write(f"error: nothing to score: {error}\n")
+        return 1
+    say(f"\n{score_text(board)}\n\n{headline(board)}")
+    for workload in board.workloads:
+        say(f"{workload}: {workload_verdict(board, workload)}")
+    report = write_report(board, folder, title="Smoke comparison")
+    say(f"\nreport: {report}\nplots:  {folder / 'plots'}\nlogs:   {folder / 'logs'}")
+    for job in failed:
+        sys.stderr.write(f"failed: {job.contender.name} on {job.workload}, {job.study}\n")
+    return 1 if failed else 0
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours and minutes above an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def _show_table(logs: Path) -> None:
+    try:
+        board = Scoreboard.of(read_results([logs]))
+    except FileNotFoundError:
+        return
+    say(f"\n{score_text(board)}")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0:
+        raise argparse.ArgumentTypeError(f"expected whole numbers >= 0 such as 0,1,2, got {text!r}")
+    return list(dict.fromkeys(seeds))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
