@@ -3,7 +3,13 @@
 Everything a user needs is exported here; `DistributedShampoo` is the place to start reading.
 """
 
-from shampoo_core.averaging import HeavyBall, PrimalAveraging, ScheduleFree, WeightEMA
+from shampoo_core.averaging import (
+    HeavyBall,
+    LatestWeightAverage,
+    PrimalAveraging,
+    ScheduleFree,
+    WeightEMA,
+)
 from shampoo_core.grafting import AdaGradGrafting, AdamGrafting, RMSpropGrafting, SGDGrafting
 from shampoo_core.optimizer import DistributedShampoo
 from shampoo_core.preconditioners.diagonal import (
@@ -34,6 +40,7 @@ __all__ = [
     "HeavyBall",
     "KLSOAPConfig",
     "KLShampooConfig",
+    "LatestWeightAverage",
     "PrimalAveraging",
     "RMSpropConfig",
     "RMSpropGrafting",

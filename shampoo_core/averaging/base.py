@@ -1,0 +1,102 @@
+"""What a rule of averaging takes and gives, and the rule that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from shampoo_core.filtering import Direction
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, stacked_state
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What a user may change from step to step."""
+
+    lr: float
+    l2_decay: float
+    """Added to the gradient, times the weights."""
+    direction_decay: float
+    """Added to the search direction, times the weights."""
+    direction_shrink: float = 1.0
+    """Factor on the search direction before the weights are added."""
+
+
+@dataclass(frozen=True)
+class TrainingWeights:
+    """The weights that gradients are taken at, as stacks on demand."""
+
+    stack_set: StackSet
+    parameters: Sequence[Tensor]
+
+    def add_to(self, stacks: list[Tensor], scale: float) -> None:
+        """``stacks += scale * weights``, in place."""
+        self.stack_set.add_from(stacks, self.parameters, scale)
+
+    def stacks(self) -> list[Tensor]:
+        """A copy of the weights."""
+        return self.stack_set.gather(self.parameters)
+
+
+class AveragingRule(Protocol):
+    """State and step of one rule for one set of stacks."""
+
+    def update(
+        self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
+    ) -> list[Tensor]:
+        """Return what has to be added to the training weights; 0 for closed blocks."""
+
+    def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
+        """Evaluated minus training weights; None where these are the same."""
+
+    def state(self) -> StackState:
+        """What a checkpoint has to keep."""
+
+
+class AveragingConfig(Protocol):
+    """A frozen description of a rule."""
+
+    def create(self, stack_set: StackSet) -> AveragingRule:
+        """Allocate the rule's state for a set of stacks."""
+
+
+class Descent:
+    """``y <- y - lr (P + decay y)``: no momentum, no averaging."""
+
+    def __init__(self, stack_set: StackSet) -> None:
+        """No state."""
+        self._stack_set = stack_set
+
+    def update(
+        self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
+    ) -> list[Tensor]:
+        """See `AveragingRule`."""
+        if not options.direction_decay:
+            descent = direction.scale * (-options.lr * is_open)
+            return list(torch._foreach_mul(direction.stacks, self._stack_set.split(descent)))
+        ascent = decayed(self._stack_set, direction, weights, options.direction_decay)
+        torch._foreach_mul_(ascent, self._stack_set.split(-options.lr * is_open))
+        return ascent
+
+    def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
+        """See `AveragingRule`."""
+        return None
+
+    def state(self) -> StackState:
+        """See `AveragingRule`."""
+        return stacked_state(len(self._stack_set), {})
+
+
+def decayed(
+    stack_set: StackSet, direction: Direction, weights: TrainingWeights, decay: float
+) -> list[Tensor]:
+    """``direction + decay * weights`` as new stacks."""
+    ascent = list(torch._foreach_mul(direction.stacks, stack_set.split(direction.scale)))
+    if decay:
+        weights.add_to(ascent, decay)
+    return ascent

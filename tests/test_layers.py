@@ -1,0 +1,77 @@
+"""The architecture as a test: who may import whom, how long a file may be, what docstrings promise."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import shampoo_core
+
+PACKAGE = Path(shampoo_core.__file__).parent
+ROOT = PACKAGE.parent
+
+LAYERS = (
+    ("config", "blocking"),
+    ("state", "costs"),
+    ("stacks",),
+    ("gradients", "solvers"),
+    ("moments",),
+    ("filtering", "refresh"),
+    ("grafting", "statistics", "weight_decay"),
+    ("preconditioners", "averaging"),
+    ("exchange",),
+    ("engine",),
+    ("checkpoint", "groups"),
+    ("optimizer",),
+    ("__init__",),
+)
+"""Rooms from the ground up: a module imports only from rows above its own, or its own package."""
+
+
+def room(path: Path) -> str:
+    """The module or sub-package of shampoo_core that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            assert name.split(".")[0] not in {"submission", "workloads_smoke", "algoperf"}, path
+            if name.startswith("shampoo_core."):
+                rooms.add(name.split(".")[1])
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.name))
+def test_a_module_imports_only_what_stands_below_it(path: Path) -> None:
+    level = {name: row for row, names in enumerate(LAYERS) for name in names}
+    own = room(path)
+    assert own in level, f"{own} has no place in LAYERS"
+    for other in imported_rooms(path) - {own}:
+        assert level[other] < level[own], f"{own} imports {other}"
+
+
+def test_workloads_never_import_the_submission() -> None:
+    for path in (ROOT / "workloads_smoke").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            assert not any(name.split(".")[0] == "submission" for name in names), path
+
+
+@pytest.mark.parametrize("name", [n for n in shampoo_core.__all__ if n != "__version__"])
+def test_class_docstrings_name_exactly_the_arguments(name: str) -> None:
+    """Documented arguments and those of the constructor are the same, so that neither drifts."""
+    exported = getattr(shampoo_core, name)
+    arguments = [p for p in inspect.signature(exported).parameters if p != "self"]
+    text = inspect.getdoc(exported) or ""
+    missing = [argument for argument in arguments if f"{argument}:" not in text]
+    assert not missing, f"{name} does not document {missing}"
