@@ -10,8 +10,12 @@ from torch import nn
 from shampoo_core import (
     AdamGrafting,
     DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    PrimalAveraging,
+    ScheduleFree,
     ShampooConfig,
     StaggeredRefresh,
+    WeightEMA,
 )
 
 from .hyperparameters import Hyperparameters
@@ -37,28 +41,49 @@ def build_optimizer(
         {"params": parameters, **_options(chosen, hyperparameters)}
         for chosen, parameters in routed(model, parameter_types).items()
     ]
-    beta1 = pace.beta1
     return DistributedShampoo(
         groups,
         lr=hyperparameters.learning_rate,
-        betas=(beta1, pace.beta2),
+        betas=(pace.beta1, pace.beta2),
         # Reading the first moment with the squared rate is NAdam's look-ahead.
-        beta3=beta1**2 if hyperparameters.nesterov else None,
+        beta3=pace.beta1**2 if hyperparameters.nesterov else None,
         eps=hyperparameters.epsilon,
         weight_decay=hyperparameters.weight_decay,
-        preconditioner=_preconditioner(hyperparameters),
-        grafting=AdamGrafting(),
         refresh=StaggeredRefresh(interval=pace.refresh_interval),
+        averaging=_averaging(hyperparameters.averaging, pace),
     )
-
-
-def _preconditioner(hyperparameters: Hyperparameters) -> ShampooConfig:
-    return ShampooConfig(exponent=hyperparameters.inverse_exponent)
 
 
 def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
     """Return what a route's group overrides."""
-    if chosen is Route.MATRIX:
-        return {"max_block_size": hyperparameters.max_block_size}
-    # One vector per parameter: vectors have no factors and follow the grafting method.
-    return {"max_block_size": None, "target_order": 1}
+    if chosen is Route.DIAGONAL:
+        # One vector per parameter: vectors have no factors and follow the grafting method.
+        return {
+            "preconditioner": ShampooConfig(),
+            "grafting": AdamGrafting(),
+            "max_block_size": None,
+            "target_order": 1,
+        }
+    return {
+        "preconditioner": _preconditioner(hyperparameters),
+        "max_block_size": hyperparameters.max_block_size,
+    }
+
+
+def _preconditioner(
+    hyperparameters: Hyperparameters,
+) -> ShampooConfig | EigenvalueCorrectedConfig:
+    exponent = hyperparameters.inverse_exponent
+    if hyperparameters.preconditioner == "shampoo":
+        return ShampooConfig(exponent=exponent)
+    return EigenvalueCorrectedConfig(exponent=0.5 if exponent is None else exponent)
+
+
+def _averaging(averaging: str, pace: Pace) -> WeightEMA | ScheduleFree | PrimalAveraging | None:
+    if averaging == "weight_ema":
+        return WeightEMA(decay=pace.average_decay, interval=pace.average_interval)
+    if averaging == "schedule_free":
+        return ScheduleFree()
+    if averaging == "primal":
+        return PrimalAveraging()
+    return None

@@ -79,6 +79,8 @@ class Hyperparameters:
     max_block_size: int = _number(Interval(1, 2**20), whole=True)
     #: Most steps between two refreshes of a root or basis. Shortened in short runs, see pace.py.
     refresh_interval: int = _number(Interval(1, 2**20), whole=True)
+    #: Which average of the weights is evaluated.
+    averaging: str = _choice("none", "weight_ema", "schedule_free", "primal")
     #: Shape of the learning rate after warm-up.
     schedule: str = _choice("cosine", "linear", "trapezoid", "constant")
     #: Warm-up, as a share of the schedule's steps.
@@ -182,6 +184,7 @@ SELF_TUNING = Hyperparameters(
     inverse_exponent=None,
     max_block_size=1024,
     refresh_interval=100,
+    averaging="none",
     schedule="cosine",
     warmup_factor=0.02,
     step_hint_factor=1.0,

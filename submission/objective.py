@@ -84,6 +84,13 @@ def mean_loss(
     return summed * ranks / count
 
 
+def make_dense(model: nn.Module) -> None:
+    """Turn sparse gradients, as embedding layers can make them, into dense ones."""
+    for weight in model.parameters():
+        if weight.grad is not None and weight.grad.is_sparse:
+            weight.grad = weight.grad.to_dense()
+
+
 def averaged_over_ranks(value: Tensor) -> Tensor:
     """Return the mean of a detached scalar over all ranks."""
     if world_size() == 1:

@@ -14,9 +14,12 @@ from .hyperparameters import Hyperparameters
 from .schedule import Schedule
 
 #: A run gets at least this many refreshes, however long the longest allowed interval is.
-REFRESHES_PER_RUN = 100
+REFRESHES_PER_RUN = 30
 #: Second moments forget within one part in this many of the run.
 MEMORIES_PER_RUN = 20
+#: The window of averaged weights, as a share of the run (Ajroldi et al. 2025, arXiv 2502.06761).
+AVERAGE_WINDOW = 0.01
+_AVERAGE_DECAY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +31,16 @@ class Pace:
         refresh_interval: Steps between two refreshes of a root or basis, >= 1.
         beta1: Decay rate of the first moment, in [0, 1).
         beta2: Decay rate of factors and second moments, in [0, 1).
+        average_decay: Decay rate of averaged weights per `average_interval` steps, in [0, 1).
+        average_interval: Steps between two contributions to averaged weights, >= 1.
     """
 
     schedule: Schedule
     refresh_interval: int
     beta1: float
     beta2: float
+    average_decay: float
+    average_interval: int
 
 
 def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
@@ -50,6 +57,9 @@ def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
         raise ValueError(f"step_hint must be at least 1, got {step_hint!r}")
     total = max(1, round(step_hint * hyperparameters.step_hint_factor))
     forget = max(hyperparameters.one_minus_beta2, min(MEMORIES_PER_RUN / total, 0.1))
+    # The window of an exponential average is its interval over one minus its decay.
+    window = max(1.0, AVERAGE_WINDOW * total)
+    average_interval = max(1, round(window * (1.0 - _AVERAGE_DECAY)))
     return Pace(
         schedule=Schedule(
             shape=hyperparameters.schedule,
@@ -60,4 +70,6 @@ def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
         refresh_interval=max(1, min(hyperparameters.refresh_interval, total // REFRESHES_PER_RUN)),
         beta1=1.0 - hyperparameters.one_minus_beta1,
         beta2=1.0 - forget,
+        average_decay=1.0 - average_interval / window,
+        average_interval=average_interval,
     )

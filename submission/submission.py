@@ -2,7 +2,7 @@
 
 The five functions the harness calls. Each does its few lines with the parts beside this file:
 `hyperparameters` checks the setting, `pace` fits it to the length of the run, `construction`
-builds the optimizer, `objective` the loss, `evaluation` swaps averaged weights.
+builds the optimizer, `objective` the loss.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import nn
 
 from .batch_sizes import batch_size
 from .construction import build_optimizer
-from .evaluation import EvaluationWeights
 from .hyperparameters import Hyperparameters
 from .metrics import is_due, report
-from .objective import in_step_with_others, logits_of, mean_loss
+from .objective import in_step_with_others, logits_of, make_dense, mean_loss
 from .pace import pace
 
 OptimizerState = dict[str, Any]
@@ -37,13 +36,11 @@ def init_optimizer_state(
     """Build the optimizer for a model. `hyperparameters` None asks for the built-in setting."""
     del model_state, rng
     setting = Hyperparameters.from_namespace(hyperparameters)
-    optimizer = build_optimizer(
-        model_params, workload.model_params_types, setting, pace(setting, workload.step_hint)
-    )
     # The harness saves and restores every value here through state_dict and load_state_dict.
     return {
-        "optimizer": optimizer,
-        "evaluation_weights": EvaluationWeights(optimizer, averaging=False),
+        "optimizer": build_optimizer(
+            model_params, workload.model_params_types, setting, pace(setting, workload.step_hint)
+        )
     }
 
 
@@ -65,7 +62,7 @@ def update_params(
     del current_params_types, loss_type, eval_results, train_state
     setting = Hyperparameters.from_namespace(hyperparameters)
     optimizer = optimizer_state["optimizer"]
-    optimizer_state["evaluation_weights"].restore()
+    optimizer.train()
     model = in_step_with_others(current_param_container)
     model.train()
 
@@ -73,6 +70,7 @@ def update_params(
     logits, model_state = logits_of(workload, model, model_state, batch, rng, setting.dropout_rate)
     loss = mean_loss(workload, batch, logits, setting.label_smoothing)
     loss.backward()
+    make_dense(model)
 
     reported = is_due(global_step, workload.step_hint)
     if reported or setting.grad_clip is not None:
@@ -99,9 +97,13 @@ def prepare_for_eval(
     global_step: int,
     rng: Any,
 ) -> UpdateReturn:
-    """Put the evaluation weights into the model; the next step puts the training weights back."""
+    """Put the weights to evaluate into the model; the next step puts the training weights back.
+
+    The optimizer keeps the training weights, bit for bit, and saves them with its state: a run that
+    is resumed from a checkpoint taken during evaluation goes on from them.
+    """
     del workload, current_params_types, hyperparameters, loss_type, eval_results, global_step, rng
-    optimizer_state["evaluation_weights"].swap_in()
+    optimizer_state["optimizer"].eval()
     return optimizer_state, current_param_container, model_state
 
 

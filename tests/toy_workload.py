@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from submission import submission
+from submission.hyperparameters import SELF_TUNING
 from workloads_smoke import spec
 
 NUM_CLASSES = 4
@@ -111,3 +115,92 @@ class ToyWorkload:
             images = torch.randn(size, 1, 8, 8, generator=generator)
             targets = images.mean(dim=(1, 2, 3)).mul(8).add(2).long().clamp(0, NUM_CLASSES - 1)
             yield {"inputs": images, "targets": targets, "weights": weights}
+
+
+class Run:
+    """One run on the toy workload, driven like the harness drives it."""
+
+    def __init__(self, hyperparameters: Any = None, step_hint: int = 20) -> None:
+        self.workload = ToyWorkload(step_hint)
+        self.hyperparameters = hyperparameters
+        self.model: nn.Module
+        self.model, self.model_state = self.workload.init_model_fn()
+        self.queue = self.workload.batches()
+        self.state = submission.init_optimizer_state(
+            self.workload, self.model, self.model_state, hyperparameters, rng=None
+        )
+        self.step = 0
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = submission.data_selection(
+                self.workload,
+                self.queue,
+                self.state,
+                self.model,
+                self.model_state,
+                self.hyperparameters,
+                self.step,
+                None,
+            )
+            torch.manual_seed(self.step)  # dropout
+            self.state, self.model, self.model_state = submission.update_params(
+                workload=self.workload,
+                current_param_container=self.model,
+                current_params_types=self.workload.model_params_types,
+                model_state=self.model_state,
+                hyperparameters=self.hyperparameters,
+                batch=batch,
+                loss_type=self.workload.loss_type,
+                optimizer_state=self.state,
+                eval_results=[],
+                global_step=self.step,
+                rng=None,
+                train_state={"is_time_remaining": True},
+            )
+            self.step += 1
+
+    def prepare_for_eval(self) -> None:
+        self.state, self.model, self.model_state = submission.prepare_for_eval(
+            workload=self.workload,
+            current_param_container=self.model,
+            current_params_types=self.workload.model_params_types,
+            model_state=self.model_state,
+            hyperparameters=self.hyperparameters,
+            loss_type=self.workload.loss_type,
+            optimizer_state=self.state,
+            eval_results=[],
+            global_step=self.step,
+            rng=None,
+        )
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Save as the harness does: every value through state_dict."""
+        return copy.deepcopy(
+            {
+                "model": self.model.state_dict(),
+                "state": {key: value.state_dict() for key, value in self.state.items()},
+                "step": self.step,
+            }
+        )
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Restore as the harness does: the model, then every key of a fresh optimizer state."""
+        self.model.load_state_dict(saved["model"])
+        for key, value in self.state.items():
+            value.load_state_dict(saved["state"][key])
+        self.step = saved["step"]
+        for _ in range(self.step):
+            next(self.queue)
+
+    def weights(self) -> list[torch.Tensor]:
+        return [weight.detach().clone() for weight in self.model.parameters()]
+
+
+def namespace(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(SELF_TUNING), **changes})
+
+
+def assert_equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(left, right, strict=True):
+        assert torch.equal(ours, theirs)
