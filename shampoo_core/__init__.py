@@ -22,6 +22,7 @@ from shampoo_core.preconditioners.diagonal import (
 from shampoo_core.preconditioners.eigenvalue_corrected import EigenvalueCorrectedConfig
 from shampoo_core.preconditioners.kl import KLShampooConfig
 from shampoo_core.preconditioners.kl_soap import KLSOAPConfig
+from shampoo_core.preconditioners.per_factor import PerFactorCorrectedConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.preconditioners.spectral import SpectralConfig
 from shampoo_core.refresh import AdaptiveRefresh, FixedRefresh, StaggeredRefresh
@@ -41,6 +42,7 @@ __all__ = [
     "KLSOAPConfig",
     "KLShampooConfig",
     "LatestWeightAverage",
+    "PerFactorCorrectedConfig",
     "PrimalAveraging",
     "RMSpropConfig",
     "RMSpropGrafting",

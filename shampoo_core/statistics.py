@@ -114,9 +114,25 @@ class KroneckerFactors:
         factors = self.factors[stack][start:stop]
         if not self._corrects:
             return factors.clone()
+        return factors / self._weights(stack)[start:stop].view(-1, 1, 1)
+
+    def diagonals(self, stack: int, bases: Tensor) -> Tensor:
+        """Diagonals of ``Q^T A Q``, A the bias-corrected factors of factor stack ``stack``.
+
+        Args:
+            stack: Index of the factor stack.
+            bases: Q, (N, d, d).
+
+        Returns:
+            (N, d): what A has along each column, its eigenvalues if the columns are eigenvectors.
+        """
+        raw = (bases * torch.bmm(self.factors[stack], bases)).sum(-2)
+        return raw / self._weights(stack).view(-1, 1) if self._corrects else raw
+
+    def _weights(self, stack: int) -> Tensor:
+        """(N,) by which factors have to be divided for their bias correction; never 0."""
         weights = self._own_weight if self._companion is None else self._companion.raw_weight
-        weight = weights.split(self._stack_set.sizes)[self.axes[stack].stack][start:stop]
-        return factors / nonzero_weight(weight).view(-1, 1, 1)
+        return nonzero_weight(weights.split(self._stack_set.sizes)[self.axes[stack].stack])
 
     def state(self) -> StackState:
         """The factors, one name per axis, and their weight unless it is the companion's."""

@@ -30,7 +30,20 @@ from shampoo_core.state import StackState, merge_states
 class KLSOAPConfig(KLShampooConfig):
     """KL-SOAP on matrices and tensors, Adam with the group's ``betas`` and ``eps`` on vectors.
 
-    All arguments are those of `KLShampooConfig`; ``second_moments`` is about D too.
+    Args:
+        solver: Computes the eigenbases; by default one orthogonal iteration from the last one.
+        second_moments: What becomes of D, and of the eigenvalues, when a basis turns; see
+            `KLShampooConfig`, as for all that follow.
+        lagged: Whether a step knows past gradients only.
+        initial_eigenvalue: Of all axes after the first gradient, positive.
+        largest_scale: Limit of lambda^(-1/2), positive; None means max(10, min(d, 4000)).
+        factor_decay: Decay of factors and eigenvalues per step, 1 sums; None takes ``betas[1]``.
+        statistics_interval: Steps from one update of factors and eigenvalues to the next.
+        precondition_vectors: Whether blocks with one axis get a factor too.
+
+    Raises:
+        TypeError: A number is of the wrong type.
+        ValueError: A number is out of range.
     """
 
     def _create_method(

@@ -1,0 +1,214 @@
+"""Shampoo in an old eigenbasis with the eigenvalues of today, factor by factor.
+
+    A_i      <- beta2 A_i + (1 - beta2) Gram_i(G)
+    Q_i       = eigenvectors of A_i                                 at refreshes
+    lambda_i  = diag(Q_i^T A_i Q_i) / weight                        every step
+    P         = f x_i Q_i diag(lambda_i^(-e)) Q_i^T,  e = 1 / (2 order)
+
+with the length of P taken, block by block, from a diagonal method (grafting). It lies between Shampoo,
+whose eigenvalues are as old as its roots, and eigenvalue-corrected Shampoo, which measures one
+number per element: here a factor of side d has d numbers, and none of them is state. A step costs four
+two-sided products (of m x n matrices by m x m and n x n ones), a refresh eigenvectors alone.
+
+Source: the observation that stale eigenvalues hurt more than stale bases is that of Eschenhagen et al.
+2025 (arXiv 2506.03595); measuring them per factor is ALGORITHMS.md section 4.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shampoo_core.config import GroupOptions, check_count, check_range
+from shampoo_core.filtering import Direction, GradientFilter, blend
+from shampoo_core.gradients import StackedGradients
+from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
+from shampoo_core.preconditioners.axes import (
+    ExponentOverride,
+    check_exponents,
+    exponent_of_order,
+    preconditioned_axes,
+)
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solution
+from shampoo_core.refresh import RefreshPolicy
+from shampoo_core.solvers import BasisSolver, EighSolver
+from shampoo_core.solvers.base import check_regularization
+from shampoo_core.solvers.scaling import spectral_power
+from shampoo_core.stacks import StackSet
+from shampoo_core.state import StackState, merge_states
+from shampoo_core.statistics import KroneckerFactors, multiply_along_axes
+
+
+@dataclass(frozen=True)
+class PerFactorCorrectedConfig:
+    """Shampoo with eigenvalues measured at every step in the last eigenbasis.
+
+    Args:
+        solver: Computes the eigenbases.
+        exponent: e of lambda^(-e): one number, or a number per order of the block; None means
+            1 / (2 order).
+        rank_tolerance: Eigenvalues up to this times the largest are dropped (pseudo-inverse); None
+            means dimension times machine epsilon.
+        ridge: Added to every (bias-corrected) eigenvalue.
+        relative_ridge: As ``ridge``, in units of the factor's largest eigenvalue.
+        factor_decay: Decay of the factors per step, 1 sums; None takes ``betas[1]``.
+        statistics_interval: Steps from one update of the factors to the next.
+        precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
+            follow the grafting method.
+
+    Raises:
+        TypeError: A number is of the wrong type.
+        ValueError: A number is out of range.
+    """
+
+    solver: BasisSolver = field(default_factory=EighSolver)
+    exponent: ExponentOverride = None
+    rank_tolerance: float | None = None
+    ridge: float = 0.0
+    relative_ridge: float = 0.0
+    factor_decay: float | None = None
+    statistics_interval: int = 1
+    precondition_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        owner = "PerFactorCorrectedConfig"
+        check_exponents(owner, self.exponent)
+        if self.rank_tolerance is not None:
+            check_range(owner, "rank_tolerance", self.rank_tolerance, low=0.0, high=1.0)
+        check_range(owner, "ridge", self.ridge, low=0.0)
+        check_range(owner, "relative_ridge", self.relative_ridge, low=0.0)
+        if self.rank_tolerance is not None and (self.ridge > 0.0 or self.relative_ridge > 0.0):
+            raise ValueError(
+                f"{owner}: rank_tolerance={self.rank_tolerance} together with ridge={self.ridge}, "
+                f"relative_ridge={self.relative_ridge}: a ridge takes the place of truncation, "
+                "give one of them"
+            )
+        if self.factor_decay is not None:
+            check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
+        check_count(owner, "statistics_interval", self.statistics_interval)
+
+    @property
+    def default_grafting(self) -> GraftingConfig | None:
+        """Adam: without a graft the step length would depend on the dimensions."""
+        return AdamGrafting()
+
+    def create(
+        self,
+        stack_set: StackSet,
+        options: GroupOptions,
+        grafting: GraftingConfig | None,
+        refresh: RefreshPolicy,
+    ) -> PerFactorCorrected:
+        """See `PreconditionerConfig`."""
+        return PerFactorCorrected(self, stack_set, options, grafting, refresh)
+
+
+class PerFactorCorrected:
+    """State and step of per-factor corrected Shampoo for one set of stacks."""
+
+    def __init__(
+        self,
+        config: PerFactorCorrectedConfig,
+        stack_set: StackSet,
+        options: GroupOptions,
+        grafting: GraftingConfig | None,
+        refresh: RefreshPolicy,
+    ) -> None:
+        """Allocate factors (zero), bases (identity), the filter and the grafting method."""
+        self._config = config
+        self._stack_set = stack_set
+        self._refresh = refresh
+        axes = preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors)
+        self.filter = GradientFilter(stack_set, options)
+        self.grafting = None if grafting is None else grafting.create(stack_set, options)
+        self.factors = KroneckerFactors(
+            stack_set,
+            axes,
+            options.betas[1] if config.factor_decay is None else config.factor_decay,
+            bias_correction=options.bias_correction,
+            interval=config.statistics_interval,
+            companion=None if self.grafting is None else self.grafting.second_moment,
+        )
+        self._exponents = [
+            exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes
+        ]
+        self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
+
+    def step(self, gradients: StackedGradients, step: int) -> Direction:
+        """See `Preconditioner`."""
+        self.factors.absorb(gradients, step)
+        if self.grafting is not None:
+            self.grafting.absorb(gradients)
+        self._refresh_bases(step)
+        filtered = self.filter.filter(gradients)
+        grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
+        if step < self._refresh.first_step:
+            return grafted
+        direction = self._precondition(filtered, grafted)
+        if step < self._refresh.settled_step:
+            # Blocks whose first basis is still to come follow the grafting method.
+            return blend(self._stack_set, self.bases.ready_blocks(), direction, grafted)
+        return direction
+
+    def _refresh_bases(self, step: int) -> None:
+        due = self._refresh.due(step, self.factors.sizes)
+        if not due:
+            return
+        stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
+        has_basis = step > self._refresh.settled_step
+        self.bases.refresh(stale, self._continue_basis if has_basis else self._first_basis)
+
+    def _first_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del old, exponent
+        result = self._config.solver.basis(factors)
+        return Solution(result.eigenvectors, result.accepted)
+
+    def _continue_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del exponent
+        result = self._config.solver.basis(factors, warm_start=old)
+        return Solution(result.eigenvectors, result.accepted, result.order)
+
+    def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
+        stacks = list(grafted.stacks)
+        scaled = self._scaled_bases()
+        for index, bases in self.bases.per_stack().items():
+            rotated = multiply_along_axes(filtered.stacks[index], bases)
+            stacks[index] = multiply_along_axes(rotated, scaled[index])
+        if self.grafting is None:
+            return Direction(stacks, filtered.scale)
+        return lend_length(self._stack_set, stacks, grafted)
+
+    def _scaled_bases(self) -> dict[int, list[Tensor | None]]:
+        """``diag(lambda_i^(-e)) Q_i^T`` per stack and axis: scales in the eigenbasis and rotates back."""
+        scaled: dict[int, list[Tensor | None]] = {}
+        for index, (axis, basis) in enumerate(
+            zip(self.factors.axes, self.bases.matrices, strict=True)
+        ):
+            eigenvalues = self.factors.diagonals(index, basis)
+            powers = self._inverse_power(eigenvalues, self._exponents[index])
+            matrices = scaled.setdefault(axis.stack, [None] * axis.order)
+            matrices[axis.axis] = (basis * powers[:, None, :]).mT
+        return scaled
+
+    def _inverse_power(self, eigenvalues: Tensor, exponent: float) -> Tensor:
+        """``lambda^(-exponent)``, regularised; one for factors that hold nothing yet."""
+        config = self._config
+        regularization = check_regularization(
+            eigenvalues, exponent, config.rank_tolerance, config.ridge, config.relative_ridge
+        )
+        scales = torch.ones_like(eigenvalues[:, 0])
+        powers, accepted = spectral_power(eigenvalues, scales, exponent, regularization)
+        return torch.where(accepted[:, None], powers, 1.0)
+
+    def state(self) -> StackState:
+        """See `Preconditioner`."""
+        parts = {
+            "factors": self.factors.state(),
+            "": self.bases.state("bases"),
+            "filter": self.filter.state(),
+        }
+        if self.grafting is not None:
+            parts["grafting"] = self.grafting.state()
+        return merge_states(len(self._stack_set), parts)
