@@ -42,7 +42,7 @@ def load_eval_digits(split: str) -> tuple[Tensor, Tensor]:
     versions = EVAL_VERSIONS[split]
     real, labels = real_digits("train" if split == "eval_train" else split)
     generator = torch.Generator().manual_seed(_SEED + 1 + list(EVAL_VERSIONS).index(split))
-    images = distort(real.repeat_interleave(versions, dim=0), generator)
+    images = normalise(distort(real.repeat_interleave(versions, dim=0), generator))
     return images, labels.repeat_interleave(versions)
 
 
@@ -51,7 +51,7 @@ def distort_and_mislabel(batch: Batch, generator: torch.Generator) -> Batch:
     labels = batch["targets"]
     noisy = torch.rand(len(labels), generator=generator) < LABEL_NOISE
     drawn = torch.randint(NUM_CLASSES, labels.shape, generator=generator)
-    images = distort(batch["inputs"], generator)
+    images = normalise(distort(batch["inputs"], generator))
     return batch | {"inputs": images, "targets": torch.where(noisy, drawn, labels)}
 
 
@@ -73,7 +73,7 @@ def real_digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def distort(images: Tensor, generator: torch.Generator, side: int = SIDE) -> Tensor:
-    """Rotate, scale, shear and shift images onto a larger canvas, add noise and normalise.
+    """Rotate, scale, shear and shift images onto a larger canvas and add pixel noise.
 
     Args:
         images: Shape (examples, channels, height, width).
@@ -98,4 +98,9 @@ def distort(images: Tensor, generator: torch.Generator, side: int = SIDE) -> Ten
     grid = functional.affine_grid(torch.stack(rows, dim=1), shape, align_corners=False)
     moved = functional.grid_sample(images, grid, align_corners=False)
     noise = torch.randn(moved.shape, generator=generator)
-    return (moved + PIXEL_NOISE * noise - MEAN) / STDDEV
+    return moved + PIXEL_NOISE * noise
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Shift and scale distorted images to mean 0 and deviation 1 over the training split."""
+    return (images - MEAN) / STDDEV

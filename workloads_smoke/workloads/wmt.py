@@ -26,7 +26,7 @@ class WmtWorkload(SmokeWorkload):
         num_validation_examples=320,
         num_test_examples=320,
         eval_batch_size=160,
-        step_hint=1_000,
+        step_hint=800,
         max_allowed_runtime_sec=400,
         eval_period_time_sec=3,
         default_dropout_rate=0.1,

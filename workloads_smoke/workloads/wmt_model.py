@@ -174,6 +174,10 @@ class Transformer(nn.Module):
         decoder_layers: list[nn.Module] = [DecoderLayer(*sizes) for _ in range(num_layers)]
         self.encoder = Coder("encoder", encoder_layers, width)
         self.decoder = Coder("decoder", decoder_layers, width)
+        # Small entries, scaled up on input (Vaswani et al. 2017, 3.4), where the official model has
+        # unit entries, scaled down on output: the same function, but entries of unit size would
+        # hardly move within a thousand steps.
+        nn.init.normal_(self.shared_embedding.weight, std=width**-0.5)
         self.register_buffer("positions", sinusoids(max_length, width), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -182,7 +186,7 @@ class Transformer(nn.Module):
                     nn.init.normal_(module.bias, std=1e-6)
 
     def _embed(self, tokens: Tensor, start: int, dropout: float) -> Tensor:
-        embedded = self.shared_embedding(tokens)
+        embedded = self.shared_embedding(tokens) * math.sqrt(self.shared_embedding.embedding_dim)
         embedded = embedded + self.positions[start : start + tokens.shape[1]]
         return functional.dropout(embedded, dropout)
 
@@ -197,7 +201,8 @@ class Transformer(nn.Module):
 
     def _logits(self, decoded: Tensor) -> Tensor:
         decoded = self.decoder.stack.norm(decoded)
-        return decoded @ self.shared_embedding.weight.T / math.sqrt(decoded.shape[-1])
+        logits: Tensor = decoded @ self.shared_embedding.weight.T
+        return logits
 
     def forward(self, source: Tensor, target: Tensor, dropout_rate: float) -> Tensor:
         """Return logits, shape (batch, target length, vocabulary).
