@@ -3,6 +3,8 @@
 Start with :mod:`shampoo_core.solvers.base`: it states what all solvers promise.
 """
 
+from __future__ import annotations
+
 from shampoo_core.solvers.base import BasisResult, BasisSolver, RootResult, RootSolver
 from shampoo_core.solvers.chebyshev import ChebyshevSolver
 from shampoo_core.solvers.coupled_newton import CoupledNewtonSolver, HigherOrderNewtonSolver

@@ -24,6 +24,8 @@ plus ``relative_ridge`` times the largest eigenvalue is added to every eigenvalu
 matrix products cannot truncate and put a relative ridge of their own in its place; they say which.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple, Protocol
 

@@ -1,5 +1,7 @@
 """Chebyshev polynomials of a matrix, summed by Clenshaw's recurrence."""
 
+from __future__ import annotations
+
 import functools
 import math
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Coupled Newton iterations for inverse p-th roots, of second and higher order."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 
@@ -106,7 +108,7 @@ def _iterations(least: float, p: int, coefficients: list[float]) -> int:
     """Steps until an eigenvalue of M that starts at ``least`` is 1 to rounding.
 
     >>> _iterations(2e-6, 4, _expansion(4, 2)), _iterations(2e-6, 4, _expansion(4, 3))
-    (20, 17)
+    (20, 16)
     """
     growth = sum(coefficients) ** p
     # From one half it takes another five or six, each squaring the distance, to reach 1e-7.

@@ -1,5 +1,7 @@
 """How well an old basis still diagonalises a matrix: the test of adaptive refreshes."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """Eigendecomposition: the reference solver, and the fallback of the others."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -60,19 +62,22 @@ class EighSolver:
             matrices, exponent, rank_tolerance, ridge, relative_ridge
         )
         with full_precision(matrices.device):
-            unit, scales = scale_to_unit(matrices, ridge)
+            unit, scales = scale_to_unit(self._working_copy(matrices), ridge)
             values, vectors = self._decompose(unit)
-            powers, accepted = spectral_power(values, scales, exponent, regularization)
+            powers, accepted = spectral_power(
+                values, scales, exponent, regularization, limit=torch.finfo(matrices.dtype).max
+            )
             roots = torch.bmm(vectors * powers[:, None, :], vectors.mT)
-            return RootResult(roots, accepted)
+            return RootResult(roots.to(matrices.dtype), accepted)
 
     def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
         """See :meth:`BasisSolver.basis`. ``warm_start`` only stands in where not accepted."""
         check_matrices(matrices, warm_start)
         with full_precision(matrices.device):
-            unit, scales = scale_to_unit(matrices)
+            unit, scales = scale_to_unit(self._working_copy(matrices))
             values, vectors = self._decompose(unit)
-            values, vectors = values.flip(-1) * scales[:, None], vectors.flip(-1)
+            values = (values.flip(-1) * scales[:, None]).to(matrices.dtype)
+            vectors = vectors.flip(-1).to(matrices.dtype)
             accepted = (values[:, 0] > 0) & (values[:, 0] < float("inf"))
             kept = warm_start if warm_start is not None else _identity_like(matrices)
             return BasisResult(
@@ -81,6 +86,9 @@ class EighSolver:
                 accepted,
             )
 
+    def _working_copy(self, matrices: Tensor) -> Tensor:
+        return matrices.double() if self.double_precision else matrices
+
     def _decompose(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues (ascending) and eigenvectors of finite matrices of unit size.
 
@@ -88,27 +96,26 @@ class EighSolver:
         """
         if unit.shape[0] == 0:
             return unit.new_zeros(unit.shape[:2]), unit
-        work = unit.double() if self.double_precision else unit
         # Exactly singular blocks (embedding rows that saw no gradient) send LAPACK's divide and
         # conquer through denormals, where it fails or returns NaN for every second such matrix,
         # scaled or not. One epsilon on the diagonal prevents it and is below its rounding.
-        shift = torch.finfo(work.dtype).eps
-        work.diagonal(dim1=-2, dim2=-1).add_(shift)
-        values, vectors = _eigh(work)
-        residuals = _residuals(work, values, vectors)
-        bound = self.residual_bound * work.shape[-1] ** 0.5 * shift
+        shift = torch.finfo(unit.dtype).eps
+        unit.diagonal(dim1=-2, dim2=-1).add_(shift)
+        values, vectors = _eigh(unit)
+        residuals = _residuals(unit, values, vectors)
+        bound = self.residual_bound * unit.shape[-1] ** 0.5 * shift
         if not residuals.amax().item() <= bound:  # the host synchronisation; NaN is a failure too
-            self._repair(work, values, vectors, ~(residuals <= bound))
-        return (values - shift).to(unit.dtype), vectors.to(unit.dtype)
+            self._repair(unit, values, vectors, ~(residuals <= bound))
+        return values - shift, vectors
 
-    def _repair(self, work: Tensor, values: Tensor, vectors: Tensor, failed: Tensor) -> None:
+    def _repair(self, unit: Tensor, values: Tensor, vectors: Tensor, failed: Tensor) -> None:
         """Solve the failed matrices in float64, in place; the rare path, free to synchronise."""
         indices = failed.nonzero().squeeze(-1)
-        doubles = work[indices].double()
+        doubles = unit[indices].double()
         double_values, double_vectors = _eigh(doubles)
         residuals = _residuals(doubles, double_values, double_vectors)
         epsilon = torch.finfo(torch.float64).eps
-        solved = residuals <= self.residual_bound * work.shape[-1] ** 0.5 * epsilon
+        solved = residuals <= self.residual_bound * unit.shape[-1] ** 0.5 * epsilon
         double_values = double_values.masked_fill(~solved[:, None], float("nan"))
         double_vectors = torch.where(solved[:, None, None], double_vectors, _identity_like(doubles))
         values[indices] = double_values.to(values.dtype)

@@ -1,5 +1,7 @@
 """What the solvers made of matrix products share: preparation, residual test, fallback."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,7 +51,7 @@ class MatrixProductSolver(ABC):
     def __post_init__(self) -> None:
         if self.relative_ridge_floor is not None:
             check_number("relative_ridge_floor", self.relative_ridge_floor, 1e-15, 1.0)
-        check_number("residual_bound", self.residual_bound, 0.0, 1.0)
+        check_number("residual_bound", self.residual_bound, 0.0)
 
     @abstractmethod
     def _root(self, matrices: Tensor, denominator: int, least_eigenvalue: float) -> Tensor:
@@ -90,10 +92,11 @@ class MatrixProductSolver(ABC):
         with full_precision(matrices.device):
             unit, scales = scale_to_unit(matrices, ridge)
             largest = largest_eigenvalue(unit)
-            unit.diagonal(dim1=-2, dim2=-1).add_((ridge / scales + relative * largest)[:, None])
-            bound = eigenvalue_bound(unit, largest)
+            shift = ridge / scales + relative * largest
+            unit.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+            bound = eigenvalue_bound(unit, largest + shift)
             regular = unit / bound[:, None, None]
-            # The bound exceeds the estimate by at most a quarter, before the ridge is added.
+            # The bound exceeds the estimate by at most a quarter.
             root = self._root(regular, fraction.denominator, 0.75 * relative / (1 + relative))
             residual = symmetric_residual(regular, root, fraction.denominator)
             roots = torch.linalg.matrix_power(root, fraction.numerator)

@@ -1,5 +1,7 @@
 """Newton-Denman-Beavers iteration: square roots, and roots of order 2^k by repeating it."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from fractions import Fraction

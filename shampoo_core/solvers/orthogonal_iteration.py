@@ -1,5 +1,7 @@
 """Orthogonal iteration from the previous basis: tracks an eigenbasis by matrix products and QR."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch

@@ -1,5 +1,7 @@
 """Orthogonalisation: the polar factor of rectangular matrices by Newton-Schulz iterations."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from types import MappingProxyType
 

@@ -1,5 +1,7 @@
 """Full-precision matrix products, whatever the settings around the call."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,15 +21,25 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _true_float32() -> Iterator[None]:
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+    try:
         before = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
+    except RuntimeError:
+        # Torch 2.9 and newer, when somebody has used the newer settings: then we have to as well.
+        with _true_float32_by_backend():
             yield
-        finally:
-            torch.set_float32_matmul_precision(before)
         return
-    # The older getter raises once somebody has used the newer setter; the newer one always works.
+    if before == "highest":
+        yield
+        return
+    try:
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _true_float32_by_backend() -> Iterator[None]:
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     precisions = [setting.fp32_precision for setting in settings]
     try:

@@ -1,5 +1,7 @@
 """Bring matrices to unit size before they are solved, and spectra back afterwards."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,12 @@ def scale_to_unit(matrices: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]
 
 
 def spectral_power(
-    eigenvalues: Tensor, scales: Tensor, exponent: float, regularization: Regularization
+    eigenvalues: Tensor,
+    scales: Tensor,
+    exponent: float,
+    regularization: Regularization,
+    *,
+    limit: float = float("inf"),
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the regularised inverse root, in the units of the unscaled matrices.
 
@@ -38,10 +45,11 @@ def spectral_power(
         scales: (N,) as :func:`scale_to_unit` gives them.
         exponent: > 0.
         regularization: Its ridge is in units of the unscaled matrices.
+        limit: What powers have to stay below to be accepted.
 
     Returns:
         powers: (N, d), finite; zeros for dropped eigenvalues and where not accepted.
-        accepted: (N,) bool; some direction is kept, and all powers are finite.
+        accepted: (N,) bool; some direction is kept, and all powers are below the limit.
     """
     tolerance, ridge, relative_ridge = regularization
     largest = eigenvalues.amax(-1, keepdim=True)
@@ -57,5 +65,5 @@ def spectral_power(
         regular = eigenvalues.masked_fill(eigenvalues <= tolerance * largest, float("inf"))
     powers = regular.pow_(-exponent).mul_(scales.pow(-exponent)[:, None])
     highest = powers.amax(-1)
-    accepted = (highest > 0) & (highest < float("inf"))
+    accepted = (highest > 0) & (highest < limit)
     return powers.masked_fill_(~accepted[:, None], 0.0), accepted
