@@ -2,14 +2,15 @@
 
 usage: official_checkpoint_driver.py FOLDER
 
-For every point of the tuning search space and for the self-tuning setting: trains the official
-mnist model on random batches, saves a checkpoint right after `prepare_for_eval` as the runner does,
-trains on; then restores the checkpoint into a fresh model and optimizer, as a restarted process
-would, and trains those on. Prints one JSON object: for each setting, whether both ended with the
-same weights and the same optimizer state, bit for bit.
+For the self-tuning setting, every point of the tuning search space, and every method that a point
+can name: trains the official mnist model on random batches, saves a checkpoint right after
+`prepare_for_eval` as the runner does, trains on; then restores the checkpoint into a fresh model
+and optimizer, as a restarted process would, and trains those on. Prints one JSON object: for each
+setting, whether both ended with the same weights and the same optimizer state, bit for bit.
 """
 
 import collections
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from algoperf import checkpoint_utils
 from algoperf.workloads.mnist.mnist_pytorch.workload import MnistWorkload
 
 from submission import submission
+from submission.hyperparameters import Hyperparameters
 
 STEPS_BEFORE, STEPS_AFTER, BATCH_SIZE = 23, 9, 16
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -86,6 +88,10 @@ def settings():
     points = json.loads((REPOSITORY / "tuning_search_space.json").read_text())
     for number, point in enumerate(points, start=1):
         yield f"point {number}", collections.namedtuple("Hyperparameters", point)(**point)
+    for field in dataclasses.fields(Hyperparameters):
+        for choice in field.metadata.get("choices", ()):
+            varied = Hyperparameters.from_namespace(points[0] | {field.name: choice})
+            yield f"{field.name}={choice}", varied
 
 
 def differences(left, right, path=""):
@@ -126,7 +132,7 @@ def main(folder):
         resumed.train(STEPS_AFTER)
         moved = not all(map(torch.equal, trained, resumed.model.parameters()))
         report[name] = {
-            "averaging": swapped,
+            "evaluates_other_weights": swapped,
             "trained_on": moved and resumed.step == STEPS_BEFORE + STEPS_AFTER,
             "differences_on_restore": on_restore,
             "differences_at_the_end": differences(snapshot(uninterrupted), snapshot(resumed)),
