@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .batch_sizes import batch_size
+from .batch_statistics import RecentBatches, refresh
 from .construction import build_optimizer
 from .hyperparameters import Hyperparameters
 from .metrics import is_due, report
@@ -40,7 +41,8 @@ def init_optimizer_state(
     return {
         "optimizer": build_optimizer(
             model_params, workload.model_params_types, setting, pace(setting, workload.step_hint)
-        )
+        ),
+        "recent_batches": RecentBatches(model_params, averaging=setting.averaging != "none"),
     }
 
 
@@ -60,6 +62,7 @@ def update_params(
 ) -> UpdateReturn:
     """Take one step on `batch`; `global_step` counts from 0."""
     del current_params_types, loss_type, eval_results, train_state
+    optimizer_state["recent_batches"].keep(batch)
     setting = Hyperparameters.from_namespace(hyperparameters)
     optimizer = optimizer_state["optimizer"]
     optimizer.train()
@@ -102,8 +105,13 @@ def prepare_for_eval(
     The optimizer keeps the training weights, bit for bit, and saves them with its state: a run that
     is resumed from a checkpoint taken during evaluation goes on from them.
     """
-    del workload, current_params_types, hyperparameters, loss_type, eval_results, global_step, rng
+    del current_params_types, loss_type, eval_results, global_step
     optimizer_state["optimizer"].eval()
+    batches = optimizer_state["recent_batches"].in_turn()
+    dropout_rate = Hyperparameters.from_namespace(hyperparameters).dropout_rate
+    model_state = refresh(
+        workload, current_param_container, model_state, batches, rng, dropout_rate
+    )
     return optimizer_state, current_param_container, model_state
 
 

@@ -1,0 +1,100 @@
+"""The submission on two processes: the loss of the whole batch, and equal weights on all ranks."""
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+from toy_workload import Run, ToyWorkload, namespace
+
+from submission.objective import averaged_over_ranks, in_step_with_others, mean_loss
+
+NUM_RANKS = 2
+NUM_VALID = (7, 2)  # valid examples per rank: the mean of means would be wrong
+
+
+def batch_of(rank: int) -> dict[str, torch.Tensor]:
+    """Return a rank's eight examples, of which `NUM_VALID[rank]` count."""
+    batch = next(ToyWorkload().batches(size=8, seed=rank))
+    batch["weights"] = (torch.arange(8) < NUM_VALID[rank]).float()
+    return batch
+
+
+def linear_model() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+
+def on_each_rank(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_RANKS
+    )
+    outcome: dict[str, Any] = {}
+
+    # The harness hands over a bare module after a resume.
+    model = in_step_with_others(linear_model())
+    outcome["is_wrapped"] = isinstance(model, DistributedDataParallel)
+    outcome["is_wrapped_once"] = in_step_with_others(model) is model
+    batch = batch_of(rank)
+    loss = mean_loss(ToyWorkload(), batch, model(batch["inputs"]), 0.1)
+    loss.backward()
+    outcome["gradients"] = gradients(model)
+    outcome["loss"] = averaged_over_ranks(loss.detach())
+
+    run = Run(namespace(averaging="weight_ema"), step_hint=40)
+    run.queue = run.workload.batches(seed=rank + 10)
+    run.train(6)
+    run.prepare_for_eval()
+    outcome["evaluated"] = run.weights()
+    run.train(1)
+    outcome["trained"] = run.weights()
+    torch.save(outcome, folder / f"rank_{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(on_each_rank, (port, folder), nprocs=NUM_RANKS)
+    return [torch.load(folder / f"rank_{rank}") for rank in range(NUM_RANKS)]
+
+
+def test_gradient_is_that_of_the_mean_over_all_valid_examples(
+    outcomes: list[dict[str, Any]],
+) -> None:
+    batches = [batch_of(rank) for rank in range(NUM_RANKS)]
+    whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    model = copy.deepcopy(linear_model())
+    loss = mean_loss(ToyWorkload(), whole, model(whole["inputs"]), 0.1)
+    loss.backward()
+    for outcome in outcomes:
+        torch.testing.assert_close(outcome["gradients"], gradients(model), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(outcome["loss"], loss.detach())
+
+
+def test_a_bare_module_is_wrapped_once(outcomes: list[dict[str, Any]]) -> None:
+    assert all(outcome["is_wrapped"] and outcome["is_wrapped_once"] for outcome in outcomes)
+
+
+@pytest.mark.parametrize("weights", ["trained", "evaluated"])
+def test_ranks_agree_bit_for_bit(outcomes: list[dict[str, Any]], weights: str) -> None:
+    first, second = (outcome[weights] for outcome in outcomes)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_one_process_is_left_alone() -> None:
+    model = linear_model()
+    assert in_step_with_others(model) is model
