@@ -23,6 +23,9 @@ def assert_follows(
 ) -> reference.Blocked:
     """Step both with the same gradients and compare the parameter after every step.
 
+    A second parameter of the same shape is stepped along, so that stacks hold blocks of both and
+    steps count while the first has no gradient.
+
     Args:
         plain: Makes the reference optimizer of a block.
         shape: Of the parameter.
@@ -35,8 +38,8 @@ def assert_follows(
     Returns:
         The reference.
     """
-    (parameter,) = parameters([shape])
-    optimizer = optimizer_for([parameter], **options)
+    parameter, neighbour = parameters([shape, shape])
+    optimizer = optimizer_for([parameter, neighbour], **options)
     blocked = reference.Blocked(
         parameter.detach().numpy(),
         plain,
@@ -52,6 +55,7 @@ def assert_follows(
         else:
             parameter.grad = gradient(parameter, step, 0)
             blocked.step(parameter.grad.numpy())
+        neighbour.grad = gradient(neighbour, step, 1)
         optimizer.step()
         np.testing.assert_allclose(
             parameter.detach().numpy(), blocked.parameter, rtol=0, atol=tolerance,
