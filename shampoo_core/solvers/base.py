@@ -27,6 +27,7 @@ matrix products cannot truncate and put a relative ridge of their own in its pla
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -98,9 +99,32 @@ class RootSolver(Protocol):
         """
         ...
 
+    def inverse_roots(
+        self,
+        batches: Sequence[Tensor],
+        exponents: Sequence[float],
+        *,
+        rank_tolerance: float | None = None,
+        ridge: float = 0.0,
+        relative_ridge: float = 0.0,
+        warm_starts: Sequence[Tensor] | None = None,
+    ) -> list[RootResult]:
+        """`inverse_root` of several batches, of any sides, each with an exponent of its own.
+
+        Everything that one refresh needs goes into one call, so that a solver can share operations
+        and its host synchronisation between the batches.
+        """
+        ...
+
 
 class BasisSolver(RootSolver, Protocol):
     """Also computes eigenbases."""
+
+    def bases(
+        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+    ) -> list[BasisResult]:
+        """`basis` of several batches, of any sides."""
+        ...
 
     def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
         """Return eigenvectors and eigenvalues of every matrix, by descending eigenvalue.
@@ -114,6 +138,34 @@ class BasisSolver(RootSolver, Protocol):
             ValueError: Shapes do not fit.
         """
         ...
+
+
+class OneBatchAtATime:
+    """Several batches for solvers that have nothing to share between them."""
+
+    def inverse_roots(
+        self: RootSolver,
+        batches: Sequence[Tensor],
+        exponents: Sequence[float],
+        *,
+        rank_tolerance: float | None = None,
+        ridge: float = 0.0,
+        relative_ridge: float = 0.0,
+        warm_starts: Sequence[Tensor] | None = None,
+    ) -> list[RootResult]:
+        """See :meth:`RootSolver.inverse_roots`."""
+        starts = [None] * len(batches) if warm_starts is None else warm_starts
+        return [
+            self.inverse_root(
+                batch,
+                exponent,
+                rank_tolerance=rank_tolerance,
+                ridge=ridge,
+                relative_ridge=relative_ridge,
+                warm_start=start,
+            )
+            for batch, exponent, start in zip(batches, exponents, starts, strict=True)
+        ]
 
 
 def check_matrices(matrices: Tensor, warm_start: Tensor | None = None) -> None:
@@ -138,12 +190,13 @@ class Regularization(NamedTuple):
     """How a root is kept finite: truncation, or a ridge if one of the ridges is positive.
 
     Attributes:
-        rank_tolerance: Eigenvalues at or below this fraction of the largest are dropped.
+        rank_tolerance: Eigenvalues at or below this fraction of the largest are dropped; (N, 1) where
+            it differs between matrices.
         ridge: Added to every eigenvalue, in units of the matrix.
         relative_ridge: Added to every eigenvalue, in units of the largest one.
     """
 
-    rank_tolerance: float
+    rank_tolerance: float | Tensor
     ridge: float
     relative_ridge: float
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_core.solvers.base import (
     BasisResult,
+    Regularization,
     RootResult,
     check_matrices,
     check_number,
     check_regularization,
 )
 from shampoo_core.solvers.precision import full_precision
-from shampoo_core.solvers.scaling import scale_to_unit, spectral_power
+from shampoo_core.solvers.scaling import (
+    largest_entries,
+    scale_batches_to_unit,
+    spectral_power,
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,8 @@ class EighSolver:
     Any exponent; truncation or ridge. A batch is solved in its own precision. The result is tested
     on the device (``max|A V - V D| / lambda_max`` and ``max|V'V - I|``), because a float32
     eigendecomposition can come back wrong without an exception; the matrices that fail, and only
-    they, are solved once more in float64. One host synchronisation a call, to learn whether any
-    failed, beside the one that ``torch.linalg.eigh`` itself makes on a GPU.
+    they, are solved once more in float64. One host synchronisation a call, however many batches it
+    has, to learn whether any failed, beside the one that ``torch.linalg.eigh`` itself makes on a GPU.
 
     Accuracy: eigenvalues are off by a few epsilons of the largest one, so that in float32 a root with
     p = 4 has a relative error of 1e-5 at condition 1e3 and 2e-2 at 1e6; ``double_precision`` takes
@@ -57,69 +64,187 @@ class EighSolver:
     ) -> RootResult:
         """See :meth:`RootSolver.inverse_root`. ``warm_start`` is not used."""
         del warm_start
-        check_matrices(matrices)
-        regularization = check_regularization(
-            matrices, exponent, rank_tolerance, ridge, relative_ridge
+        (result,) = self.inverse_roots(
+            [matrices],
+            [exponent],
+            rank_tolerance=rank_tolerance,
+            ridge=ridge,
+            relative_ridge=relative_ridge,
         )
-        with full_precision(matrices.device):
-            unit, scales = scale_to_unit(self._working_copy(matrices), ridge)
-            values, vectors = self._decompose(unit)
-            powers, accepted = spectral_power(
-                values, scales, exponent, regularization, limit=torch.finfo(matrices.dtype).max
+        return result
+
+    def inverse_roots(
+        self,
+        batches: Sequence[Tensor],
+        exponents: Sequence[float],
+        *,
+        rank_tolerance: float | None = None,
+        ridge: float = 0.0,
+        relative_ridge: float = 0.0,
+        warm_starts: Sequence[Tensor] | None = None,
+    ) -> list[RootResult]:
+        """See :meth:`RootSolver.inverse_roots`. ``warm_starts`` are not used."""
+        del warm_starts
+        regularizations = []
+        for batch, exponent in zip(batches, exponents, strict=True):
+            check_matrices(batch)
+            regularizations.append(
+                check_regularization(batch, exponent, rank_tolerance, ridge, relative_ridge)
             )
-            roots = torch.bmm(vectors * powers[:, None, :], vectors.mT)
-            return RootResult(roots.to(matrices.dtype), accepted)
+        if not sum(map(len, batches)):
+            return [RootResult(batch, batch.new_zeros(0, dtype=torch.bool)) for batch in batches]
+        with full_precision(batches[0].device):
+            units, scales = scale_batches_to_unit(self._working_copies(batches), ridge)
+            spectra = self._decompose(units)
+            powers, accepted = spectral_power(
+                spectra.values,
+                scales,
+                _per_matrix(exponents, units),
+                Regularization(
+                    _per_matrix([r.rank_tolerance for r in regularizations], units),
+                    ridge,
+                    relative_ridge,
+                ),
+                limit=torch.finfo(batches[0].dtype).max,
+                padding=spectra.padding,
+            )
+            counts = [len(batch) for batch in batches]
+            return [
+                RootResult(_from_spectrum(vectors, part).to(batch.dtype), kept, vectors.flip(-1))
+                for batch, vectors, part, kept in zip(
+                    batches,
+                    spectra.vectors,
+                    powers.split(counts),
+                    accepted.split(counts),
+                    strict=True,
+                )
+            ]
 
     def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
         """See :meth:`BasisSolver.basis`. ``warm_start`` only stands in where not accepted."""
-        check_matrices(matrices, warm_start)
-        with full_precision(matrices.device):
-            unit, scales = scale_to_unit(self._working_copy(matrices))
-            values, vectors = self._decompose(unit)
-            values = (values.flip(-1) * scales[:, None]).to(matrices.dtype)
-            vectors = vectors.flip(-1).to(matrices.dtype)
-            accepted = (values[:, 0] > 0) & (values[:, 0] < float("inf"))
-            kept = warm_start if warm_start is not None else _identity_like(matrices)
-            return BasisResult(
-                torch.where(accepted[:, None, None], vectors, kept),
-                values.masked_fill_(~accepted[:, None], 0.0),
-                accepted,
-            )
+        (result,) = self.bases([matrices], None if warm_start is None else [warm_start])
+        return result
 
-    def _working_copy(self, matrices: Tensor) -> Tensor:
-        return matrices.double() if self.double_precision else matrices
+    def bases(
+        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+    ) -> list[BasisResult]:
+        """See :meth:`BasisSolver.bases`. ``warm_starts`` only stand in where not accepted."""
+        starts = (
+            [_identity_like(batch) for batch in batches] if warm_starts is None else warm_starts
+        )
+        for batch, start in zip(batches, starts, strict=True):
+            check_matrices(batch, start)
+        if not sum(map(len, batches)):
+            return [BasisResult(batch, batch[:, 0], batch[:, 0, 0] > 0) for batch in batches]
+        with full_precision(batches[0].device):
+            units, scales = scale_batches_to_unit(self._working_copies(batches))
+            spectra = self._decompose(units)
+            all_values = (spectra.values * scales[:, None]).to(batches[0].dtype)
+            largest = all_values.amax(-1)
+            all_accepted = (largest > 0) & (largest < float("inf"))
+            all_values = all_values.masked_fill_(~all_accepted[:, None], 0.0)
+            counts = [len(batch) for batch in batches]
+            return [
+                BasisResult(
+                    torch.where(accepted[:, None, None], vectors.flip(-1).to(batch.dtype), start),
+                    values[:, : batch.shape[-1]].flip(-1),
+                    accepted,
+                )
+                for batch, start, vectors, values, accepted in zip(
+                    batches,
+                    starts,
+                    spectra.vectors,
+                    all_values.split(counts),
+                    all_accepted.split(counts),
+                    strict=True,
+                )
+            ]
 
-    def _decompose(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def _working_copies(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [batch.double() for batch in batches] if self.double_precision else batches
+
+    def _decompose(self, units: Sequence[Tensor]) -> _Spectra:
         """Eigenvalues (ascending) and eigenvectors of finite matrices of unit size.
 
         What cannot be solved at all has NaN eigenvalues and the identity for a basis.
         """
-        if unit.shape[0] == 0:
-            return unit.new_zeros(unit.shape[:2]), unit
         # Exactly singular blocks (embedding rows that saw no gradient) send LAPACK's divide and
         # conquer through denormals, where it fails or returns NaN for every second such matrix,
         # scaled or not. One epsilon on the diagonal prevents it and is below its rounding.
-        shift = torch.finfo(unit.dtype).eps
-        unit.diagonal(dim1=-2, dim2=-1).add_(shift)
-        values, vectors = _eigh(unit)
-        residuals = _residuals(unit, values, vectors)
-        bound = self.residual_bound * unit.shape[-1] ** 0.5 * shift
-        if not residuals.amax().item() <= bound:  # the host synchronisation; NaN is a failure too
-            self._repair(unit, values, vectors, ~(residuals <= bound))
-        return values - shift, vectors
+        shift = torch.finfo(units[0].dtype).eps
+        torch._foreach_add_([unit.diagonal(dim1=-2, dim2=-1) for unit in units], shift)
+        pairs = [_eigh(unit) for unit in units]
+        residuals = _residuals(units, pairs)
+        bounds = _per_matrix([self._bound(unit) for unit in units], units).squeeze(-1)
+        failed = ~(residuals <= bounds)  # NaN is a failure too
+        if failed.any().item():  # the host synchronisation
+            for unit, pair, part in zip(
+                units, pairs, failed.split([len(unit) for unit in units]), strict=True
+            ):
+                self._repair(unit, *pair, part)
+        values, padding = _side_by_side([values for values, _ in pairs])
+        return _Spectra((values - shift).masked_fill_(padding, 0.0), padding, [v for _, v in pairs])
+
+    def _bound(self, matrices: Tensor) -> float:
+        """What the residuals of matrices of this side and dtype may be."""
+        epsilon = float(torch.finfo(matrices.dtype).eps)
+        return float(self.residual_bound * matrices.shape[-1] ** 0.5 * epsilon)
 
     def _repair(self, unit: Tensor, values: Tensor, vectors: Tensor, failed: Tensor) -> None:
         """Solve the failed matrices in float64, in place; the rare path, free to synchronise."""
         indices = failed.nonzero().squeeze(-1)
+        if not len(indices):
+            return
         doubles = unit[indices].double()
         double_values, double_vectors = _eigh(doubles)
-        residuals = _residuals(doubles, double_values, double_vectors)
-        epsilon = torch.finfo(torch.float64).eps
-        solved = residuals <= self.residual_bound * unit.shape[-1] ** 0.5 * epsilon
+        solved = _residuals([doubles], [(double_values, double_vectors)]) <= self._bound(doubles)
         double_values = double_values.masked_fill(~solved[:, None], float("nan"))
         double_vectors = torch.where(solved[:, None, None], double_vectors, _identity_like(doubles))
         values[indices] = double_values.to(values.dtype)
         vectors[indices] = double_vectors.to(vectors.dtype)
+
+
+class _Spectra(NamedTuple):
+    """Eigendecompositions of K matrices in several batches.
+
+    Attributes:
+        values: (K, largest side), each row ascending and filled up with zeros.
+        padding: (K, largest side) bool, true for what fills up.
+        vectors: Per batch (N, d, d).
+    """
+
+    values: Tensor
+    padding: Tensor
+    vectors: list[Tensor]
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack (N, d) tensors of any d into one, filled up with zeros; and what is filling."""
+    sides = _per_matrix([row.shape[-1] for row in rows], rows)
+    widest = max(row.shape[-1] for row in rows)
+    padding = torch.arange(widest, device=rows[0].device) >= sides
+    together = rows[0].new_zeros(padding.shape)
+    parts = together.split([len(row) for row in rows])
+    torch._foreach_copy_(
+        [part[:, : row.shape[-1]] for part, row in zip(parts, rows, strict=True)], list(rows)
+    )
+    return together, padding
+
+
+def _per_matrix(numbers: Sequence[float | Tensor], batches: Sequence[Tensor]) -> Tensor:
+    """(K, 1): the number of its batch for each of all K matrices."""
+    repeated = [
+        float(number)
+        for number, batch in zip(numbers, batches, strict=True)
+        for _ in range(len(batch))
+    ]
+    like = batches[0]
+    return torch.tensor(repeated, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _from_spectrum(vectors: Tensor, powers: Tensor) -> Tensor:
+    """``V diag(powers) V^T``."""
+    return torch.bmm(vectors * powers[:, None, : vectors.shape[-1]], vectors.mT)
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,16 +277,17 @@ def _is_solver_failure(error: RuntimeError) -> bool:
     return "cusolver" in text and "alloc" not in text
 
 
-def _residuals(matrices: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
-    """Return (N,): the larger of ``max|A V - V D| / lambda_max`` and ``max|V'V - I|``."""
-    error = (vectors * values[:, None, :]).baddbmm_(matrices, vectors, beta=-1)
-    skew = torch.bmm(vectors.mT, vectors)
-    skew.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-    return torch.maximum(_largest_entry(error) / values[:, -1], _largest_entry(skew))
-
-
-def _largest_entry(matrices: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrices, float("inf"), dim=(-2, -1))
+def _residuals(batches: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(K,): the larger of ``max|A V - V D| / lambda_max`` and ``max|V'V - I|`` of each matrix."""
+    errors = [
+        (vectors * values[:, None, :]).baddbmm_(matrices, vectors, beta=-1)
+        for matrices, (values, vectors) in zip(batches, pairs, strict=True)
+    ]
+    skews = [torch.bmm(vectors.mT, vectors) for _, vectors in pairs]
+    torch._foreach_sub_([skew.diagonal(dim1=-2, dim2=-1) for skew in skews], 1.0)
+    largest = torch.cat([values[:, -1] for values, _ in pairs])
+    error, skew = largest_entries([*errors, *skews]).chunk(2)
+    return torch.maximum(error / largest, skew)
 
 
 def _identity_like(matrices: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.solvers.base import (
+    OneBatchAtATime,
     RootResult,
     check_matrices,
     check_number,
@@ -24,7 +25,7 @@ MAX_DENOMINATOR = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixProductSolver(ABC):
+class MatrixProductSolver(OneBatchAtATime, ABC):
     """Inverse roots by batched matrix products, no eigendecomposition on the happy path.
 
     They cannot truncate a spectrum: rounding grows with the condition number, so that a relative

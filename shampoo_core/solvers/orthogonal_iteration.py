@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from shampoo_core.solvers.base import (
     BasisResult,
+    OneBatchAtATime,
     Regularization,
     RootResult,
     check_matrices,
@@ -22,7 +24,7 @@ from shampoo_core.solvers.scaling import scale_to_unit, spectral_power
 
 
 @dataclass(frozen=True)
-class OrthogonalIterationSolver:
+class OrthogonalIterationSolver(OneBatchAtATime):
     """Warm-started orthogonal iteration, the basis refresh of SOAP.
 
     One iteration: ``Y = A Q``; sort the columns by ``diag(Q^T Y)``, descending; ``Q <- qr(Y).Q``.
@@ -73,6 +75,14 @@ class OrthogonalIterationSolver:
                 accepted,
                 torch.where(accepted[:, None], order, _identity_order(order)),
             )
+
+    def bases(
+        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+    ) -> list[BasisResult]:
+        """See :meth:`BasisSolver.bases`."""
+        if warm_starts is None:
+            return EighSolver().bases(batches)
+        return [self.basis(*pair) for pair in zip(batches, warm_starts, strict=True)]
 
     def inverse_root(
         self,

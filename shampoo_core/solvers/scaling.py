@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,31 +24,59 @@ def scale_to_unit(matrices: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]
         scales: (N,) such that ``matrices = scales * unit``; NaN or infinity for matrices that are
             not finite, the smallest normal number for zeros.
     """
-    sizes = torch.linalg.vector_norm(matrices, float("inf"), dim=(-2, -1))
-    if ridge > 0:
-        sizes = sizes + ridge
-    scales = sizes.clamp(min=torch.finfo(matrices.dtype).tiny)
-    # A finite entry over an infinite or NaN size is 0 or NaN: one NaN anywhere empties its matrix.
-    unit = (matrices / scales[:, None, None]).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    if not len(matrices):
+        return matrices, matrices.new_zeros(0)
+    (unit,), scales = scale_batches_to_unit([matrices], ridge)
     return unit, scales
+
+
+def scale_batches_to_unit(
+    batches: Sequence[Tensor], ridge: float = 0.0
+) -> tuple[list[Tensor], Tensor]:
+    """`scale_to_unit` of several batches, of any sides.
+
+    Returns:
+        units: As `scale_to_unit`, one per batch.
+        scales: (K,) of all K matrices, batch after batch.
+    """
+    scales = largest_entries(batches)
+    if ridge > 0:
+        scales = scales + ridge
+    scales = scales.clamp(min=torch.finfo(scales.dtype).tiny)
+    per_batch = scales.split([len(batch) for batch in batches])
+    units = torch._foreach_div(list(batches), [part[:, None, None] for part in per_batch])
+    for unit in units:
+        # A finite entry over an infinite or NaN size is 0 or NaN: one NaN anywhere empties its matrix.
+        unit.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    return list(units), scales
+
+
+def largest_entries(batches: Sequence[Tensor]) -> Tensor:
+    """(K,): the largest absolute entry of each of all K matrices, batch after batch."""
+    matrices = list(itertools.chain.from_iterable(batch.unbind() for batch in batches))
+    return torch.stack(torch._foreach_norm(matrices, torch.inf))
 
 
 def spectral_power(
     eigenvalues: Tensor,
     scales: Tensor,
-    exponent: float,
+    exponent: float | Tensor,
     regularization: Regularization,
     *,
     limit: float = float("inf"),
+    padding: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the regularised inverse root, in the units of the unscaled matrices.
 
     Args:
         eigenvalues: (N, d) of the matrices divided by ``scales``, in any order; NaN where unsolved.
         scales: (N,) as :func:`scale_to_unit` gives them.
-        exponent: > 0.
-        regularization: Its ridge is in units of the unscaled matrices.
+        exponent: > 0; a number, or (N, 1).
+        regularization: Its ridge is in units of the unscaled matrices; its ``rank_tolerance`` may
+            be (N, 1) too.
         limit: What powers have to stay below to be accepted.
+        padding: (N, d) bool: entries that fill rows up, zero in ``eigenvalues``, and are no
+            eigenvalues.
 
     Returns:
         powers: (N, d), finite; zeros for dropped eigenvalues and where not accepted.
@@ -63,7 +94,9 @@ def spectral_power(
     else:
         # Infinity, since its inverse power is zero. No positive eigenvalue: all are dropped.
         regular = eigenvalues.masked_fill(eigenvalues <= tolerance * largest, float("inf"))
-    powers = regular.pow_(-exponent).mul_(scales.pow(-exponent)[:, None])
+    if padding is not None:
+        regular = regular.masked_fill_(padding, float("inf"))
+    powers = regular.pow_(-exponent).mul_(scales[:, None].pow(-exponent))
     highest = powers.amax(-1)
     accepted = (highest > 0) & (highest < limit)
     return powers.masked_fill_(~accepted[:, None], 0.0), accepted
