@@ -17,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
@@ -30,7 +28,7 @@ from shampoo_core.preconditioners.basis_change import (
     turn_first_moment,
     turn_second_moment,
 )
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solution, Solve
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
 from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
@@ -140,7 +138,7 @@ class EigenvalueCorrected:
             return self._adam_in_eigenbasis(gradients)
         if step == 1:
             self.factors.absorb(gradients, step)
-            self._turn(whole_stacks(self.factors.sizes), self._first_basis)
+            self._turn(whole_stacks(self.factors.sizes), continued=False)
             return None
         direction = self._adam_in_eigenbasis(gradients)
         self._refresh_bases(gradients, step - 1)
@@ -157,27 +155,17 @@ class EigenvalueCorrected:
         self.factors.absorb(gradients, step)
         due = self._refresh.due(step, self.factors.sizes)
         stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
-        has_basis = self._config.lagged or step > self._refresh.settled_step
-        self._turn(stale, self._continue_basis if has_basis else self._first_basis)
+        self._turn(stale, continued=self._config.lagged or step > self._refresh.settled_step)
 
-    def _turn(self, due: Sequence[FactorSlice], solve: Solve) -> None:
+    def _turn(self, due: Sequence[FactorSlice], *, continued: bool) -> None:
         """Recompute bases and carry the moments into them."""
+        solve = eigenbases(self._config.solver, continued=continued)
         for change in self.bases.refresh(due, solve):
             stack, axis = self.factors.axes[change.where.stack][:2]
             if self.filter.moment is not None:
                 turn_first_moment(self.filter.moment.average[stack], axis, change)
             second_moment = self.scaling.second_moment.average[stack]
             turn_second_moment(second_moment, axis, change, self._config.second_moments)
-
-    def _first_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del old, exponent
-        result = self._config.solver.basis(factors)
-        return Solution(result.eigenvectors, result.accepted)
-
-    def _continue_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del exponent
-        result = self._config.solver.basis(factors, warm_start=old)
-        return Solution(result.eigenvectors, result.accepted, result.order)
 
     def state(self) -> StackState:
         """See `Preconditioner`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.refresh import FactorSlice
-from shampoo_core.solvers import off_diagonal_ratio
+from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
 from shampoo_core.statistics import KroneckerFactors, by_axis, multiply_along_axes
@@ -175,6 +175,23 @@ class FactorMatrices:
             torch.zeros(size.num_factors, dtype=torch.int64, device=self._stack_set.device)
             for size in self._factors.sizes
         ]
+
+
+def eigenbases(solver: BasisSolver, *, continued: bool) -> Solve:
+    """Recompute matrices as eigenbases of their factors.
+
+    Args:
+        solver: Computes them.
+        continued: Whether the old matrices are eigenbases to start from; a first basis is made from
+            scratch, for one iteration from the identity would be a poor start.
+    """
+
+    def solve(factors: Tensor, old: Tensor, exponent: float) -> Solution:
+        del exponent
+        result = solver.basis(factors, warm_start=old if continued else None)
+        return Solution(result.eigenvectors, result.accepted, result.order)
+
+    return solve
 
 
 def _slices(tensors: Sequence[Tensor], due: Sequence[FactorSlice]) -> list[Tensor]:

@@ -22,13 +22,19 @@ Source: Lin et al. 2025 (arXiv 2509.03378); the limit on eigenvalues is that of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.preconditioners.basis_change import SecondMoments, turn_second_moment
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Replacement, Solution
+from shampoo_core.preconditioners.factor_matrices import (
+    FactorMatrices,
+    Replacement,
+    Solution,
+    eigenbases,
+)
 from shampoo_core.refresh import FactorSlice
 from shampoo_core.solvers import BasisSolver
 from shampoo_core.solvers.precision import full_precision
@@ -155,9 +161,7 @@ class KLFactors:
         identities = [_identity_like(factor) for factor in self.factors.factors]
         stale = self.bases.stale(due, identities, tolerance)
         with full_precision(self._stack_set.device):
-            changes = self.bases.refresh(
-                stale, self._first_basis if first else self._continue_basis
-            )
+            changes = self.bases.refresh(stale, partial(self._rotate_bases, first=first))
             for change in changes:
                 factors = self.factors.factors[change.where.stack]
                 kept = factors[change.where.start : change.where.stop]
@@ -167,16 +171,12 @@ class KLFactors:
                 turn_second_moment(eigenvalues, 0, change, self._second_moments)
         return changes
 
-    def _first_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del exponent
-        result = self._solver.basis(factors)
-        return Solution(_rotated_basis(old, result.eigenvectors), result.accepted)
-
-    def _continue_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del exponent
-        result = self._solver.basis(factors, warm_start=_identity_like(factors))
-        basis = _rotated_basis(old, result.eigenvectors)
-        return Solution(basis, result.accepted, result.order)
+    def _rotate_bases(
+        self, factors: Tensor, old: Tensor, exponent: float, *, first: bool
+    ) -> Solution:
+        identity = _identity_like(factors)
+        rotation = eigenbases(self._solver, continued=not first)(factors, identity, exponent)
+        return rotation._replace(matrices=_rotated_basis(old, rotation.matrices))
 
     def _broadcast(self, per_axis: list[Tensor]) -> list[dict[int, Tensor]]:
         """Per stack and axis of its blocks: (N, d) as (N, 1, ..., d, ..., 1)."""

@@ -31,7 +31,7 @@ from shampoo_core.preconditioners.axes import (
     exponent_of_order,
     preconditioned_axes,
 )
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solution
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.solvers.base import check_regularization
@@ -157,18 +157,8 @@ class PerFactorCorrected:
         if not due:
             return
         stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
-        has_basis = step > self._refresh.settled_step
-        self.bases.refresh(stale, self._continue_basis if has_basis else self._first_basis)
-
-    def _first_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del old, exponent
-        result = self._config.solver.basis(factors)
-        return Solution(result.eigenvectors, result.accepted)
-
-    def _continue_basis(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del exponent
-        result = self._config.solver.basis(factors, warm_start=old)
-        return Solution(result.eigenvectors, result.accepted, result.order)
+        continued = step > self._refresh.settled_step
+        self.bases.refresh(stale, eigenbases(self._config.solver, continued=continued))
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
