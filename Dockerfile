@@ -58,5 +58,5 @@ COPY shampoo_core/ shampoo_core/
 
 USER algoperf
 ENTRYPOINT ["bash", "/opt/shampoo/docker/entrypoint.sh"]
-# A minute's run that needs no data, to see that everything is in place.
-CMD ["--workload", "mnist", "--offline_data", "true"]
+# A run of a minute that needs no data, to see that everything is in place.
+CMD ["--workload", "mnist", "--offline_data", "true", "--num_tuning_trials", "1"]
