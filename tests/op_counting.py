@@ -7,25 +7,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = frozenset(
-    "aten::" + name
-    for name in (
-        "_unsafe_view",
-        "alias",
-        "as_strided",
-        "detach",
-        "diagonal",
-        "expand",
-        "permute",
-        "select.int",
-        "slice.Tensor",
-        "split.Tensor",
-        "t",
-        "transpose.int",
-        "unsqueeze",
-        "view",
-    )
-)
+NOT_FLAGGED_AS_VIEWS = frozenset({"aten::_unsafe_view", "aten::lift_fresh"})
 SYNCHRONISATIONS = frozenset({"aten::_local_scalar_dense", "aten::item", "aten::nonzero"})
 
 
@@ -40,13 +22,14 @@ class OpCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         del types
-        self.counts[func.name()] += 1
+        if not func.is_view and func.name() not in NOT_FLAGGED_AS_VIEWS:
+            self.counts[func.name()] += 1
         return func(*args, **(kwargs or {}))
 
     @property
     def num_kernels(self) -> int:
         """Operations that are not views."""
-        return sum(n for name, n in self.counts.items() if name not in VIEWS)
+        return self.counts.total()
 
     @property
     def num_synchronisations(self) -> int:

@@ -141,8 +141,8 @@ def test_number_of_operations_does_not_grow_with_the_batch(solver: RootSolver) -
 @pytest.mark.parametrize(
     ("call", "num_kernels", "num_synchronisations"),
     [
-        (lambda a: EighSolver().inverse_root(a, 0.25), 42, 1),
-        (lambda a: EighSolver().basis(a), 42, 1),
+        (lambda a: EighSolver().inverse_root(a, 0.25), 44, 1),
+        (lambda a: EighSolver().basis(a), 44, 1),
         (lambda a: OrthogonalIterationSolver().basis(a, a), 36, 0),
         (lambda a: OrthogonalIterationSolver(tolerance=0.1).basis(a, a), 44, 0),
         (lambda a: CoupledNewtonSolver(eigh_fallback=False).inverse_root(a, 0.25), 600, 0),
@@ -466,7 +466,7 @@ def test_batches_of_one_call_share_operations_and_the_synchronisation() -> None:
     with OpCounter() as ops:
         results = EighSolver().inverse_roots(batches, exponents)
     assert ops.num_synchronisations == 1
-    assert ops.num_kernels <= 42 + 5 * 8
+    assert ops.num_kernels <= 44 + 5 * 7
     for matrices, exponent, result in zip(batches, exponents, results, strict=True):
         alone = EighSolver().inverse_root(matrices, exponent)
         torch.testing.assert_close(result.roots, alone.roots, rtol=1e-5, atol=1e-6)

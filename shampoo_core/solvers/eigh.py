@@ -62,11 +62,11 @@ class EighSolver:
         relative_ridge: float = 0.0,
         warm_start: Tensor | None = None,
     ) -> RootResult:
-        """See :meth:`RootSolver.inverse_root`. ``warm_start`` is not used."""
-        del warm_start
+        """See :meth:`RootSolver.inverse_root`. A ``warm_start`` only asks for eigenvectors."""
         (result,) = self.inverse_roots(
             [matrices],
             [exponent],
+            warm_starts=None if warm_start is None else [warm_start],
             rank_tolerance=rank_tolerance,
             ridge=ridge,
             relative_ridge=relative_ridge,
@@ -83,8 +83,7 @@ class EighSolver:
         relative_ridge: float = 0.0,
         warm_starts: Sequence[Tensor] | None = None,
     ) -> list[RootResult]:
-        """See :meth:`RootSolver.inverse_roots`. ``warm_starts`` are not used."""
-        del warm_starts
+        """See :meth:`RootSolver.inverse_roots`. ``warm_starts`` only ask for eigenvectors."""
         regularizations = []
         for batch, exponent in zip(batches, exponents, strict=True):
             check_matrices(batch)
@@ -110,7 +109,11 @@ class EighSolver:
             )
             counts = [len(batch) for batch in batches]
             return [
-                RootResult(_from_spectrum(vectors, part).to(batch.dtype), kept, vectors.flip(-1))
+                RootResult(
+                    _from_spectrum(vectors, part).to(batch.dtype),
+                    kept,
+                    None if warm_starts is None else vectors.flip(-1).to(batch.dtype),
+                )
                 for batch, vectors, part, kept in zip(
                     batches,
                     spectra.vectors,
