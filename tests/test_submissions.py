@@ -103,7 +103,7 @@ def test_a_missing_function_is_named(tmp_path: Path, name: str) -> None:
     ("text", "message"),
     [
         ("import no_such_package", r"ModuleNotFoundError: No module named 'no_such_package' "),
-        ("import jax.numpy", r"No module named 'jax'.*this runner runs PyTorch submissions"),
+        ("import jax.numpy", r"No module named 'jax'.*a submission in JAX does not run here"),
         ("from algoperf import jax_utils", r"ImportError: cannot import name 'jax_utils'"),
         ("def broken(:", r"SyntaxError: invalid syntax .*line 1"),
         ("1 / 0", r"ZeroDivisionError: division by zero \(.*entry.py:1\)"),

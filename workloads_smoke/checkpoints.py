@@ -11,7 +11,7 @@ optimizer state must lead back from them.
 Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `algoperf/checkpoint_utils.py`.
 """
 
-import logging
+import functools
 import random
 import re
 import zipfile
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from absl import logging
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from workloads_smoke.atomic_files import atomic_write
@@ -197,12 +198,15 @@ def _optimizer_state_dicts(optimizer_state: dict[str, Any]) -> dict[str, Any]:
         if hasattr(value, "state_dict"):
             saved[key] = value.state_dict()
         else:
-            logging.getLogger("absl").warning(
-                "optimizer_state[%r] is not in the checkpoint: %s has no state_dict",
-                key,
-                type(value).__name__,
-            )
+            _announce_unsaved(key, type(value).__name__)
     return saved
+
+
+@functools.cache  # once a process is enough: checkpoints are many
+def _announce_unsaved(key: str, type_name: str) -> None:
+    logging.warning(
+        "optimizer_state[%r] is not in the checkpoint: %s has no state_dict", key, type_name
+    )
 
 
 def _unwrapped(model: Any) -> Any:

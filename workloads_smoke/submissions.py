@@ -8,6 +8,7 @@ lies beside the file all resolve.
 
 import importlib
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from workloads_smoke import algoperf_standin
 from workloads_smoke.errors import UserError
 
 REQUIRED_FUNCTIONS = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
+
+_JAX_PACKAGES = {"jax", "flax", "optax", "chex", "jraph"}
 
 # How far above the file the root of absolute imports such as `submissions.self_tuning.x.y` may lie.
 _NUM_ANCESTORS = 4
@@ -68,7 +71,7 @@ def load_submission(path: Path) -> Submission:
     if not path.is_file():
         raise UserError(f"--submission_path: there is no file {path}")
     algoperf_standin.install_if_needed()
-    module = _import_file(path.resolve())
+    module = _import_file(Path(os.path.abspath(path)))
     missing = [name for name in REQUIRED_FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
         raise UserError(f"submission {path} lacks the function {', '.join(missing)}")
@@ -117,7 +120,7 @@ def _describe(error: Exception) -> str:
     place = f" ({sources[-1].filename}:{sources[-1].lineno})" if sources else ""
     hint = ""
     if isinstance(error, ModuleNotFoundError):
-        hint = "; install what its requirements.txt asks for"
-        if (error.name or "").split(".")[0] == "jax":
-            hint = "; this runner runs PyTorch submissions"
+        hint = "; install what the submission requires"
+        if (error.name or "").split(".")[0] in _JAX_PACKAGES:
+            hint += " (a submission in JAX does not run here, only one in PyTorch)"
     return f"{type(error).__name__}: {error}{place}{hint}"
