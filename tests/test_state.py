@@ -11,15 +11,22 @@ import torch
 from quadratic import assert_same, optimizer_for, parameters, run
 
 from shampoo_core import (
+    AdamConfig,
     AdamGrafting,
+    AdaptiveRefresh,
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
     HeavyBall,
+    KLShampooConfig,
+    KLSOAPConfig,
+    PerFactorCorrectedConfig,
     PrimalAveraging,
+    RowWiseAdaGradConfig,
     ScheduleFree,
     SGDGrafting,
     ShampooConfig,
+    SpectralConfig,
     StaggeredRefresh,
     WeightEMA,
 )
@@ -46,6 +53,25 @@ METHODS: dict[str, dict[str, Any]] = {
         "refresh": FixedRefresh(2),
         "preconditioner": EigenvalueCorrectedConfig(lagged=True),
     },
+    "whitened statistics": {
+        "refresh": FixedRefresh(4, 1),
+        "preconditioner": ShampooConfig(statistics="whitened_mean", exponent=0.5),
+    },
+    "per-factor corrected": {
+        "refresh": FixedRefresh(4),
+        "preconditioner": PerFactorCorrectedConfig(),
+    },
+    "kl-shampoo": {"refresh": FixedRefresh(4, 1), "preconditioner": KLShampooConfig()},
+    "kl-shampoo, lagged": {
+        "refresh": StaggeredRefresh(4),
+        "preconditioner": KLShampooConfig(
+            lagged=True, second_moments="permute", statistics_interval=2
+        ),
+    },
+    "kl-soap": {"refresh": AdaptiveRefresh(2), "preconditioner": KLSOAPConfig()},
+    "spectral": {"preconditioner": SpectralConfig()},
+    "adam": {"preconditioner": AdamConfig()},
+    "row-wise adagrad": {"preconditioner": RowWiseAdaGradConfig(decay=0.9)},
     "schedule-free": {
         "refresh": FixedRefresh(4),
         "averaging": ScheduleFree(),
