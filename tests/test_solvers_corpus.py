@@ -130,12 +130,17 @@ def test_roots_with_a_relative_ridge(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("exponent", [1.0, 1 / 6, 0.125, 0.75])
-@pytest.mark.parametrize("name", ["eigh", "coupled Newton", "higher order", "Newton-DB"])
+@pytest.mark.parametrize(
+    ("name", "exponent"),
+    [
+        (name, exponent)
+        for name in ("eigh", "coupled Newton", "higher order", "Newton-DB")
+        for exponent in (1.0, 1 / 6, 0.125, 0.75)
+        if (name, exponent) != ("Newton-DB", 1 / 6)  # q/2^k only; refused, see test_solvers.py
+    ],
+)
 def test_other_exponents(name: str, exponent: float, dtype: torch.dtype) -> None:
     solver, constant = SOLVERS[name]
-    if name == "Newton-DB" and exponent == 1 / 6:
-        pytest.skip("q/2^k only; refused, see test_solvers.py")
     ridge = 1e-4
     matrices = stacked([hard.matrix for hard in CORPORA[dtype].values()], dtype)
     result = solver.inverse_root(matrices, exponent, relative_ridge=ridge)
@@ -236,4 +241,4 @@ def test_the_estimate_of_the_largest_eigenvalue(dtype: torch.dtype) -> None:
     assert ratios[-1] > 0.9
     bounds = eigenvalue_bound(matrices, estimates).double() / largest
     assert bounds.min() >= 1 - 1e-6
-    assert bounds.max() <= 1.25
+    assert bounds.max() <= 1.25 + 1e-6

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_counting import OpCounter
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from shampoo_core.solvers import orthogonalize
 from shampoo_core.solvers.polar import COEFFICIENTS, POLAR_EXPRESS
@@ -108,6 +109,15 @@ def test_operations_of_a_call() -> None:
         counts.append(ops.num_kernels)
         assert ops.num_synchronisations == 0
     assert counts[0] == counts[1] <= 24
+
+
+def test_tall_matrices_cost_what_wide_ones_do() -> None:
+    costs = []
+    for shape in ((1, 64, 4), (1, 4, 64)):
+        with FlopCounterMode(display=False) as flops:
+            orthogonalize(torch.randn(shape), steps=5)
+        costs.append(flops.get_total_flops())
+    assert costs[0] == costs[1] == 5 * (4 * 4 * 4 * 64 + 2 * 4**3)
 
 
 @pytest.mark.parametrize(
