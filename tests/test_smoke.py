@@ -27,8 +27,10 @@ class StandInRunner:
         self.interrupted_on = interrupted_on
         self.commands: list[list[str]] = []
 
-    def __call__(self, command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        assert not check
+    def __call__(
+        self, command: list[str], env: dict[str, str], check: bool
+    ) -> subprocess.CompletedProcess[str]:
+        assert not check and env["OMP_NUM_THREADS"] == "1"
         self.commands.append(command)
         flags = dict(part[2:].split("=", 1) for part in command if "=" in part)
         folder = Path(flags["experiment_dir"])

@@ -89,6 +89,7 @@ def outside_legend(
     where: Literal["outside upper center", "outside lower center"],
 ) -> None:
     """Put a legend above or below all panels."""
-    # Three entries fit the width of a panel, whatever the names' lengths.
-    panels_wide = round(figure.get_figwidth() / PANEL[0])
-    figure.legend(handles=list(handles), loc=where, ncols=min(len(handles), 3 * panels_wide))
+    # A handle takes about 0.6 inches, a character of its label 0.09.
+    widest = 0.6 + 0.09 * max(len(str(handle.get_label())) for handle in handles)
+    fitting = max(1, int(figure.get_figwidth() / widest))
+    figure.legend(handles=list(handles), loc=where, ncols=min(len(handles), fitting))

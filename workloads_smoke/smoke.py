@@ -8,6 +8,7 @@ module only decides the order, says how long it will take, and scores.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from workloads_smoke.scoring.folders import fresh_folder
 from workloads_smoke.scoring.logs import read_results
 from workloads_smoke.scoring.scoreboard import Scoreboard
 from workloads_smoke.scoring.tables import score_text
+from workloads_smoke.scoring.targets import Target
 from workloads_smoke.scoring.verdict import headline, workload_verdict
 
 DEFAULT_WORKLOADS = "mnist,wmt"
@@ -139,6 +141,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         " (default: %(default)g)",
     )
     parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=1,
+        help="CPU threads of a run; with one, times of these small models repeat best, also on a"
+        " busy machine (default: %(default)s)",
+    )
+    parser.add_argument(
         "--results_dir",
         type=Path,
         default=Path("results"),
@@ -228,13 +237,14 @@ def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> li
     )
     commands = "".join(f"{shlex.join(job.command(logs, options))}\n" for job in jobs)
     write_text(logs.parent / "commands.txt", commands)
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     pace, failed = Pace(), []
     start = time.monotonic()
     for index, job in enumerate(jobs):
         command = job.command(logs, options)
         say(f"\n[{index + 1}/{len(jobs)}] {job.workload}: {job.contender.name}, {job.study}")
         job_start = time.monotonic()
-        status = subprocess.run(command, check=False).returncode
+        status = subprocess.run(command, env=environment, check=False).returncode
         if status:
             failed.append(job)
             say(f"failed with exit status {status}: {shlex.join(command)}")
@@ -251,7 +261,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> li
 def show(folder: Path, failed: Sequence[Job]) -> int:
     """Print the final table and the verdicts, write the report; returns the exit status."""
     try:
-        board = Scoreboard.of(read_results([folder / "logs"]))
+        board = score_logs(folder / "logs")
     except (FileNotFoundError, ValueError) as error:
         sys.stderr.write(f"error: nothing to score: {error}\n")
         return 1
@@ -265,6 +275,24 @@ def show(folder: Path, failed: Sequence[Job]) -> int:
     return 1 if failed else 0
 
 
+def score_logs(logs: Path) -> Scoreboard:
+    """Score a comparison against the targets of the smoke workloads.
+
+    The logs record the same ones, except where a run failed at its start.
+    """
+    trials = read_results([logs])
+    targets = {}
+    for name in {trial.workload for trial in trials}:
+        workload = load_workload(name)
+        targets[name] = Target(
+            metric=workload.target_metric_name,
+            value=workload.validation_target_value,
+            step_hint=workload.step_hint,
+            max_seconds=workload.max_allowed_runtime_sec,
+        )
+    return Scoreboard.of(trials, targets)
+
+
 def clock(seconds: float) -> str:
     """Minutes and seconds, or hours and minutes above an hour."""
     minutes, rest = divmod(round(seconds), 60)
@@ -273,7 +301,7 @@ def clock(seconds: float) -> str:
 
 def _show_table(logs: Path) -> None:
     try:
-        board = Scoreboard.of(read_results([logs]))
+        board = score_logs(logs)
     except FileNotFoundError:
         return
     say(f"\n{score_text(board)}")

@@ -106,7 +106,7 @@ def _miss(record: Record, target: Target) -> str:
 
 def _best(record: Record) -> str:
     if math.isnan(record["best_metric"]):
-        return "not a number"
+        return "no finite evaluation"
     return tables.metric(record["best_metric"])
 
 
