@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -52,6 +53,14 @@ class StandInRunner:
 def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandInRunner:
     stand_in = StandInRunner()
     monkeypatch.setattr(smoke.subprocess, "run", stand_in)
+    # The target of the hand-made logs, whatever those of the workloads are.
+    workload = SimpleNamespace(
+        target_metric_name="accuracy",
+        validation_target_value=0.9,
+        step_hint=600,
+        max_allowed_runtime_sec=100,
+    )
+    monkeypatch.setattr(smoke, "load_workload", lambda name: workload)
     monkeypatch.chdir(tmp_path)
     return stand_in
 

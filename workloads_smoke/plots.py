@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     FuncFormatter,
@@ -193,7 +194,7 @@ def _curve_legend(
 
 def performance_profiles(board: Scoreboard) -> Figure:
     """Share of workloads that each submission finishes within tau times the fastest."""
-    figure = Figure(figsize=(2 * PANEL[0], 3.9), layout="constrained")
+    figure = Figure(figsize=(2 * PANEL[0], 3.9), layout=ConstrainedLayoutEngine(wspace=0.06))
     colours = submission_colours(board)
     summary = board.summary()
     for axes, unit, score in zip(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ from workloads_smoke.scoring.verdict import headline, workload_verdict
 DEFAULT_WORKLOADS = "mnist,wmt"
 DEFAULT_SUBMISSIONS = "shampoo,nadamw"
 INTERRUPTED = 130  # a shell's status of a command that Ctrl-C ended
+TERMINATED = 143  # and of one that SIGTERM ended
 
 
 @dataclass(frozen=True)
@@ -331,4 +333,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    # Leaving by an exception, subprocess.run ends the runner too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main())

@@ -164,6 +164,16 @@ class Scoreboard:
             }
         ).rename_axis("submission")
 
+    def ranking(self, workload: str) -> list[str]:
+        """Submissions on one workload: fastest first, then misses by best metric, then absent."""
+        rows = self.per_workload[self.per_workload["workload"] == workload]
+        sign = 1.0 if self.targets[workload].lower_is_better else -1.0
+        order = rows.assign(loss=sign * rows["best_metric"]).sort_values(
+            ["seconds", "loss", "submission"]
+        )
+        ran = [str(name) for name in order["submission"]]
+        return ran + [name for name in self.submissions if name not in ran]
+
     def notes(self) -> list[str]:
         """What a reader must know before trusting the comparison."""
         notes = []

@@ -33,7 +33,7 @@ SUMMARY_HEADER = ("submission", "score", "by steps", "reached", "fastest", "spee
 
 
 def workload_rows(board: Scoreboard) -> list[tuple[str, ...]]:
-    """Cells of the table of `WORKLOAD_HEADER`, workloads together, fastest first."""
+    """Cells of the table of `WORKLOAD_HEADER`, in the order of `Scoreboard.ranking`."""
     records = {
         (record["workload"], record["submission"]): record
         for record in board.per_workload.to_dict("records")
@@ -41,9 +41,7 @@ def workload_rows(board: Scoreboard) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for workload in board.workloads:
         target = board.targets[workload]
-        times = board.seconds[workload]
-        order = sorted(board.submissions, key=lambda name: (times[name], name))
-        for index, submission in enumerate(order):
+        for index, submission in enumerate(board.ranking(workload)):
             head = ("", "") if index else (workload, target_text(target))
             record = records.get((workload, submission))
             rows.append((*head, submission, *_cells(board, record)))

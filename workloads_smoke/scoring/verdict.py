@@ -46,7 +46,7 @@ def workload_verdict(board: Scoreboard, workload: str) -> str:
         for record in board.per_workload.to_dict("records")
         if record["workload"] == workload
     }
-    ranked = sorted(records.values(), key=lambda record: (record["seconds"], record["submission"]))
+    ranked = [records[name] for name in board.ranking(workload) if name in records]
     reached = [record for record in ranked if math.isfinite(record["seconds"])]
     missed = [record for record in ranked if not math.isfinite(record["seconds"])]
     sentences = [_winner(reached[0], target, alone=len(records) == 1)] if reached else []
