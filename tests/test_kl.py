@@ -46,8 +46,11 @@ class Current:
     orthogonal iteration from columns sorted by measured eigenvalue; second moments are transported.
     """
 
-    def __init__(self, parameter: Array, *, soap: bool, interval: int, start: int) -> None:
+    def __init__(
+        self, parameter: Array, *, soap: bool, interval: int, start: int, statistics_every: int = 1
+    ) -> None:
         self.parameter, self.soap = parameter.copy(), soap
+        self.statistics_every, self.decay = statistics_every, 0.95**statistics_every
         self.interval, self.start, self.t = interval, start, 0
         sides = parameter.shape
         self.factors = [np.zeros((d, d)) for d in sides]
@@ -57,7 +60,8 @@ class Current:
 
     def step(self, gradient: Array, lr: float | None = None) -> Array:
         self.t += 1
-        self.absorb(gradient)
+        if (self.t - 1) % self.statistics_every == 0:
+            self.absorb(gradient)
         if self.t == self.start or (self.t > self.start and self.t % self.interval == 0):
             self.refresh()
         self.first = 0.9 * self.first + 0.1 * gradient
@@ -72,14 +76,15 @@ class Current:
         return self.parameter
 
     def absorb(self, gradient: Array) -> None:
-        sides, old = gradient.shape, list(self.eigenvalues)
+        sides, old, decay = gradient.shape, list(self.eigenvalues), self.decay
         rotated = multiply(gradient, self.bases)
         for axis, d in enumerate(sides):
             others = [np.ones(n) if i == axis else old[i] ** -0.5 for i, n in enumerate(sides)]
             seen = gram(rotated * outer(others), axis) / other_sizes(sides, axis)
             basis = self.bases[axis]
-            self.factors[axis] = 0.95 * self.factors[axis] + 0.05 * basis @ seen @ basis.T
-            measured = 0.95 * old[axis] + 0.05 * np.diag(seen) if self.t > 1 else np.full(d, 0.1)
+            self.factors[axis] = decay * self.factors[axis] + (1 - decay) * basis @ seen @ basis.T
+            measured = decay * old[axis] + (1 - decay) * np.diag(seen)
+            measured = measured if self.t > 1 else np.full(d, 0.1)
             self.eigenvalues[axis] = np.maximum(measured, max(10.0, min(d, 4000.0)) ** -2.0)
 
     def refresh(self) -> None:
@@ -144,6 +149,16 @@ def test_blocks_agree_with_the_defaults_written_down_again(
     )
 
 
+def test_statistics_every_third_step() -> None:
+    assert_follows(
+        lambda block: Current(block, soap=False, interval=4, start=7, statistics_every=3),
+        (20, 30),
+        refresh=FixedRefresh(4, 7),
+        preconditioner=KLShampooConfig(statistics_interval=3),
+        **PUBLISHED,
+    )
+
+
 @pytest.mark.parametrize("divide", [False, True])
 @pytest.mark.parametrize("exponent", [None, 0.5])
 @pytest.mark.parametrize("shape", [(13, 9), (7, 6, 5)])
@@ -183,15 +198,15 @@ def test_gradients_of_a_kronecker_covariance_come_out_white(name: str) -> None:
         preconditioner=config(largest_scale=1e4), refresh=FixedRefresh(5, 1),
     )  # fmt: skip
     covariance = torch.zeros(20, 20, dtype=torch.float64)
-    for step in range(1, 1801):
+    for step in range(1, 1201):
         before = weight.detach().clone()
         weight.grad = left @ normal(4, 5) @ right
         optimizer.step()
-        if step > 800:
+        if step > 400:
             direction = (before - weight.detach()).flatten()
-            covariance += torch.outer(direction, direction) / 1000
+            covariance += torch.outer(direction, direction) / 800
     eigenvalues = torch.linalg.eigvalsh(covariance)
-    # 1000 samples in 20 dimensions spread the eigenvalues of a white covariance from 0.7 to 1.3.
+    # 800 samples in 20 dimensions spread the eigenvalues of a white covariance from 0.7 to 1.3.
     assert 0.5 < eigenvalues[0] < eigenvalues[-1] < 1.6
     raw = torch.linalg.eigvalsh(torch.kron(left @ left.T, right.T @ right))
     assert raw[-1] > 1e3 * raw[0], raw[-1] / raw[0]
@@ -284,7 +299,7 @@ def test_factors_are_kept_in_bases_that_stay_orthogonal_and_diagonalise_them() -
     generator = torch.Generator().manual_seed(2)
     spectrum = torch.linspace(1.0, 3.0, 16)[:, None] * torch.linspace(0.2, 1.0, 12)
     frame = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
-    for _ in range(600):
+    for _ in range(300):
         weight.grad = frame @ (spectrum * torch.randn(16, 12, generator=generator))
         optimizer.step()
     state = {key: value for key, value in optimizer.state[weight].items() if value.dim() > 0}
