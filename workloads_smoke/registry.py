@@ -35,6 +35,22 @@ WORKLOADS: dict[str, WorkloadEntry] = {
     "wmt": WorkloadEntry(
         "wmt", "WmtWorkload", "encoder-decoder transformer that restores vowels in Python's prose"
     ),
+    "finewebedu_lm": WorkloadEntry(
+        "finewebedu_lm", "LmWorkload", "decoder-only transformer on Python's documentation"
+    ),
+    "fastmri": WorkloadEntry("fastmri", "FastMRIWorkload", "U-Net that restores MRI phantoms"),
+    "imagenet_resnet": WorkloadEntry(
+        "imagenet_resnet", "ImagenetResNetWorkload", "batch-norm residual net on digits over photos"
+    ),
+    "imagenet_vit": WorkloadEntry(
+        "imagenet_vit", "ImagenetVitWorkload", "vision transformer on digits over photos, mixed up"
+    ),
+    "criteo1tb": WorkloadEntry(
+        "criteo1tb", "Criteo1TbWorkload", "deep recommendation model on generated clicks"
+    ),
+    "ogbg": WorkloadEntry(
+        "ogbg", "OgbgWorkload", "graph network on generated molecules, labels missing"
+    ),
 }
 
 

@@ -5,15 +5,18 @@ neighbours are merged into one piece again and again. Every word over the known 
 spelled, so there is no unknown token.
 """
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import chain, pairwise
 
 PAD_ID = 0
 BEGIN_ID = 1
 END_ID = 2
 NUM_SPECIAL = 3
 _WORD_START = "_"
+# Merges are learned from the most frequent words; rarer ones hardly change them but cost time.
+_LEARNING_WORDS = 3_000
 
 Pair = tuple[str, str]
 
@@ -36,8 +39,9 @@ class BytePairEncoder:
             ValueError: If the characters alone exceed the vocabulary.
         """
         counts = Counter(word for sentence in sentences for word in sentence.split())
-        spelled = {word: [_WORD_START, *word] for word in counts}
-        characters = sorted({piece for pieces in spelled.values() for piece in pieces})
+        characters = sorted({_WORD_START, *chain.from_iterable(counts)})
+        frequent = (word for word, _ in counts.most_common(_LEARNING_WORDS))
+        spelled = {word: [_WORD_START, *word] for word in frequent}
         self.pieces = ["<pad>", "<begin>", "<end>", *characters]
         if len(self.pieces) > vocabulary_size:
             raise ValueError(
@@ -54,8 +58,8 @@ class BytePairEncoder:
     ) -> None:
         """Merge the most frequent pair until the vocabulary is full or no pair is left.
 
-        Pair counts are kept up to date word by word: recounting all words after each merge would
-        take seconds.
+        Pair counts are kept up to date word by word, and their order by a heap whose outdated
+        entries are skipped: counting and sorting anew after each merge would take seconds.
         """
         frequency: Counter[Pair] = Counter()
         words_with: defaultdict[Pair, set[str]] = defaultdict(set)
@@ -65,22 +69,28 @@ class BytePairEncoder:
             for pair in pairwise(pieces):
                 frequency[pair] += sign * counts[word]
                 words_with[pair].add(word)
+                changed.add(pair)
 
+        changed: set[Pair] = set()
         for word in spelled:
             count_pairs(word, 1)
-        while len(self.pieces) < vocabulary_size:
-            # Ties go to the pair first in the alphabet, so that the result is unique.
-            pair, count = min(frequency.items(), key=lambda item: (-item[1], item[0]))
-            if count < 1:
-                break
+        # Ties go to the pair first in the alphabet, so that the result is unique.
+        heap = [(-count, pair) for pair, count in frequency.items()]
+        heapq.heapify(heap)
+        while heap and len(self.pieces) < vocabulary_size:
+            count, pair = heapq.heappop(heap)
+            if -count != frequency[pair] or count == 0:
+                continue
             self._ranks[pair] = len(self._ranks)
             if "".join(pair) not in self.pieces:
                 self.pieces.append("".join(pair))
+            changed.clear()
             for word in words_with.pop(pair):
                 count_pairs(word, -1)
                 spelled[word] = merge(spelled[word], pair)
                 count_pairs(word, 1)
-            del frequency[pair]
+            for other in changed:
+                heapq.heappush(heap, (-frequency[other], other))
 
     def _spell(self, word: str) -> list[int]:
         if word not in self._cache:

@@ -30,8 +30,10 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 @functools.cache
-def documentation() -> tuple[str, ...]:
-    """Return the texts: topics of the reference by title, then docstrings by file.
+def documents() -> tuple[str, ...]:
+    """Return the documents: topics of the reference by title, then each file's docstrings.
+
+    Parts of a document are separated by empty lines.
 
     Raises:
         RuntimeError: If this Python comes without its documentation or library sources.
@@ -48,14 +50,13 @@ def documentation() -> tuple[str, ...]:
     if len(files) < 50:
         raise RuntimeError(f"the standard library's sources are not in {library}.")
     texts = [topics[title] for title in sorted(topics)]
-    for file in files:
-        texts.extend(_docstrings(file))
-    return tuple(texts)
+    texts += ["\n\n".join(_docstrings(file)) for file in files]
+    return tuple(text for text in texts if text)
 
 
 def fingerprint() -> str:
     """Return a short hash of the texts, to record beside results."""
-    return hashlib.sha256("\0".join(documentation()).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(documents()).encode()).hexdigest()[:16]
 
 
 def _clauses(text: str) -> Iterator[list[str]]:
@@ -79,7 +80,7 @@ def sentences(min_words: int = 4, max_words: int = 14) -> tuple[str, ...]:
         max_words: Longest clause.
     """
     distinct: dict[str, str] = {}
-    for text in documentation():
+    for text in documents():
         for words in _clauses(text):
             if min_words <= len(words) <= max_words:
                 distinct.setdefault(" ".join(drop_vowels(word) for word in words), " ".join(words))

@@ -8,6 +8,7 @@ target reachable for a submission that trains to the end of the hint.
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -89,6 +90,8 @@ class TargetSetter:
         targets = {
             f"{split}_target_value": self._median(winner, split) for split in ("validation", "test")
         }
+        if not all(map(math.isfinite, targets.values())):
+            raise RuntimeError(f"{self.name}: most repeats diverged; try more points or finalists.")
         return {
             "metric": self.workload.target_metric_name,
             **targets,

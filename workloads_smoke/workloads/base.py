@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -85,7 +86,7 @@ class SmokeWorkload(spec.Workload):
 
     @abc.abstractmethod
     def _batch_metrics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """Return sums over the valid examples of an evaluation batch, to be added up."""
+        """Return sums over this process's valid examples of an evaluation batch."""
 
     @abc.abstractmethod
     def _final_metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -296,10 +297,14 @@ class SmokeWorkload(spec.Workload):
             )
         if self.placement.distributed:
             _average_buffers(params)
+        num_batches = math.ceil(num_examples / global_batch_size)
+        return self._measure(params, islice(self._eval_iters[split], num_batches))
+
+    def _measure(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+        """Return the metrics over batches; for metrics that are not functions of sums, override."""
         sums: dict[str, float] = {}
-        for _ in range(math.ceil(num_examples / global_batch_size)):
-            batch = next(self._eval_iters[split])
-            for name, value in self._batch_metrics(params, batch).items():
+        for batch in batches:
+            for name, value in self._batch_metrics(model, batch).items():
                 sums[name] = sums.get(name, 0.0) + value
         return self._final_metrics(self._add_over_processes(sums))
 

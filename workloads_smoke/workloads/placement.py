@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,12 @@ def current_placement() -> Placement:
     if not grouped:
         return Placement(0, 1, device)
     return Placement(distributed.get_rank(), distributed.get_world_size(), device)
+
+
+def gather_rows_over_processes(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in the order of ranks; each must bring equally many."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
