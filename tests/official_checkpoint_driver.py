@@ -3,10 +3,11 @@
 usage: official_checkpoint_driver.py FOLDER
 
 For the self-tuning setting, every point of the tuning search space, and every method that a point
-can name: trains the official mnist model on random batches, saves a checkpoint right after
-`prepare_for_eval` as the runner does, trains on; then restores the checkpoint into a fresh model
-and optimizer, as a restarted process would, and trains those on. Prints one JSON object: for each
-setting, whether both ended with the same weights and the same optimizer state, bit for bit.
+can name: trains the official mnist model (and cifar's, which has batch norm) on random batches,
+saves a checkpoint right after `prepare_for_eval` as the runner does, trains on; then restores the
+checkpoint into a fresh model and optimizer, as a restarted process would, and trains those on.
+Prints one JSON object: for each setting, whether both ended with the same weights and the same
+optimizer state, bit for bit.
 """
 
 import collections
@@ -17,20 +18,22 @@ from pathlib import Path
 
 import torch
 from algoperf import checkpoint_utils
+from algoperf.workloads.cifar.cifar_pytorch.workload import CifarWorkload
 from algoperf.workloads.mnist.mnist_pytorch.workload import MnistWorkload
 
 from submission import submission
 from submission.hyperparameters import Hyperparameters
 
-STEPS_BEFORE, STEPS_AFTER, BATCH_SIZE = 23, 9, 16
+STEPS_BEFORE, STEPS_AFTER, BATCH_SIZE = 23, 9, 8
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class Run:
     """A workload, its model and the optimizer state, as `train_once` of the runner sets them up."""
 
-    def __init__(self, setting, seed):
-        self.workload, self.setting, self.step = MnistWorkload(), setting, 0
+    def __init__(self, setting, workload_class, seed):
+        self.workload, self.setting, self.step = workload_class(), setting, 0
+        self.image_shape = (3, 32, 32) if workload_class is CifarWorkload else (1, 28, 28)
         model, self.model_state = self.workload.init_model_fn([seed, seed])
         # The runner compiles; this backend gives the same module names and no compilation.
         self.model = torch.compile(model, backend="eager")
@@ -42,7 +45,7 @@ class Run:
         for _ in range(steps):
             generator = torch.Generator().manual_seed(self.step)
             batch = {
-                "inputs": torch.randn(BATCH_SIZE, 1, 28, 28, generator=generator),
+                "inputs": torch.randn(BATCH_SIZE, *self.image_shape, generator=generator),
                 "targets": torch.randint(10, (BATCH_SIZE,), generator=generator),
                 "weights": torch.ones(BATCH_SIZE, dtype=torch.bool),
             }
@@ -84,14 +87,19 @@ class Run:
 
 
 def settings():
-    yield "self", None
+    """Name, hyperparameters and workload of every run."""
+    yield "self", None, MnistWorkload
     points = json.loads((REPOSITORY / "tuning_search_space.json").read_text())
     for number, point in enumerate(points, start=1):
-        yield f"point {number}", collections.namedtuple("Hyperparameters", point)(**point)
+        point_tuple = collections.namedtuple("Hyperparameters", point)(**point)
+        yield f"point {number}", point_tuple, MnistWorkload
     for field in dataclasses.fields(Hyperparameters):
         for choice in field.metadata.get("choices", ()):
-            varied = Hyperparameters.from_namespace(points[0] | {field.name: choice})
-            yield f"{field.name}={choice}", varied
+            varied = points[0] | {field.name: choice}
+            yield f"{field.name}={choice}", Hyperparameters.from_namespace(varied), MnistWorkload
+    # Small blocks: the cost of the refreshes is not the matter here.
+    batch_norm = points[0] | {"averaging": "weight_ema", "max_block_size": 64}
+    yield "batch norm", Hyperparameters.from_namespace(batch_norm), CifarWorkload
 
 
 def differences(left, right, path=""):
@@ -116,14 +124,14 @@ def snapshot(run):
 
 def main(folder):
     report = {}
-    for name, setting in settings():
-        uninterrupted = Run(setting, seed=1)
+    for name, setting, workload_class in settings():
+        uninterrupted = Run(setting, workload_class, seed=1)
         uninterrupted.train(STEPS_BEFORE)
         trained = [p.detach().clone() for p in uninterrupted.model.parameters()]
         uninterrupted.prepare_for_eval()
         uninterrupted.save(folder / name)
 
-        resumed = Run(setting, seed=2)
+        resumed = Run(setting, workload_class, seed=2)
         resumed.restore(folder / name)
         on_restore = differences(snapshot(uninterrupted), snapshot(resumed))
         swapped = not all(map(torch.equal, trained, uninterrupted.model.parameters()))

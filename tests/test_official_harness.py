@@ -145,7 +145,7 @@ def test_every_setting_survives_the_harness_checkpoint_bit_for_bit(
     harness: Harness, tmp_path: Path
 ) -> None:
     driver = Path(__file__).with_name("official_checkpoint_driver.py")
-    finished = harness.run(os.fspath(driver), os.fspath(tmp_path))
+    finished = harness.run(os.fspath(driver), os.fspath(tmp_path), timeout=800)
     assert finished.returncode == 0, finished.stderr[-5000:]
     (line,) = (text for text in finished.stdout.splitlines() if text.startswith("REPORT "))
     report = json.loads(line.removeprefix("REPORT "))
@@ -159,3 +159,4 @@ def test_every_setting_survives_the_harness_checkpoint_bit_for_bit(
         assert outcome["differences_on_restore"] == [], name
         assert outcome["differences_at_the_end"] == [], name
         assert outcome["trained_on"], name
+    assert report["batch norm"]["evaluates_other_weights"]
