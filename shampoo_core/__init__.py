@@ -26,7 +26,14 @@ from shampoo_core.preconditioners.per_factor import PerFactorCorrectedConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.preconditioners.spectral import SpectralConfig
 from shampoo_core.refresh import AdaptiveRefresh, FixedRefresh, StaggeredRefresh
-from shampoo_core.solvers import EighSolver
+from shampoo_core.solvers import (
+    ChebyshevSolver,
+    CoupledNewtonSolver,
+    EighSolver,
+    HigherOrderNewtonSolver,
+    NewtonDBSolver,
+    OrthogonalIterationSolver,
+)
 
 __all__ = [
     "AdaGradConfig",
@@ -34,14 +41,19 @@ __all__ = [
     "AdamConfig",
     "AdamGrafting",
     "AdaptiveRefresh",
+    "ChebyshevSolver",
+    "CoupledNewtonSolver",
     "DistributedShampoo",
     "EigenvalueCorrectedConfig",
     "EighSolver",
     "FixedRefresh",
     "HeavyBall",
+    "HigherOrderNewtonSolver",
     "KLSOAPConfig",
     "KLShampooConfig",
     "LatestWeightAverage",
+    "NewtonDBSolver",
+    "OrthogonalIterationSolver",
     "PerFactorCorrectedConfig",
     "PrimalAveraging",
     "RMSpropConfig",

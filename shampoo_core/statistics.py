@@ -17,9 +17,10 @@ from torch import Tensor
 
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.moments import MovingAverage, absorb_weight, nonzero_weight
-from shampoo_core.refresh import FactorStackSize
+from shampoo_core.refresh import FactorSlice, FactorStackSize
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
+from shampoo_core.storage import Storage, matrix_store
 
 
 class FactorAxis(NamedTuple):
@@ -47,6 +48,7 @@ class KroneckerFactors:
         bias_correction: bool = True,
         interval: int = 1,
         companion: MovingAverage | None = None,
+        storage: Storage = "dense",
     ) -> None:
         """Start from zero.
 
@@ -58,18 +60,20 @@ class KroneckerFactors:
             interval: Gradients are absorbed every so many steps, with ``decay ** interval``.
             companion: An average that absorbs the same gradients before any refresh; if its decay is
                 the same too, its weight is the factors' weight and none is kept here.
+            storage: How the factors are kept.
         """
         self.axes = tuple(axes)
         self.sizes = tuple(
             FactorStackSize(stack_set.layouts[a.stack].num_blocks, a.dimension) for a in self.axes
         )
-        self.factors = [
+        zeros = (
             torch.zeros(
                 size.num_factors, size.dimension, size.dimension,
                 dtype=stack_set.dtype, device=stack_set.device,
             )
             for size in self.sizes
-        ]  # fmt: skip
+        )  # fmt: skip
+        self._store = matrix_store(zeros, storage)
         self._stack_set = stack_set
         self._interval = interval
         self._decay = decay**interval
@@ -103,18 +107,28 @@ class KroneckerFactors:
         def gradient_rows(axis: FactorAxis) -> Tensor:
             return unfold(gradients.stacks[axis.stack], axis.axis)
 
-        for axis, factor in zip(self.axes, self.factors, strict=True):
+        for index, axis in enumerate(self.axes):
             rows = (rows_of or gradient_rows)(axis)
-            factor.baddbmm_(rows, rows.mT, beta=decay, alpha=self._gain)
+            self._store.add_gram(index, rows, decay=decay, gain=self._gain)
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)
 
-    def corrected(self, stack: int, start: int, stop: int) -> Tensor:
-        """Bias-corrected copies of some factors of factor stack ``stack``, shape (stop - start, d, d)."""
-        factors = self.factors[stack][start:stop]
+    @property
+    def factors(self) -> list[Tensor]:
+        """What is kept, not bias-corrected: (N, d, d) per factor stack if the storage is dense."""
+        return self._store.tensors
+
+    def corrected(self, where: Sequence[FactorSlice]) -> list[Tensor]:
+        """Bias-corrected copies of some slices of factors, (K, d, d) each."""
+        factors = self._store.read(where)
         if not self._corrects:
-            return factors.clone()
-        return factors / self._weights(stack)[start:stop].view(-1, 1, 1)
+            return [factor.clone() for factor in factors]
+        per_stack = self._nonzero_weights().split(self._stack_set.sizes)
+        weights = [
+            per_stack[self.axes[item.stack].stack][item.start : item.stop].view(-1, 1, 1)
+            for item in where
+        ]
+        return list(torch._foreach_div(factors, weights))
 
     def diagonals(self, stack: int, bases: Tensor) -> Tensor:
         """Diagonals of ``Q^T A Q``, A the bias-corrected factors of factor stack ``stack``.
@@ -126,13 +140,17 @@ class KroneckerFactors:
         Returns:
             (N, d): what A has along each column, its eigenvalues if the columns are eigenvectors.
         """
-        raw = (bases * torch.bmm(self.factors[stack], bases)).sum(-2)
+        (factors,) = self._store.read([FactorSlice(stack, 0, len(bases))])
+        raw = (bases * torch.bmm(factors, bases)).sum(-2)
         return raw / self._weights(stack).view(-1, 1) if self._corrects else raw
 
     def _weights(self, stack: int) -> Tensor:
         """(N,) by which factors have to be divided for their bias correction; never 0."""
+        return self._nonzero_weights().split(self._stack_set.sizes)[self.axes[stack].stack]
+
+    def _nonzero_weights(self) -> Tensor:
         weights = self._own_weight if self._companion is None else self._companion.raw_weight
-        return nonzero_weight(weights.split(self._stack_set.sizes)[self.axes[stack].stack])
+        return nonzero_weight(weights)
 
     def state(self) -> StackState:
         """The factors, one name per axis, and their weight unless it is the companion's."""
@@ -143,8 +161,8 @@ class KroneckerFactors:
 
     def _decay_present(self, presence: Tensor) -> None:
         per_stack = (1.0 - (1.0 - self._decay) * presence).split(self._stack_set.sizes)
-        for axis, factor in zip(self.axes, self.factors, strict=True):
-            factor.mul_(per_stack[axis.stack].view(-1, 1, 1))
+        for index, axis in enumerate(self.axes):
+            self._store.scale(index, per_stack[axis.stack])
 
 
 def by_axis(

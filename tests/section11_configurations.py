@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,13 @@ class UnsortedIterationSolver:
         basis = torch.linalg.qr(torch.bmm(matrices, warm_start)).Q
         values = (basis * torch.bmm(matrices, basis)).sum(-2)
         return BasisResult(basis, values, torch.ones(len(basis), dtype=torch.bool))
+
+    def bases(
+        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+    ) -> list[BasisResult]:
+        """See `shampoo_core.solvers.BasisSolver`."""
+        starts = [None] * len(batches) if warm_starts is None else warm_starts
+        return [self.basis(*pair) for pair in zip(batches, starts, strict=True)]
 
 
 def configuration(case: Case) -> Options:

@@ -34,6 +34,7 @@ from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
 from shampoo_core.statistics import KroneckerFactors
+from shampoo_core.storage import STORAGES, Storage
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class EigenvalueCorrectedConfig:
         statistics_interval: Steps from one update of the factors to the next.
         precondition_vectors: Whether blocks with one axis get a basis too; by default they are
             stepped by Adam.
+        storage: How the factors are kept: ``"dense"``, or ``"packed"`` in half the memory for more
+            passes over it. Bases are not symmetric and stay dense.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -65,6 +68,7 @@ class EigenvalueCorrectedConfig:
     factor_decay: float | None = None
     statistics_interval: int = 1
     precondition_vectors: bool = False
+    storage: Storage = "dense"
 
     def __post_init__(self) -> None:
         owner = "EigenvalueCorrectedConfig"
@@ -73,6 +77,7 @@ class EigenvalueCorrectedConfig:
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)
+        check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
     def default_grafting(self) -> GraftingConfig | None:
@@ -120,6 +125,7 @@ class EigenvalueCorrected:
             options.betas[1] if config.factor_decay is None else config.factor_decay,
             bias_correction=options.bias_correction,
             interval=config.statistics_interval,
+            storage=config.storage,
         )
         self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
         self.filter = GradientFilter(stack_set, options)
@@ -160,7 +166,7 @@ class EigenvalueCorrected:
     def _turn(self, due: Sequence[FactorSlice], *, continued: bool) -> None:
         """Recompute bases and carry the moments into them."""
         solve = eigenbases(self._config.solver, continued=continued)
-        for change in self.bases.refresh(due, solve):
+        for change in self.bases.continue_from_old(due, solve):
             stack, axis = self.factors.axes[change.where.stack][:2]
             if self.filter.moment is not None:
                 turn_first_moment(self.filter.moment.average[stack], axis, change)

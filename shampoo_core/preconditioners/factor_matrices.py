@@ -1,7 +1,8 @@
 """One matrix per Kronecker factor that is recomputed from it now and then: its root, or its basis.
 
-A refresh solves all due factors of one size and exponent as one batch, keeps the old matrix where the
-new one was not accepted, and counts both. Nothing here depends on what the matrices are used for.
+A refresh hands all due factors to the solver in one call, those of one size and exponent as one batch,
+keeps the old matrix where the new one was not accepted, and counts both. Nothing here depends on what
+the matrices are used for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
 from shampoo_core.statistics import KroneckerFactors, by_axis, multiply_along_axes
+from shampoo_core.storage import Storage, matrix_store
 
 
 class Solution(NamedTuple):
@@ -30,8 +32,18 @@ class Solution(NamedTuple):
     """(K, d): the old column that a new one continues; None where columns are not continued."""
 
 
-Solve = Callable[[Tensor, Tensor, float], Solution]
-"""(factors (K, d, d), old matrices (K, d, d), exponent) -> new matrices."""
+class Batch(NamedTuple):
+    """Due factors of one size and exponent."""
+
+    factors: Tensor
+    """(K, d, d), bias-corrected."""
+    exponent: float
+    old: Tensor | None
+    """(K, d, d): the matrices so far, where these were asked for."""
+
+
+Solve = Callable[[list[Batch]], list[Solution]]
+"""Computes new matrices, batch by batch."""
 
 
 class Replacement(NamedTuple):
@@ -48,7 +60,12 @@ class FactorMatrices:
     """Matrices that belong to the factors of a set of stacks, the identity at first."""
 
     def __init__(
-        self, stack_set: StackSet, factors: KroneckerFactors, exponents: Sequence[float]
+        self,
+        stack_set: StackSet,
+        factors: KroneckerFactors,
+        exponents: Sequence[float],
+        *,
+        storage: Storage = "dense",
     ) -> None:
         """Allocate one identity per factor.
 
@@ -57,48 +74,93 @@ class FactorMatrices:
             factors: What the matrices are computed from.
             exponents: Per preconditioned axis; handed to the solver, factors of one size and
                 exponent are solved together.
+            storage: How the matrices are kept; packed is for symmetric ones.
         """
         self._stack_set = stack_set
         self._factors = factors
         self._exponents = tuple(exponents)
-        self.matrices = [
+        identities = (
             torch.eye(size.dimension, dtype=stack_set.dtype, device=stack_set.device).repeat(
                 size.num_factors, 1, 1
             )
             for size in factors.sizes
-        ]
+        )
+        self._store = matrix_store(identities, storage)
         self.num_refreshes = self._counters()
         """Per factor, how many refreshes gave it a new matrix."""
         self.num_failures = self._counters()
         """Per factor, how many refreshes kept the old matrix because the new one was no good."""
 
-    def refresh(self, due: Sequence[FactorSlice], solve: Solve) -> list[Replacement]:
+    @property
+    def matrices(self) -> list[Tensor]:
+        """What is kept: (N, d, d) per factor stack if the storage is dense."""
+        return self._store.tensors
+
+    @torch.compiler.disable
+    def refresh(self, due: Sequence[FactorSlice], solve: Solve) -> None:
         """Recompute the matrices of the due factors in place.
 
         Args:
             due: Slices of factor stacks.
-            solve: Computes a batch.
+            solve: Computes all batches; is not given the old matrices.
+        """
+        self._replace(self._grouped(due), solve, give_old=False)
+
+    @torch.compiler.disable
+    def continue_from_old(self, due: Sequence[FactorSlice], solve: Solve) -> list[Replacement]:
+        """As `refresh`, for solvers or averages that go on from the old matrices.
 
         Returns:
             The old and the new matrices of every slice.
         """
+        groups = self._grouped(due)
         replacements = []
-        for exponent, group in self._grouped(due):
+        for group, batch, solution in self._replace(groups, solve, give_old=True):
+            assert batch.old is not None
             counts = [item.stop - item.start for item in group]
-            old = torch.cat(_slices(self.matrices, group))
-            factors = torch.cat([self._factors.corrected(*item) for item in group])
-            solved, accepted, order = solve(factors, old, exponent)
-            new = torch.where(accepted.view(-1, 1, 1), solved, old)
-            torch._foreach_copy_(_slices(self.matrices, group), list(new.split(counts)))
-            torch._foreach_add_(_slices(self.num_refreshes, group), list(accepted.split(counts)))
-            torch._foreach_add_(_slices(self.num_failures, group), list((~accepted).split(counts)))
+            new = torch.where(solution.accepted.view(-1, 1, 1), solution.matrices, batch.old)
+            order = solution.order
             orders = [None] * len(group) if order is None else order.split(counts)
             replacements += [
                 Replacement(*one)
-                for one in zip(group, old.split(counts), new.split(counts), orders, strict=True)
+                for one in zip(
+                    group, batch.old.split(counts), new.split(counts), orders, strict=True
+                )
             ]
         return replacements
 
+    def _replace(
+        self, groups: list[tuple[float, list[FactorSlice]]], solve: Solve, *, give_old: bool
+    ) -> list[tuple[list[FactorSlice], Batch, Solution]]:
+        """Solve the groups and write back what was accepted."""
+        due = [item for _, group in groups for item in group]
+        if not due:
+            return []
+        factors = iter(self._factors.corrected(due))
+        batches = [
+            Batch(
+                torch.cat([next(factors) for _ in group]),
+                exponent,
+                torch.cat(self._store.read(group)) if give_old else None,
+            )
+            for exponent, group in groups
+        ]
+        solutions = solve(batches)
+        counts = [item.stop - item.start for item in due]
+        accepted = torch.cat([solution.accepted for solution in solutions])
+        weights = accepted.to(solutions[0].matrices.dtype).split(counts)
+        new: list[Tensor] = []
+        for (_, group), solution in zip(groups, solutions, strict=True):
+            new += solution.matrices.split([item.stop - item.start for item in group])
+        self._store.blend(due, new, weights)
+        torch._foreach_add_(_slices(self.num_refreshes, due), list(accepted.split(counts)))
+        torch._foreach_add_(_slices(self.num_failures, due), list((~accepted).split(counts)))
+        return [
+            (group, batch, solution)
+            for (_, group), batch, solution in zip(groups, batches, solutions, strict=True)
+        ]
+
+    @torch.compiler.disable
     def stale(
         self, due: Sequence[FactorSlice], bases: Sequence[Tensor], tolerance: float
     ) -> list[FactorSlice]:
@@ -113,8 +175,10 @@ class FactorMatrices:
         if tolerance <= 0.0 or not due:
             return list(due)
         ratios = [
-            off_diagonal_ratio(self._factors.corrected(*item), basis)
-            for item, basis in zip(due, _slices(bases, due), strict=True)
+            off_diagonal_ratio(factors, basis)
+            for factors, basis in zip(
+                self._factors.corrected(due), _slices(bases, due), strict=True
+            )
         ]
         exceeds = (~(torch.cat(ratios) <= tolerance)).tolist()
         candidates = [
@@ -133,7 +197,7 @@ class FactorMatrices:
     def per_stack(self) -> dict[int, list[Tensor | None]]:
         """Per stack that has factors: its matrices, one entry per axis of its blocks."""
         matrices: dict[int, list[Tensor | None]] = {}
-        for axis, matrix in zip(self._factors.axes, self.matrices, strict=True):
+        for axis, matrix in zip(self._factors.axes, self._store.read_all(), strict=True):
             matrices.setdefault(axis.stack, [None] * axis.order)[axis.axis] = matrix
         return matrices
 
@@ -156,7 +220,7 @@ class FactorMatrices:
         return merge_states(
             count,
             {
-                name: by_axis(count, axes, "axis", self.matrices),
+                name: by_axis(count, axes, "axis", self._store.tensors),
                 "refreshes": by_axis(count, axes, "axis", self.num_refreshes),
                 "failures": by_axis(count, axes, "axis", self.num_failures),
             },
@@ -186,10 +250,10 @@ def eigenbases(solver: BasisSolver, *, continued: bool) -> Solve:
             scratch, for one iteration from the identity would be a poor start.
     """
 
-    def solve(factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del exponent
-        result = solver.basis(factors, warm_start=old if continued else None)
-        return Solution(result.eigenvectors, result.accepted, result.order)
+    def solve(batches: list[Batch]) -> list[Solution]:
+        starts = [batch.old for batch in batches if batch.old is not None] if continued else None
+        results = solver.bases([batch.factors for batch in batches], starts)
+        return [Solution(r.eigenvectors, r.accepted, r.order) for r in results]
 
     return solve
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.preconditioners.basis_change import SecondMoments, turn_second_moment
 from shampoo_core.preconditioners.factor_matrices import (
+    Batch,
     FactorMatrices,
     Replacement,
     Solution,
@@ -161,7 +162,7 @@ class KLFactors:
         identities = [_identity_like(factor) for factor in self.factors.factors]
         stale = self.bases.stale(due, identities, tolerance)
         with full_precision(self._stack_set.device):
-            changes = self.bases.refresh(stale, partial(self._rotate_bases, first=first))
+            changes = self.bases.continue_from_old(stale, partial(self._rotate_bases, first=first))
             for change in changes:
                 factors = self.factors.factors[change.where.stack]
                 kept = factors[change.where.start : change.where.stop]
@@ -171,12 +172,15 @@ class KLFactors:
                 turn_second_moment(eigenvalues, 0, change, self._second_moments)
         return changes
 
-    def _rotate_bases(
-        self, factors: Tensor, old: Tensor, exponent: float, *, first: bool
-    ) -> Solution:
-        identity = _identity_like(factors)
-        rotation = eigenbases(self._solver, continued=not first)(factors, identity, exponent)
-        return rotation._replace(matrices=_rotated_basis(old, rotation.matrices))
+    def _rotate_bases(self, batches: list[Batch], *, first: bool) -> list[Solution]:
+        rotations = eigenbases(self._solver, continued=not first)(
+            [batch._replace(old=_identity_like(batch.factors)) for batch in batches]
+        )
+        return [
+            rotation._replace(matrices=_rotated_basis(batch.old, rotation.matrices))
+            for batch, rotation in zip(batches, rotations, strict=True)
+            if batch.old is not None
+        ]
 
     def _broadcast(self, per_axis: list[Tensor]) -> list[dict[int, Tensor]]:
         """Per stack and axis of its blocks: (N, d) as (N, 1, ..., d, ..., 1)."""

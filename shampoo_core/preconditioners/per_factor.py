@@ -158,7 +158,7 @@ class PerFactorCorrected:
             return
         stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
         continued = step > self._refresh.settled_step
-        self.bases.refresh(stale, eigenbases(self._config.solver, continued=continued))
+        self.bases.continue_from_old(stale, eigenbases(self._config.solver, continued=continued))
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)

@@ -16,7 +16,7 @@ Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -33,12 +33,13 @@ from shampoo_core.preconditioners.axes import (
     exponent_of_order,
     preconditioned_axes,
 )
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solution
-from shampoo_core.refresh import RefreshPolicy
-from shampoo_core.solvers import EighSolver, RootSolver
+from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution
+from shampoo_core.refresh import FactorSlice, RefreshPolicy
+from shampoo_core.solvers import EighSolver, RootResult, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
 from shampoo_core.statistics import FactorAxis, KroneckerFactors, multiply_along_axes, unfold
+from shampoo_core.storage import STORAGES, Storage
 
 Statistics = Literal["gram", "whitened", "whitened_mean"]
 
@@ -64,6 +65,8 @@ class ShampooConfig:
         statistics_interval: Steps from one update of the factors to the next.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
+        storage: How factors and roots are kept: ``"dense"``, or ``"packed"`` in half the memory for
+            more passes over it.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -80,6 +83,7 @@ class ShampooConfig:
     statistics: Statistics = "gram"
     statistics_interval: int = 1
     precondition_vectors: bool = False
+    storage: Storage = "dense"
 
     def __post_init__(self) -> None:
         owner = "ShampooConfig"
@@ -93,6 +97,7 @@ class ShampooConfig:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_choice(owner, "statistics", self.statistics, get_args(Statistics))
         check_count(owner, "statistics_interval", self.statistics_interval)
+        check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
     def default_grafting(self) -> GraftingConfig | None:
@@ -135,11 +140,17 @@ class Shampoo:
             bias_correction=options.bias_correction,
             interval=config.statistics_interval,
             companion=None if self.grafting is None else self.grafting.second_moment,
+            storage=config.storage,
         )
         exponents = [
             exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes
         ]
-        self.roots = FactorMatrices(stack_set, self.factors, exponents)
+        self.roots = FactorMatrices(stack_set, self.factors, exponents, storage=config.storage)
+        self.bases: FactorMatrices | None = None
+        """What the roots were made in; kept only where the refresh policy tests it or the solver
+        continues from it."""
+        if refresh.tolerance > 0.0 or config.solver.warm_starts:
+            self.bases = FactorMatrices(stack_set, self.factors, exponents)
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
@@ -147,8 +158,10 @@ class Shampoo:
         if self.grafting is not None:
             self.grafting.absorb(gradients)
         due = self._refresh.due(step, self.factors.sizes)
+        if self.bases is not None:
+            due = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
         if due:
-            self.roots.refresh(due, self._solve)
+            self._refresh_roots(due, first=step <= self._refresh.settled_step)
         filtered = self.filter.filter(gradients)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
@@ -181,19 +194,46 @@ class Shampoo:
             return Direction(stacks, filtered.scale)
         return lend_length(self._stack_set, stacks, grafted)
 
-    def _solve(self, factors: Tensor, old: Tensor, exponent: float) -> Solution:
-        del old
+    def _refresh_roots(self, due: Sequence[FactorSlice], *, first: bool) -> None:
+        if self.bases is None:
+            self.roots.refresh(due, self._solve)
+            return
+        solved: list[Solution] = []
+
+        def solve_in_basis(batches: list[Batch]) -> list[Solution]:
+            # One iteration from the identity would make a poor first basis.
+            continued = not (first and self._config.solver.warm_starts)
+            starts = [batch.old for batch in batches if batch.old is not None]
+            results = self._inverse_roots(batches, starts if continued else None)
+            solved.extend(Solution(result.roots, result.accepted) for result in results)
+            return [
+                Solution(result.eigenvectors, result.accepted)
+                for result in results
+                if result.eigenvectors is not None
+            ]
+
+        self.bases.continue_from_old(due, solve_in_basis)
+        self.roots.refresh(due, lambda batches: solved)
+
+    def _solve(self, batches: list[Batch]) -> list[Solution]:
+        results = self._inverse_roots(batches, None)
+        return [Solution(result.roots, result.accepted) for result in results]
+
+    def _inverse_roots(
+        self, batches: list[Batch], starts: Sequence[Tensor] | None
+    ) -> list[RootResult]:
         config = self._config
+        factors = [batch.factors for batch in batches]
         if config.trace_scaling > 0.0:
-            factors = _scale_by_trace(factors, config.trace_scaling)
-        result = config.solver.inverse_root(
+            factors = [_scale_by_trace(factor, config.trace_scaling) for factor in factors]
+        return config.solver.inverse_roots(
             factors,
-            exponent,
+            [batch.exponent for batch in batches],
             rank_tolerance=config.rank_tolerance,
             ridge=config.ridge,
             relative_ridge=config.relative_ridge,
+            warm_starts=starts,
         )
-        return Solution(result.roots, result.accepted)
 
     def state(self) -> StackState:
         """See `Preconditioner`."""
@@ -202,6 +242,8 @@ class Shampoo:
             "": self.roots.state("roots"),
             "filter": self.filter.state(),
         }
+        if self.bases is not None:
+            parts["basis"] = self.bases.state("matrix")
         if self.grafting is not None:
             parts["grafting"] = self.grafting.state()
         return merge_states(len(self._stack_set), parts)

@@ -27,6 +27,7 @@ matrix products cannot truncate and put a relative ridge of their own in its pla
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -71,6 +72,11 @@ class BasisResult(NamedTuple):
 
 class RootSolver(Protocol):
     """Computes inverse roots of symmetric positive semi-definite matrices."""
+
+    @property
+    def warm_starts(self) -> bool:
+        """Whether it goes on from earlier eigenvectors, so that these are worth keeping."""
+        ...
 
     def inverse_root(
         self,
@@ -117,8 +123,8 @@ class RootSolver(Protocol):
         ...
 
 
-class BasisSolver(RootSolver, Protocol):
-    """Also computes eigenbases."""
+class BasisSolver(Protocol):
+    """Computes eigenbases of symmetric positive semi-definite matrices."""
 
     def bases(
         self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
@@ -140,11 +146,12 @@ class BasisSolver(RootSolver, Protocol):
         ...
 
 
-class OneBatchAtATime:
-    """Several batches for solvers that have nothing to share between them."""
+class ManyBatchesSolver(ABC):
+    """`inverse_root` of solvers that have `inverse_roots`."""
 
+    @abstractmethod
     def inverse_roots(
-        self: RootSolver,
+        self,
         batches: Sequence[Tensor],
         exponents: Sequence[float],
         *,
@@ -154,18 +161,27 @@ class OneBatchAtATime:
         warm_starts: Sequence[Tensor] | None = None,
     ) -> list[RootResult]:
         """See :meth:`RootSolver.inverse_roots`."""
-        starts = [None] * len(batches) if warm_starts is None else warm_starts
-        return [
-            self.inverse_root(
-                batch,
-                exponent,
-                rank_tolerance=rank_tolerance,
-                ridge=ridge,
-                relative_ridge=relative_ridge,
-                warm_start=start,
-            )
-            for batch, exponent, start in zip(batches, exponents, starts, strict=True)
-        ]
+
+    def inverse_root(
+        self,
+        matrices: Tensor,
+        exponent: float,
+        *,
+        rank_tolerance: float | None = None,
+        ridge: float = 0.0,
+        relative_ridge: float = 0.0,
+        warm_start: Tensor | None = None,
+    ) -> RootResult:
+        """See :meth:`RootSolver.inverse_root`."""
+        (result,) = self.inverse_roots(
+            [matrices],
+            [exponent],
+            rank_tolerance=rank_tolerance,
+            ridge=ridge,
+            relative_ridge=relative_ridge,
+            warm_starts=None if warm_start is None else [warm_start],
+        )
+        return result
 
 
 def check_matrices(matrices: Tensor, warm_start: Tensor | None = None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_core.solvers.base import (
     BasisResult,
+    ManyBatchesSolver,
     Regularization,
     RootResult,
     check_matrices,
@@ -26,7 +27,7 @@ from shampoo_core.solvers.scaling import (
 
 
 @dataclass(frozen=True)
-class EighSolver:
+class EighSolver(ManyBatchesSolver):
     """Inverse roots and bases by ``torch.linalg.eigh``, tested and repaired.
 
     Any exponent; truncation or ridge. A batch is solved in its own precision. The result is tested
@@ -48,30 +49,10 @@ class EighSolver:
 
     double_precision: bool = False
     residual_bound: float = 32.0
+    warm_starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("residual_bound", self.residual_bound, 1.0)
-
-    def inverse_root(
-        self,
-        matrices: Tensor,
-        exponent: float,
-        *,
-        rank_tolerance: float | None = None,
-        ridge: float = 0.0,
-        relative_ridge: float = 0.0,
-        warm_start: Tensor | None = None,
-    ) -> RootResult:
-        """See :meth:`RootSolver.inverse_root`. A ``warm_start`` only asks for eigenvectors."""
-        (result,) = self.inverse_roots(
-            [matrices],
-            [exponent],
-            warm_starts=None if warm_start is None else [warm_start],
-            rank_tolerance=rank_tolerance,
-            ridge=ridge,
-            relative_ridge=relative_ridge,
-        )
-        return result
 
     def inverse_roots(
         self,

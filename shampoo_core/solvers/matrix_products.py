@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from shampoo_core.solvers.base import (
-    OneBatchAtATime,
+    ManyBatchesSolver,
     RootResult,
     check_matrices,
     check_number,
@@ -25,7 +27,7 @@ MAX_DENOMINATOR = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixProductSolver(OneBatchAtATime, ABC):
+class MatrixProductSolver(ManyBatchesSolver):
     """Inverse roots by batched matrix products, no eigendecomposition on the happy path.
 
     They cannot truncate a spectrum: rounding grows with the condition number, so that a relative
@@ -48,6 +50,7 @@ class MatrixProductSolver(OneBatchAtATime, ABC):
     relative_ridge_floor: float | None = None
     residual_bound: float = 0.1
     eigh_fallback: bool = True
+    warm_starts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.relative_ridge_floor is not None:
@@ -74,21 +77,46 @@ class MatrixProductSolver(OneBatchAtATime, ABC):
             )
         return fraction
 
-    def inverse_root(
+    def inverse_roots(
         self,
-        matrices: Tensor,
-        exponent: float,
+        batches: Sequence[Tensor],
+        exponents: Sequence[float],
         *,
         rank_tolerance: float | None = None,
         ridge: float = 0.0,
         relative_ridge: float = 0.0,
-        warm_start: Tensor | None = None,
-    ) -> RootResult:
-        """See :meth:`RootSolver.inverse_root`. ``warm_start`` is not used."""
-        del warm_start
-        check_matrices(matrices)
-        check_regularization(matrices, exponent, rank_tolerance, ridge, relative_ridge)
-        fraction = self._check_exponent(exponent)
+        warm_starts: Sequence[Tensor] | None = None,
+    ) -> list[RootResult]:
+        """See :meth:`RootSolver.inverse_roots`. ``warm_starts`` are not used."""
+        del warm_starts
+        fractions = []
+        for batch, exponent in zip(batches, exponents, strict=True):
+            check_matrices(batch)
+            check_regularization(batch, exponent, rank_tolerance, ridge, relative_ridge)
+            fractions.append(self._check_exponent(exponent))
+        attempts = [
+            self._attempt(batch, fraction, ridge, relative_ridge)
+            for batch, fraction in zip(batches, fractions, strict=True)
+        ]
+        if self.eigh_fallback and attempts:
+            failed = [solvable & ~result.accepted for result, solvable in attempts]
+            if torch.cat(failed).any().item():  # the host synchronisation
+                relative = max(relative_ridge, self._ridge_floor(batches[0].dtype))
+                again = EighSolver().inverse_roots(
+                    [batch[mask] for batch, mask in zip(batches, failed, strict=True)],
+                    exponents,
+                    ridge=ridge,
+                    relative_ridge=relative,
+                )
+                for (result, _), mask, repaired in zip(attempts, failed, again, strict=True):
+                    result.roots[mask] = repaired.roots
+                    result.accepted[mask] = repaired.accepted
+        return [result for result, _ in attempts]
+
+    def _attempt(
+        self, matrices: Tensor, exponent: Fraction, ridge: float, relative_ridge: float
+    ) -> tuple[RootResult, Tensor]:
+        """Roots without fallback, and (N,) bool: which matrices have a root at all."""
         relative = max(relative_ridge, self._ridge_floor(matrices.dtype))
         with full_precision(matrices.device):
             unit, scales = scale_to_unit(matrices, ridge)
@@ -98,42 +126,20 @@ class MatrixProductSolver(OneBatchAtATime, ABC):
             bound = eigenvalue_bound(unit, largest + shift)
             regular = unit / bound[:, None, None]
             # The bound exceeds the estimate by at most a quarter.
-            root = self._root(regular, fraction.denominator, 0.75 * relative / (1 + relative))
-            residual = symmetric_residual(regular, root, fraction.denominator)
-            roots = torch.linalg.matrix_power(root, fraction.numerator)
-            roots = (roots + roots.mT).mul_(0.5 * (scales * bound).pow_(-exponent)[:, None, None])
-            size = torch.linalg.vector_norm(roots, float("inf"), dim=(-2, -1))
-            accepted = (residual <= self.residual_bound) & (size < float("inf"))
-            result = RootResult(roots.masked_fill_(~accepted[:, None, None], 0.0), accepted)
-        if self.eigh_fallback:
+            root = self._root(regular, exponent.denominator, 0.75 * relative / (1 + relative))
+            residual = symmetric_residual(regular, root, exponent.denominator)
+            roots = torch.linalg.matrix_power(root, exponent.numerator)
+            sizes = (scales * bound).pow_(-float(exponent))
+            roots = (roots + roots.mT).mul_(0.5 * sizes[:, None, None])
+            largest_entries = torch.linalg.vector_norm(roots, float("inf"), dim=(-2, -1))
+            accepted = (residual <= self.residual_bound) & (largest_entries < float("inf"))
             solvable = (scales < float("inf")) & (bound > 0)
-            _solve_rejected(result, solvable, matrices, exponent, ridge, relative)
-        return result
+            return RootResult(roots.masked_fill_(~accepted[:, None, None], 0.0), accepted), solvable
 
     def _ridge_floor(self, dtype: torch.dtype) -> float:
         if self.relative_ridge_floor is not None:
             return self.relative_ridge_floor
         return 1e-6 if dtype == torch.float32 else 1e-12
-
-
-def _solve_rejected(
-    result: RootResult,
-    solvable: Tensor,
-    matrices: Tensor,
-    exponent: float,
-    ridge: float,
-    relative_ridge: float,
-) -> None:
-    """Put eigendecomposition roots, where there are any, in the place of rejected ones."""
-    rejected = solvable & ~result.accepted
-    if not rejected.any().item():  # the host synchronisation
-        return
-    indices = rejected.nonzero().squeeze(-1)
-    again = EighSolver().inverse_root(
-        matrices[indices], exponent, ridge=ridge, relative_ridge=relative_ridge
-    )
-    result.roots[indices] = again.roots
-    result.accepted[indices] = again.accepted
 
 
 def symmetric_residual(matrices: Tensor, roots: Tensor, denominator: int) -> Tensor:

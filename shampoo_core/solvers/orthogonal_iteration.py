@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_core.solvers.base import (
     BasisResult,
-    OneBatchAtATime,
+    ManyBatchesSolver,
     Regularization,
     RootResult,
     check_matrices,
@@ -24,7 +25,7 @@ from shampoo_core.solvers.scaling import scale_to_unit, spectral_power
 
 
 @dataclass(frozen=True)
-class OrthogonalIterationSolver(OneBatchAtATime):
+class OrthogonalIterationSolver(ManyBatchesSolver):
     """Warm-started orthogonal iteration, the basis refresh of SOAP.
 
     One iteration: ``Y = A Q``; sort the columns by ``diag(Q^T Y)``, descending; ``Q <- qr(Y).Q``.
@@ -50,6 +51,7 @@ class OrthogonalIterationSolver(OneBatchAtATime):
     tolerance: float = 0.0
     residual_bound: float = 0.1
     eigh_fallback: bool = True
+    warm_starts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("max_iterations", self.max_iterations, 1)
@@ -84,42 +86,50 @@ class OrthogonalIterationSolver(OneBatchAtATime):
             return EighSolver().bases(batches)
         return [self.basis(*pair) for pair in zip(batches, warm_starts, strict=True)]
 
-    def inverse_root(
+    def inverse_roots(
         self,
-        matrices: Tensor,
-        exponent: float,
+        batches: Sequence[Tensor],
+        exponents: Sequence[float],
         *,
         rank_tolerance: float | None = None,
         ridge: float = 0.0,
         relative_ridge: float = 0.0,
-        warm_start: Tensor | None = None,
-    ) -> RootResult:
-        """See :meth:`RootSolver.inverse_root`.
+        warm_starts: Sequence[Tensor] | None = None,
+    ) -> list[RootResult]:
+        """See :meth:`RootSolver.inverse_roots`.
 
-        ``warm_start`` is the ``eigenvectors`` of the previous result, not its roots. Small
+        ``warm_starts`` are the ``eigenvectors`` of the previous results, not their roots. Small
         eigenvalues need an accurate basis: without enough iterations most roots will come from the
         fallback.
         """
-        check_matrices(matrices, warm_start)
-        regularization = check_regularization(
-            matrices, exponent, rank_tolerance, ridge, relative_ridge
-        )
-        vectors = self.basis(matrices, warm_start).eigenvectors
-        with full_precision(matrices.device):
-            roots, usable, residual = _root_in_basis(matrices, vectors, exponent, regularization)
-            if warm_start is None:  # already an eigendecomposition
-                return RootResult(roots, usable, vectors)
-            accepted = usable & (residual <= self.residual_bound)
-            if self.eigh_fallback:
-                rejected = usable & ~accepted
-                if rejected.any().item():  # the host synchronisation
-                    where = rejected.nonzero().squeeze(-1)
-                    exact = EighSolver().basis(matrices[where])
-                    vectors[where] = exact.eigenvectors
-                    roots[where], accepted[where], _ = _root_in_basis(
-                        matrices[where], exact.eigenvectors, exponent, regularization
-                    )
-            return RootResult(roots.masked_fill_(~accepted[:, None, None], 0.0), accepted, vectors)
+        problems = []
+        for batch, exponent in zip(batches, exponents, strict=True):
+            check_matrices(batch)
+            regularization = check_regularization(
+                batch, exponent, rank_tolerance, ridge, relative_ridge
+            )
+            problems.append((batch, exponent, regularization))
+        bases = [basis.eigenvectors for basis in self.bases(batches, warm_starts)]
+        roots = [_root_in_basis(*one, basis) for one, basis in zip(problems, bases, strict=True)]
+        if warm_starts is None:  # already eigendecompositions
+            return [RootResult(r.roots, r.usable, b) for r, b in zip(roots, bases, strict=True)]
+        accepted = [r.usable & (r.residual <= self.residual_bound) for r in roots]
+        if self.eigh_fallback and batches:
+            failed = [r.usable & ~good for r, good in zip(roots, accepted, strict=True)]
+            if torch.cat(failed).any().item():  # the host synchronisation
+                again = EighSolver().bases(
+                    [b[mask] for b, mask in zip(batches, failed, strict=True)]
+                )
+                for i, (mask, exact) in enumerate(zip(failed, again, strict=True)):
+                    bases[i][mask] = exact.eigenvectors
+                    batch, *rest = problems[i]
+                    repaired = _root_in_basis(batch[mask], *rest, exact.eigenvectors)
+                    roots[i].roots[mask] = repaired.roots
+                    accepted[i][mask] = repaired.usable
+        return [
+            RootResult(r.roots.masked_fill_(~good[:, None, None], 0.0), good, basis)
+            for r, good, basis in zip(roots, accepted, bases, strict=True)
+        ]
 
     def _iterate(self, unit: Tensor, warm_start: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last basis and, per column, the column of the warm start it came from."""
@@ -144,20 +154,30 @@ class OrthogonalIterationSolver(OneBatchAtATime):
         return vectors, order
 
 
+class _RootInBasis(NamedTuple):
+    """Roots as if a basis were exact, whether they are usable at all, and how inexact it is."""
+
+    roots: Tensor
+    usable: Tensor
+    residual: Tensor
+
+
 def _root_in_basis(
-    matrices: Tensor, vectors: Tensor, exponent: float, regularization: Regularization
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Roots as if the basis were exact, whether they are usable at all, and how inexact it is."""
-    unit, scales = scale_to_unit(matrices, regularization.ridge)
-    rotated = torch.bmm(vectors.mT, torch.bmm(unit, vectors))
-    diagonal = rotated.diagonal(dim1=-2, dim2=-1)
-    powers, usable = spectral_power(diagonal, scales, exponent, regularization)
-    # A relative test: in directions of small eigenvalues small entries matter. Dropped ones do not.
-    weights = (powers * scales.pow(exponent)[:, None]).pow_(0.5 / exponent)
-    rotated.diagonal(dim1=-2, dim2=-1).zero_()
-    coupling = rotated * weights[:, :, None] * weights[:, None, :]
-    residual = torch.linalg.vector_norm(coupling, float("inf"), dim=(-2, -1))
-    return torch.bmm(vectors * powers[:, None, :], vectors.mT), usable, residual
+    matrices: Tensor, exponent: float, regularization: Regularization, vectors: Tensor
+) -> _RootInBasis:
+    with full_precision(matrices.device):
+        unit, scales = scale_to_unit(matrices, regularization.ridge)
+        rotated = torch.bmm(vectors.mT, torch.bmm(unit, vectors))
+        diagonal = rotated.diagonal(dim1=-2, dim2=-1)
+        powers, usable = spectral_power(diagonal, scales, exponent, regularization)
+        # A relative test: in directions of small eigenvalues small entries matter. Dropped ones
+        # have weight zero.
+        weights = (powers * scales.pow(exponent)[:, None]).pow_(0.5 / exponent)
+        rotated.diagonal(dim1=-2, dim2=-1).zero_()
+        coupling = rotated * weights[:, :, None] * weights[:, None, :]
+        residual = torch.linalg.vector_norm(coupling, float("inf"), dim=(-2, -1))
+        roots = torch.bmm(vectors * powers[:, None, :], vectors.mT)
+        return _RootInBasis(roots, usable, residual)
 
 
 def _orthonormalized(matrices: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""Counts that decide speed on a GPU: operations, host synchronisations, compiled graphs, bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_counting import OpCounter
+from quadratic import optimizer_for, parameters, run
+
+from shampoo_core import (
+    DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    KLShampooConfig,
+    OrthogonalIterationSolver,
+    ShampooConfig,
+    StaggeredRefresh,
+)
+
+DATA = Path(__file__).parent / "data"
+SHAPES = json.loads((DATA / "algoperf_param_shapes.json").read_text())
+PEERS = json.loads((DATA / "peers_measured.json").read_text())
+THEIRS = "facebookresearch Distributed Shampoo"
+MIB = 2**20
+
+PLAIN_LIMITS = {
+    "imagenet_resnet": (160, 290),
+    "imagenet_vit": (100, 150),
+    "ogbg": (70, 110),
+    "librispeech_conformer": (100, 150),
+    "wmt": (60, 80),
+}
+"""Operations of a plain step: vectors diagonal, and vectors with a full matrix each."""
+
+
+def model(workload: str, device: str = "meta") -> list[torch.nn.Parameter]:
+    """Parameters of the official shapes with gradients; on "meta" operations cost nothing."""
+    params = []
+    for _, shape, _ in SHAPES[workload]["params"]:
+        parameter = torch.nn.Parameter(torch.zeros(shape, device=device))
+        parameter.grad = torch.randn(shape, device=device)
+        params.append(parameter)
+    return params
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors; blocks are views that do not overlap."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for entries in optimizer.state.values()
+        for tensor in entries.values()
+    )
+
+
+class WithoutSolving:
+    """Accepts identities: counts what surrounds a solver at shapes too large to solve in a test."""
+
+    warm_starts = False
+
+    def inverse_roots(self, batches: list[torch.Tensor], exponents: Any, **options: Any) -> Any:
+        from shampoo_core.solvers import RootResult
+
+        del exponents, options
+        return [
+            RootResult(b, torch.ones(len(b), dtype=torch.bool, device=b.device)) for b in batches
+        ]
+
+
+@pytest.mark.parametrize("workload", PLAIN_LIMITS)
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_plain_step_dispatches_few_operations_and_never_waits(
+    workload: str, vectors: bool
+) -> None:
+    config = ShampooConfig(solver=WithoutSolving(), precondition_vectors=vectors)  # type: ignore[arg-type]
+    optimizer = DistributedShampoo(
+        model(workload), betas=(0.9, 0.99), preconditioner=config, refresh=FixedRefresh(10, 1)
+    )
+    optimizer.step()
+    with OpCounter() as ops:
+        optimizer.step()
+    assert ops.num_synchronisations == 0
+    assert ops.num_kernels <= PLAIN_LIMITS[workload][vectors]
+    assert ops.num_kernels < PEERS[workload][THEIRS]["plain_step_ops"] / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", PLAIN_LIMITS)
+def test_a_refresh_dispatches_a_fifteenth_and_waits_once(workload: str) -> None:
+    params = model(workload, "cpu")
+    optimizer = DistributedShampoo(params, betas=(0.9, 0.99), refresh=FixedRefresh(10, 2))
+    optimizer.step()
+    with OpCounter() as ops:
+        optimizer.step()
+    assert ops.num_synchronisations == 1
+    assert ops.num_kernels <= PEERS[workload][THEIRS]["refresh_step_ops"] / 15
+
+
+@pytest.mark.parametrize(
+    ("workload", "dense", "packed"),
+    [("imagenet_resnet", 1.05, 0.75), ("imagenet_vit", 1.2, 0.8), ("ogbg", 1.45, 0.9)],
+)
+def test_state_is_small(workload: str, dense: float, packed: float) -> None:
+    theirs = PEERS[workload][THEIRS]["state_MB"] * MIB
+    for storage, limit in (("dense", dense), ("packed", packed)):
+        params = model(workload)
+        for parameter in params:
+            parameter.grad = None
+        config = ShampooConfig(storage=storage)  # type: ignore[arg-type]
+        assert state_bytes(DistributedShampoo(params, preconditioner=config)) <= limit * theirs
+
+
+@pytest.mark.parametrize(
+    "preconditioner",
+    [
+        ShampooConfig(),
+        ShampooConfig(storage="packed", statistics_interval=2),
+        EigenvalueCorrectedConfig(),
+        KLShampooConfig(),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_every_method_waits_only_at_refreshes(preconditioner: Any) -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, preconditioner=preconditioner, refresh=FixedRefresh(4, 2))
+    waits = []
+    for step in range(1, 11):
+        with OpCounter() as ops:
+            run(optimizer, params, range(step, step + 1))
+        waits.append(ops.num_synchronisations)
+    refreshes = [2, 4, 8]
+    for step, count in enumerate(waits, start=1):
+        assert count <= (1 if step in refreshes else 0), (step, waits)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_packed_storage_changes_nothing_but_memory(storage: str) -> None:
+    options: dict[str, Any] = {"refresh": StaggeredRefresh(4)}
+    ours, expected = parameters(), parameters()
+    first = optimizer_for(ours, preconditioner=ShampooConfig(storage=storage), **options)  # type: ignore[arg-type]
+    second = optimizer_for(expected, preconditioner=ShampooConfig(), **options)
+    run(first, ours, range(1, 15))
+    run(second, expected, range(1, 15))
+    for left, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-11)
+
+
+def test_warm_started_roots_agree_with_exact_ones() -> None:
+    ours, expected = parameters(), parameters()
+    options: dict[str, Any] = {"refresh": FixedRefresh(2, 6), "betas": (0.9, 0.99)}
+    warm = ShampooConfig(solver=OrthogonalIterationSolver(max_iterations=40), rank_tolerance=1e-6)
+    first = optimizer_for(ours, preconditioner=warm, **options)
+    second = optimizer_for(expected, preconditioner=ShampooConfig(rank_tolerance=1e-6), **options)
+    run(first, ours, range(1, 21))
+    run(second, expected, range(1, 21))
+    for left, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-3)
+
+
+def test_compiled_steps_reuse_their_graphs() -> None:
+    """After two intervals every kind of step has been seen: the third compiles nothing."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    params = parameters([(8, 12)], dtype=torch.float32)
+    optimizer = optimizer_for(params, refresh=FixedRefresh(3))
+    step = torch.compile(optimizer.step, backend="eager")
+    graphs = []
+    for number in range(1, 10):
+        optimizer.param_groups[0]["lr"] = 0.01 / number
+        for index, parameter in enumerate(params):
+            parameter.grad = torch.full_like(parameter, 0.1 * (index + number))
+        step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0
+    assert graphs[-1] == graphs[5], graphs
