@@ -66,7 +66,8 @@ class Runner:
         values = flags.FlagValues()
         flags.DEFINE_integer("verbosity", 0, "Stands for absl's own.", flag_values=values)
         run_flags.define(values)
-        handler = signal.getsignal(signal.SIGTERM)
+        handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+        torch.set_num_threads(1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "FLAGS", values)
             patch.setattr(sys, "path", list(sys.path))
@@ -76,6 +77,7 @@ class Runner:
                 return end.code
             finally:
                 signal.signal(signal.SIGTERM, handler)
+                torch.set_num_threads(threads)
                 forget_modules(self.folder)
         return 0
 
@@ -156,8 +158,10 @@ def test_a_run_leaves_the_official_layout(
         evals = rows(trial / "eval_measurements.csv")
         assert [row["global_step"] for row in evals] == ["1", "10", "20", "30"]
         assert rows(trial / "measurements.csv")[-1]["score"]
-    lines = capsys.readouterr().out.splitlines()
+    # A slow machine adds a line now and then.
+    lines = [line for line in capsys.readouterr().out.splitlines() if "/30, " not in line]
     assert len(lines) == 3
+    assert lines[0].startswith("tiny trial 1/2: target not reached: best validation/accuracy ")
     assert lines[2].startswith("tiny: none of 2 trials reached the target; logs in ")
 
 

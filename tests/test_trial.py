@@ -145,12 +145,10 @@ class Case:
             wants_train_state=wants_train_state,
         )
         self.context = TrialContext(
-            TrialRequest("tiny", 1, 1, None, 7, folder),
+            TrialRequest("tiny", 1, 1, None, 7, folder, 8, 64),
             RunSettings(Path("entry/submission.py"), save_checkpoints=False, **settings),
             submission,
             self.workload,
-            8,
-            64,
             hyperparameters,
         )
 

@@ -13,14 +13,14 @@ from workloads_smoke.tuning import read_hyperparameters
 
 
 def plan_trials(
-    values: flags.FlagValues, settings: RunSettings, workloads: list[str]
+    values: flags.FlagValues, settings: RunSettings, batch_sizes: dict[str, tuple[int, int]]
 ) -> list[TrialRequest]:
     """List the trials of a run; nothing on disk changes.
 
     Args:
         values: Parsed flags.
         settings: The options they amount to.
-        workloads: Known names.
+        batch_sizes: For training and for evaluation, by workload.
 
     Returns:
         Trials by workload, then by number. All have the same seed, as in the official runner.
@@ -32,15 +32,24 @@ def plan_trials(
     experiment = experiment_folder(
         values.experiment_dir, values.experiment_name, values.append_timestamp
     )
-    folders = {name: experiment / f"{name}_{values.framework}" for name in workloads}
+    folders = {name: experiment / f"{name}_{values.framework}" for name in batch_sizes}
     check_folders(list(folders.values()), values.overwrite, bool(values.resume_last_run))
     fresh_seed = struct.unpack("I", urandom(4))[0] if values.rng_seed is None else values.rng_seed
     requests = []
     for name, folder in folders.items():
         seed = _seed(folder, values, fresh_seed)
         for number, hyperparameters in numbered:
-            trial = folder / f"trial_{number}"
-            requests.append(TrialRequest(name, number, len(numbered), hyperparameters, seed, trial))
+            requests.append(
+                TrialRequest(
+                    name,
+                    number,
+                    len(numbered),
+                    hyperparameters,
+                    seed,
+                    folder / f"trial_{number}",
+                    *batch_sizes[name],
+                )
+            )
     return requests
 
 

@@ -18,10 +18,12 @@ import torch.distributed as dist
 from absl import app, flags, logging
 
 from workloads_smoke import run_flags
+from workloads_smoke.batch_sizes import batch_sizes
 from workloads_smoke.distributed import on_rank_zero, pytorch_init, pytorch_setup, world_size
 from workloads_smoke.errors import UserError
 from workloads_smoke.parallel import run_in_parallel
 from workloads_smoke.plan import make_folders, plan_trials
+from workloads_smoke.registry import load_workload
 from workloads_smoke.settings import TrialRequest
 from workloads_smoke.single_trial import read_outcome, run_trial
 from workloads_smoke.submissions import load_submission
@@ -61,7 +63,11 @@ def _run() -> None:
         raise UserError("--parallel_trials > 1 and torchrun exclude each other; give one of them")
     submission = load_submission(settings.submission_path)
     pytorch_init(use_pytorch_ddp, rank)
-    plan = on_rank_zero(lambda: plan_trials(FLAGS, settings, workloads))
+    sizes = {
+        name: batch_sizes(load_workload(name), name, submission, settings.use_submission_batch_size)
+        for name in workloads
+    }
+    plan = on_rank_zero(lambda: plan_trials(FLAGS, settings, sizes))
     on_rank_zero(lambda: make_folders(plan, FLAGS.overwrite))
     waiting = [request for request in plan if read_outcome(request.folder) is None]
     if FLAGS.parallel_trials > 1:

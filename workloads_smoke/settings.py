@@ -56,6 +56,8 @@ class TrialRequest:
         hyperparameters: Values by name, or None under self-tuning.
         rng_seed: Seed of the run.
         folder: Where the trial's logs go.
+        train_batch_size: Global, over all processes.
+        eval_batch_size: Global, over all processes.
     """
 
     workload: str
@@ -64,3 +66,5 @@ class TrialRequest:
     hyperparameters: dict[str, Any] | None
     rng_seed: int
     folder: Path
+    train_batch_size: int
+    eval_batch_size: int

@@ -8,7 +8,6 @@ from typing import Any
 
 from absl import logging
 
-from workloads_smoke.batch_sizes import batch_sizes
 from workloads_smoke.distributed import on_rank_zero, pytorch_setup
 from workloads_smoke.logs import read_json_object, write_json
 from workloads_smoke.outcome import TrialOutcome
@@ -41,7 +40,6 @@ def run_trial(
         UserError: The trial cannot start or go on as asked.
     """
     workload = load_workload(request.workload)
-    sizes = batch_sizes(workload, request.workload, submission, settings.use_submission_batch_size)
     hyperparameters = on_rank_zero(lambda: _keep_hyperparameters(request))
     limit = step_limit(settings, workload)
     progress = TrialProgress(
@@ -56,9 +54,7 @@ def run_trial(
     if hyperparameters is not None:
         setting = namedtuple("Hyperparameters", list(hyperparameters))(**hyperparameters)
     profiler = Profiler(enabled=settings.profile)
-    context = TrialContext(
-        request, settings, submission, workload, *sizes, setting, profiler=profiler
-    )
+    context = TrialContext(request, settings, submission, workload, setting, profiler)
     with contextlib.closing(progress):
         outcome = run_loop(context, progress)
     on_rank_zero(lambda: write_json(request.folder / _OUTCOME, asdict(outcome)))

@@ -16,6 +16,8 @@ Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `submission_runner.p
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from workloads_smoke import spec
 from workloads_smoke.checkpoints import save_checkpoint
 from workloads_smoke.distributed import current_time, pytorch_setup, release_device_memory
@@ -232,6 +234,7 @@ class TrainingLoop:
                 {
                     "num_batches_drawn": self._input_queue.num_drawn,
                     "num_log_rows": num_log_rows,
+                    "num_threads": torch.get_num_threads(),
                 },
                 keep_earlier=settings.save_intermediate_checkpoints,
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from absl import logging
 
 from workloads_smoke import randomness, spec
 from workloads_smoke.checkpoints import (
@@ -31,8 +32,6 @@ class TrialContext:
         settings: Options of the run.
         submission: The functions to call.
         workload: A fresh workload; its model and queues belong to this trial.
-        train_batch_size: Global, over all processes.
-        eval_batch_size: Global, over all processes.
         hyperparameters: Named tuple, or None under self-tuning.
         profiler: Measures actions, or does nothing.
     """
@@ -41,8 +40,6 @@ class TrialContext:
     settings: RunSettings
     submission: Submission
     workload: spec.Workload
-    train_batch_size: int
-    eval_batch_size: int
     hyperparameters: Any
     profiler: Profiler = field(default_factory=lambda: Profiler(enabled=False))
 
@@ -87,7 +84,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Metrics on all splits after `global_step` steps, with the random key of the last of them."""
     return context.workload.eval_model(
-        context.eval_batch_size,
+        context.request.eval_batch_size,
         state.model_params,
         state.model_state,
         step_keys(rng, global_step - 1)[3],
@@ -112,7 +109,7 @@ def _initialize(context: TrialContext) -> StartedTrial:
             data_rng,
             "train",
             data_dir=context.settings.data_dir,
-            global_batch_size=context.train_batch_size,
+            global_batch_size=context.request.train_batch_size,
         )
     with profiler.profile("Initializing model"):
         model_params, model_state = workload.init_model_fn(model_rng)
@@ -145,6 +142,13 @@ def _go_back(context: TrialContext, started: StartedTrial, content: dict[str, An
     """Take up a checkpoint, with everything outside it that training depends on."""
     state = started.state
     runner_state = restore(content, state)
+    if runner_state["num_threads"] != torch.get_num_threads():
+        logging.warning(
+            "%s was trained with %d threads and goes on with %d: last bits may differ",
+            context.request.folder,
+            runner_state["num_threads"],
+            torch.get_num_threads(),
+        )
     started.input_queue.skip(runner_state["num_batches_drawn"])
     if state.eval_results:
         # A workload builds its evaluation queues at the first evaluation, with that one's random
