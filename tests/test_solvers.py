@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from hard_matrices import SIDE, hard_matrices, with_spectrum
+from hard_matrices import SIDE, hard_matrices, hopeless_matrices, with_spectrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_counting import OpCounter
@@ -123,6 +123,54 @@ def test_calls_are_repeatable_and_draw_no_random_numbers(solver: RootSolver) -> 
     first = solver.inverse_root(batch(3), 0.25).roots
     assert torch.equal(first, solver.inverse_root(batch(3), 0.25).roots)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def several_batches() -> list[Tensor]:
+    """Of different sides and sizes, one empty, with a zero and a NaN matrix among them."""
+    batches = [batch(2, side=24), batch(1, side=5), torch.zeros(0, 7, 7), batch(3, side=11)]
+    batches[0][1] = 0.0
+    batches[3][0] = float("nan")
+    return batches
+
+
+@pytest.mark.parametrize("ridges", [{}, {"ridge": 1e-3}, {"relative_ridge": 1e-3}])
+@each_solver
+def test_several_batches_in_one_call(solver: RootSolver, ridges: dict[str, float]) -> None:
+    batches, exponents = several_batches(), [0.25, 0.5, 0.25, 1.0]
+    with OpCounter() as ops:
+        together = solver.inverse_roots(batches, exponents, **ridges)
+    # One to learn whether anything failed; where something did, as for Chebyshev with exponent 1,
+    # the repair costs more.
+    assert ops.num_synchronisations <= 1 or isinstance(solver, ChebyshevSolver)
+    for one, matrices, exponent in zip(together, batches, exponents, strict=True):
+        alone = solver.inverse_root(matrices, exponent, **ridges)
+        assert torch.equal(one.accepted, alone.accepted)
+        torch.testing.assert_close(one.roots, alone.roots, rtol=1e-5, atol=1e-5)
+    assert together[0].accepted.tolist() == [True, "ridge" in ridges]
+    assert together[3].accepted.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("solver", BASIS_SOLVERS, ids=lambda solver: type(solver).__name__)
+def test_bases_of_several_batches_in_one_call(solver: BasisSolver) -> None:
+    batches = several_batches()
+    starts = [torch.eye(matrices.shape[-1]).expand_as(matrices) for matrices in batches]
+    for warm in (None, starts):
+        together = solver.bases(batches, warm)
+        for i, (one, matrices) in enumerate(zip(together, batches, strict=True)):
+            alone = solver.basis(matrices, None if warm is None else warm[i])
+            assert torch.equal(one.accepted, alone.accepted)
+            torch.testing.assert_close(one.eigenvalues, alone.eigenvalues)
+            torch.testing.assert_close(one.eigenvectors, alone.eigenvectors)
+
+
+def test_failures_in_several_batches_share_one_fallback() -> None:
+    few = CoupledNewtonSolver(max_iterations=2)
+    batches, exponents = several_batches(), [0.25, 0.5, 0.25, 1.0]
+    results = few.inverse_roots(batches, exponents)
+    expected = EighSolver().inverse_roots(batches, exponents, relative_ridge=1e-6)
+    for result, exact in zip(results, expected, strict=True):
+        assert torch.equal(result.accepted, exact.accepted)
+        torch.testing.assert_close(result.roots, exact.roots)
 
 
 @each_solver
@@ -361,7 +409,13 @@ def reports_a_cusolver_status(bad: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "fail",
-    [returns_nan, returns_a_basis_that_is_not_orthogonal, gives_up, reports_a_cusolver_status],
+    [
+        returns_nan,
+        returns_the_basis_of_another_matrix,
+        returns_a_basis_that_is_not_orthogonal,
+        gives_up,
+        reports_a_cusolver_status,
+    ],
 )
 def test_a_failed_matrix_alone_is_solved_in_float64(
     fail: Decompose, monkeypatch: pytest.MonkeyPatch
@@ -380,7 +434,7 @@ def test_a_failed_matrix_alone_is_solved_in_float64(
     torch.testing.assert_close(repaired.eigenvalues, basis.eigenvalues, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("fail", [returns_nan, gives_up])
+@pytest.mark.parametrize("fail", [returns_nan, gives_up, returns_a_basis_that_is_not_orthogonal])
 def test_a_hopeless_matrix_is_not_accepted_and_the_others_are(
     fail: Decompose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +474,15 @@ def test_errors_of_memory_and_device_pass_through(
     # Negative: what makes the product solvers turn to the eigendecomposition.
     with pytest.raises(type(error), match=str(error).split("'")[0]):
         solver.inverse_root(-batch(1), 0.25)
+
+
+def test_matrices_without_a_root_stay_on_the_happy_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They never reach the eigendecomposition, which may hang on them, but zeros in their place."""
+    matrices = torch.from_numpy(np.stack(list(hopeless_matrices().values()))).float()
+    fake = FakeEigh(returns_nan, ())
+    monkeypatch.setattr(torch.linalg, "eigh", fake)
+    assert not EighSolver().inverse_root(matrices, 0.25).accepted.any()
+    assert fake.calls == [(torch.float32, len(matrices))]
 
 
 def test_exactly_singular_factors_stay_on_the_float32_path(monkeypatch: pytest.MonkeyPatch) -> None:

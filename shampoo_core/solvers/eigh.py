@@ -223,7 +223,9 @@ def _per_matrix(numbers: Sequence[float | Tensor], batches: Sequence[Tensor]) ->
         for _ in range(len(batch))
     ]
     like = batches[0]
-    return torch.tensor(repeated, dtype=like.dtype, device=like.device)[:, None]
+    # Made on the host and sent without waiting: torch.tensor(..., device=) synchronises the stream.
+    column = torch.tensor(repeated, dtype=like.dtype)[:, None]
+    return column.to(like.device, non_blocking=True)
 
 
 def _from_spectrum(vectors: Tensor, powers: Tensor) -> Tensor:

@@ -102,33 +102,31 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         eigenvalues need an accurate basis: without enough iterations most roots will come from the
         fallback.
         """
-        problems = []
+        regularizations = []
         for batch, exponent in zip(batches, exponents, strict=True):
             check_matrices(batch)
-            regularization = check_regularization(
-                batch, exponent, rank_tolerance, ridge, relative_ridge
+            regularizations.append(
+                check_regularization(batch, exponent, rank_tolerance, ridge, relative_ridge)
             )
-            problems.append((batch, exponent, regularization))
         bases = [basis.eigenvectors for basis in self.bases(batches, warm_starts)]
-        roots = [_root_in_basis(*one, basis) for one, basis in zip(problems, bases, strict=True)]
-        if warm_starts is None:  # already eigendecompositions
-            return [RootResult(r.roots, r.usable, b) for r, b in zip(roots, bases, strict=True)]
-        accepted = [r.usable & (r.residual <= self.residual_bound) for r in roots]
-        if self.eigh_fallback and batches:
-            failed = [r.usable & ~good for r, good in zip(roots, accepted, strict=True)]
-            if torch.cat(failed).any().item():  # the host synchronisation
-                again = EighSolver().bases(
-                    [b[mask] for b, mask in zip(batches, failed, strict=True)]
+        tasks = list(zip(batches, exponents, regularizations, bases, strict=True))
+        results = [_root_in_basis(*task) for task in tasks]
+        if warm_starts is None or not results:  # already eigendecompositions
+            return [RootResult(root, usable, basis) for root, usable, _, basis in results]
+        failed = [r.usable & (r.residual > self.residual_bound) for r in results]
+        if self.eigh_fallback and torch.cat(failed).any().item():  # the host synchronisation
+            exact = EighSolver().bases([b[mask] for b, mask in zip(batches, failed, strict=True)])
+            for task, result, mask, basis in zip(tasks, results, failed, exact, strict=True):
+                matrices, exponent, regularization, _ = task
+                repaired = _root_in_basis(
+                    matrices[mask], exponent, regularization, basis.eigenvectors
                 )
-                for i, (mask, exact) in enumerate(zip(failed, again, strict=True)):
-                    bases[i][mask] = exact.eigenvectors
-                    batch, *rest = problems[i]
-                    repaired = _root_in_basis(batch[mask], *rest, exact.eigenvectors)
-                    roots[i].roots[mask] = repaired.roots
-                    accepted[i][mask] = repaired.usable
+                for old, new in zip(result, repaired, strict=True):
+                    old[mask] = new
+                mask.zero_()
         return [
-            RootResult(r.roots.masked_fill_(~good[:, None, None], 0.0), good, basis)
-            for r, good, basis in zip(roots, accepted, bases, strict=True)
+            RootResult(root.masked_fill_(mask[:, None, None], 0.0), usable & ~mask, basis)
+            for (root, usable, _, basis), mask in zip(results, failed, strict=True)
         ]
 
     def _iterate(self, unit: Tensor, warm_start: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,19 +153,20 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
 
 
 class _RootInBasis(NamedTuple):
-    """Roots as if a basis were exact, whether they are usable at all, and how inexact it is."""
+    """Roots as if a basis were exact, whether they are usable at all, how inexact it is, and it."""
 
     roots: Tensor
     usable: Tensor
     residual: Tensor
+    eigenvectors: Tensor
 
 
 def _root_in_basis(
-    matrices: Tensor, exponent: float, regularization: Regularization, vectors: Tensor
+    matrices: Tensor, exponent: float, regularization: Regularization, eigenvectors: Tensor
 ) -> _RootInBasis:
     with full_precision(matrices.device):
         unit, scales = scale_to_unit(matrices, regularization.ridge)
-        rotated = torch.bmm(vectors.mT, torch.bmm(unit, vectors))
+        rotated = torch.bmm(eigenvectors.mT, torch.bmm(unit, eigenvectors))
         diagonal = rotated.diagonal(dim1=-2, dim2=-1)
         powers, usable = spectral_power(diagonal, scales, exponent, regularization)
         # A relative test: in directions of small eigenvalues small entries matter. Dropped ones
@@ -176,8 +175,8 @@ def _root_in_basis(
         rotated.diagonal(dim1=-2, dim2=-1).zero_()
         coupling = rotated * weights[:, :, None] * weights[:, None, :]
         residual = torch.linalg.vector_norm(coupling, float("inf"), dim=(-2, -1))
-        roots = torch.bmm(vectors * powers[:, None, :], vectors.mT)
-        return _RootInBasis(roots, usable, residual)
+        roots = torch.bmm(eigenvectors * powers[:, None, :], eigenvectors.mT)
+        return _RootInBasis(roots, usable, residual, eigenvectors)
 
 
 def _orthonormalized(matrices: Tensor) -> Tensor:
