@@ -262,6 +262,10 @@ class DistributedShampoo(torch.optim.Optimizer):
             if training is not None:
                 parameter.copy_(training)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything: `torch.optim.Optimizer` would copy or pickle the groups without the engines."""
+        return self.__dict__.copy()
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

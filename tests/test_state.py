@@ -124,6 +124,19 @@ def test_a_deep_copy_is_a_snapshot() -> None:
     assert_same(params, expected)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_of_model_and_optimizer_goes_its_own_way(name: str) -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, **METHODS[name])
+    run(optimizer, params, range(1, 6))
+    copied_params, copied = copy.deepcopy((params, optimizer))
+    run(copied, copied_params, range(6, 10))
+    run(optimizer, params, range(6, 10))
+    assert_same(params, copied_params)
+    run(copied, copied_params, range(10, 11))
+    assert not torch.equal(params[0], copied_params[0])
+
+
 def test_learning_rate_decay_and_step_come_from_the_checkpoint() -> None:
     params = parameters()
     optimizer = optimizer_for(params, lr=0.5, weight_decay=0.1)
