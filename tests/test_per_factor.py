@@ -132,6 +132,17 @@ def test_in_a_basis_that_stands_still_old_is_as_good_as_new() -> None:
     assert stale > 0.1 * torch.linalg.vector_norm(exact)
 
 
+def test_gradients_whose_squares_vanish_are_followed_as_they_are() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 6))
+    optimizer = optimizer_for(
+        [weight], lr=1.0, betas=(0.0, 0.9), weight_decay=0.0, grafting=None,
+        preconditioner=PerFactorCorrectedConfig(), refresh=FixedRefresh(1),
+    )  # fmt: skip
+    weight.grad = 1e-25 * torch.randn(4, 6)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), -weight.grad, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("refresh", [FixedRefresh(3), StaggeredRefresh(3)])
 def test_the_first_basis_is_exact_whatever_the_solver(refresh: Any) -> None:
     """One orthogonal iteration from the identity would be a poor start."""

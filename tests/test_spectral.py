@@ -102,6 +102,37 @@ def test_vectors_are_stepped_by_adam() -> None:
     assert_same(ours[1:], theirs, 1e-12)
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2, 3])
+def test_a_bad_gradient_closes_its_own_blocks_in_either_part(bad: int) -> None:
+    params = parameters([(6, 7), (20,), (9, 5), (5,)])
+    optimizer = optimizer_for(params, preconditioner=SpectralConfig(), betas=(0.9, 0.9))
+    run(optimizer, params, range(1, 4))
+
+    def second_moments() -> list[torch.Tensor]:
+        states = [optimizer.state[vector] for vector in params[1::2]]
+        pairs = [
+            [s[key] for key in s if key.endswith(f"second_moment.{name}")]
+            for s in states
+            for name in ("average", "weight")
+        ]
+        return [
+            average / weight
+            for averages, weights in zip(pairs[::2], pairs[1::2], strict=True)
+            for average, weight in zip(averages, weights, strict=True)
+        ]
+
+    before, old = [p.detach().clone() for p in params], second_moments()
+    for index, parameter in enumerate(params):
+        parameter.grad = gradient(parameter, 4, index)
+    params[bad].grad.view(-1)[0] = torch.inf
+    optimizer.step()
+    changed = [not torch.equal(a, b) for a, b in zip(params, before, strict=True)]
+    # (20,) is two blocks, of which one goes on.
+    assert changed == [index != bad or index == 1 for index in range(4)]
+    same = [torch.allclose(a, b, rtol=1e-12) for a, b in zip(second_moments(), old, strict=True)]
+    assert same == [bad == 1, False, bad == 3]
+
+
 def test_state_is_one_momentum_and_parts_exist_only_where_needed() -> None:
     params = parameters([(12, 8), (5, 4, 3)])
     optimizer = optimizer_for(params, preconditioner=SpectralConfig())

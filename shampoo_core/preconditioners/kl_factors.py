@@ -105,7 +105,7 @@ class KLFactors:
         dimensions = [float(axis.dimension) for axis in self.factors.axes]
         scales = torch._foreach_pow(torch._foreach_mul(self.eigenvalues, dimensions), -0.5)
         per_stack = self._broadcast(list(scales))
-        measured: list[Tensor] = []
+        lengths: list[Tensor] = []
 
         def whitened_rows(axis: FactorAxis) -> Tensor:
             whitened = rotated.stacks[axis.stack]
@@ -113,20 +113,21 @@ class KLFactors:
                 if other != axis.axis:
                     whitened = whitened * scale
             rows = unfold(whitened, axis.axis)
-            measured.append(torch.linalg.vector_norm(rows, dim=-1).square_())
+            # The diagonal of the Gram matrix: squared lengths of its rows.
+            lengths.append(torch.linalg.vector_norm(rows, dim=-1))
             return rows
 
         self.factors.absorb(rotated, step, whitened_rows)
-        self._absorb_eigenvalues(measured, rotated.is_open)
+        self._absorb_eigenvalues(lengths, rotated.is_open)
 
-    def _absorb_eigenvalues(self, measured: list[Tensor], is_open: Tensor) -> None:
-        """``lambda <- decay lambda + gain measured``; the first gradient of a block sets it instead."""
+    def _absorb_eigenvalues(self, lengths: list[Tensor], is_open: Tensor) -> None:
+        """``lambda <- decay lambda + gain lengths^2``; a block's first gradient sets it instead."""
         first = is_open * (1.0 - self.started)
         self.started.add_(first)
         decayed = (1.0 - (1.0 - self._decay) * is_open) * (1.0 - first)
         torch._foreach_mul_(self.eigenvalues, self._per_axis(decayed))
-        gains = self._per_axis(self._gain * (1.0 - first))
-        torch._foreach_addcmul_(self.eigenvalues, measured, gains)
+        scaled = torch._foreach_mul(lengths, self._per_axis(self._gain * (1.0 - first)))
+        torch._foreach_addcmul_(self.eigenvalues, scaled, lengths)
         torch._foreach_add_(self.eigenvalues, self._per_axis(self._initial_eigenvalue * first))
         torch._foreach_clamp_min_(self.eigenvalues, self._floors)
 

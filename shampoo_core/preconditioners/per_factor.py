@@ -34,7 +34,7 @@ from shampoo_core.preconditioners.axes import (
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import BasisSolver, EighSolver
-from shampoo_core.solvers.base import check_regularization
+from shampoo_core.solvers.base import Regularization
 from shampoo_core.solvers.scaling import spectral_power
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
@@ -131,10 +131,19 @@ class PerFactorCorrected:
             interval=config.statistics_interval,
             companion=None if self.grafting is None else self.grafting.second_moment,
         )
-        self._exponents = [
-            exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes
-        ]
         self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
+        self._exponents = self._per_factor(
+            [exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes]
+        )
+        sides = self._per_factor([float(axis.dimension) for axis in axes])
+        default_tolerance = sides * torch.finfo(stack_set.dtype).eps
+        self._regularization = Regularization(
+            default_tolerance if config.rank_tolerance is None else config.rank_tolerance,
+            config.ridge,
+            config.relative_ridge,
+        )
+        widest = max((axis.dimension for axis in axes), default=0)
+        self._padding = torch.arange(widest, device=stack_set.device) >= sides
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
@@ -173,24 +182,51 @@ class PerFactorCorrected:
     def _scaled_bases(self) -> dict[int, list[Tensor | None]]:
         """``diag(lambda_i^(-e)) Q_i^T`` per stack and axis: scales in the eigenbasis and rotates back."""
         scaled: dict[int, list[Tensor | None]] = {}
-        for index, (axis, basis) in enumerate(
-            zip(self.factors.axes, self.bases.matrices, strict=True)
+        for axis, basis, powers in zip(
+            self.factors.axes, self.bases.matrices, self._inverse_powers(), strict=True
         ):
-            eigenvalues = self.factors.diagonals(index, basis)
-            powers = self._inverse_power(eigenvalues, self._exponents[index])
             matrices = scaled.setdefault(axis.stack, [None] * axis.order)
             matrices[axis.axis] = (basis * powers[:, None, :]).mT
         return scaled
 
-    def _inverse_power(self, eigenvalues: Tensor, exponent: float) -> Tensor:
-        """``lambda^(-exponent)``, regularised; one for factors that hold nothing yet."""
-        config = self._config
-        regularization = check_regularization(
-            eigenvalues, exponent, config.rank_tolerance, config.ridge, config.relative_ridge
+    def _inverse_powers(self) -> list[Tensor]:
+        """``lambda^(-e)``, (N, d) per preconditioned axis, one for factors that hold nothing yet."""
+        diagonals = [
+            self.factors.diagonals(i, basis) for i, basis in enumerate(self.bases.matrices)
+        ]
+        if not diagonals:
+            return []
+        # Side by side, filled up with zeros: a few operations for all axes instead of a dozen each.
+        sizes = self.factors.sizes
+        counts = [size.num_factors for size in sizes]
+        together = self._padding.new_zeros(self._padding.shape, dtype=self._stack_set.dtype)
+        slots = [
+            part[:, : size.dimension]
+            for part, size in zip(together.split(counts), sizes, strict=True)
+        ]
+        torch._foreach_copy_(slots, diagonals)
+        powers, accepted = spectral_power(
+            together,
+            torch.ones_like(together[:, 0]),
+            self._exponents,
+            self._regularization,
+            padding=self._padding,
         )
-        scales = torch.ones_like(eigenvalues[:, 0])
-        powers, accepted = spectral_power(eigenvalues, scales, exponent, regularization)
-        return torch.where(accepted[:, None], powers, 1.0)
+        powers = torch.where(accepted[:, None], powers, 1.0)
+        return [
+            part[:, : size.dimension]
+            for part, size in zip(powers.split(counts), sizes, strict=True)
+        ]
+
+    def _per_factor(self, numbers: list[float]) -> Tensor:
+        """(number of all factors, 1): each factor's number, given those of the factor stacks."""
+        repeated = [
+            number
+            for number, size in zip(numbers, self.factors.sizes, strict=True)
+            for _ in range(size.num_factors)
+        ]
+        dtype, device = self._stack_set.dtype, self._stack_set.device
+        return torch.tensor(repeated, dtype=dtype, device=device).view(-1, 1)
 
     def state(self) -> StackState:
         """See `Preconditioner`."""
