@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from absl import flags
-from tiny_runner import SUBMISSION, forget_modules, write_submission
+from tiny_runner import SUBMISSION, TinyEntry, forget_modules, write_submission
 
 from workloads_smoke import run, run_flags
+from workloads_smoke.registry import WORKLOADS
 
 TIMES = ("score", "time", "duration")
 TINY_RUNNER = Path(__file__).with_name("tiny_runner.py")
@@ -70,6 +71,8 @@ class Runner:
         torch.set_num_threads(1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "FLAGS", values)
+            for name in ("tiny", "tiny_too"):
+                patch.setitem(WORKLOADS, name, TinyEntry())
             patch.setattr(sys, "path", list(sys.path))
             try:
                 run.main(values(["run", *self.flags(**given)]))
@@ -279,6 +282,20 @@ def test_a_slice_of_the_settings(runner: Runner) -> None:
     assert runner.call(num_tuning_trials=2, hparam_start_index=1, max_global_steps=1) == 0
     assert not runner.trial(1).exists()
     assert json.loads((runner.trial(2) / "hparams.json").read_text()) == {"learning_rate": 0.02}
+
+
+def test_several_workloads_in_one_call(
+    runner: Runner, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert runner.call(workload="tiny_too,tiny,tiny", max_global_steps=1) == 0
+    assert runner.trial(workload="tiny").exists()
+    assert runner.trial(workload="tiny_too").exists()
+    summary = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.partition(":")[0] for line in summary] == ["tiny_too", "tiny"]
+    monkeypatch.setattr(run_flags, "WORKLOADS", {"tiny": TinyEntry(), "tiny_too": TinyEntry()})
+    assert runner.call(workload="all", experiment_name="all", max_global_steps=1) == 0
+    assert runner.trial(workload="tiny", study="all").exists()
+    assert runner.trial(workload="tiny_too", study="all").exists()
 
 
 def test_self_tuning_has_no_settings(runner: Runner) -> None:
