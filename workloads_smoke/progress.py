@@ -1,5 +1,6 @@
 """Tells a person how a trial is getting on: a bar on a terminal, a line now and then elsewhere."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -46,7 +47,9 @@ class TrialProgress:
                 unit="step",
                 position=slot,
                 leave=False,
-                dynamic_ncols=True,
+                # A terminal that does not tell its width would get bars of width 0.
+                ncols=None if _terminal_width() else 80,
+                dynamic_ncols=bool(_terminal_width()),
                 file=sys.stdout,
             )
 
@@ -83,6 +86,14 @@ class TrialProgress:
     def _print(self, text: str) -> None:
         tqdm.write(f"{self._title}: {text}", file=sys.stdout)
         sys.stdout.flush()
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal at standard output; 0 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns
+    except OSError:
+        return 0
 
 
 def _short(value: Any) -> str:
