@@ -1,12 +1,14 @@
 """The gradients of one step as stacks, and the guard that keeps bad ones out.
 
-A block whose gradient is missing or not finite is *closed* for this step: its parameters do not move
+A block whose gradient is missing or not finite (or too large to be squared: 2e16 in float32) is *closed*
+for this step: its parameters do not move
 and its statistics stay as they were. Missing gradients are known on the host; non-finite ones only on
 the device, where they are found, zeroed and counted without the host ever waiting.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +30,11 @@ class StackedGradients:
     """Block vector: 1 where the parameter has a gradient at all; None when all have."""
 
 
+def largest_gradient(dtype: torch.dtype) -> float:
+    """Gradients up to this can be squared and summed over a million entries without overflow."""
+    return math.sqrt(torch.finfo(dtype).max) / 1024
+
+
 class GradientGuard:
     """Closes blocks, and counts the ones whose gradient was not finite."""
 
@@ -43,6 +50,7 @@ class GradientGuard:
         )
         """Per block, how many steps it sat out because its gradient was not finite."""
         self._is_open = stack_set.block_vector()
+        self._limit = largest_gradient(stack_set.dtype)
         self._pattern: tuple[bool, ...] = ()
         self._presence: Tensor | None = None
 
@@ -59,10 +67,10 @@ class GradientGuard:
             The guarded gradients.
         """
         presence = self._presence_of(gradients)
-        # A NaN compares false, so one comparison finds both NaN and infinity. Written to a float
-        # tensor it is 1 or 0.
-        norms = self._stack_set.norms(stacks, order=torch.inf)
-        is_open = torch.lt(norms, torch.inf, out=self._is_open)
+        # A NaN compares false, so one comparison finds NaN, infinity, and what would become infinity
+        # in a second moment and stay there for good. Written to a float tensor it is 1 or 0.
+        largest = self._stack_set.norms(stacks, order=torch.inf)
+        is_open = torch.lt(largest, self._limit, out=self._is_open)
         closed = is_open == 0
         self.num_non_finite += closed
         if presence is not None:

@@ -69,6 +69,21 @@ def test_statistics_of_a_bad_block_keep_their_corrected_value() -> None:
         torch.testing.assert_close(value, before[key], rtol=1e-12, atol=1e-14)
 
 
+def test_a_gradient_too_large_to_be_squared_is_as_bad_as_infinity() -> None:
+    """One gradient of 1e20 used to make the second moment infinite, and its block stand still for good."""
+    params = parameters(dtype=torch.float32)
+    optimizer = optimizer_for(params, refresh=FixedRefresh(2))
+    run(optimizer, params, range(1, 4))
+    before = params[0].detach().clone()
+    poison(params, 1e20)
+    optimizer.step()
+    assert torch.equal(params[0][:10, :15], before[:10, :15])
+    run(optimizer, params, range(6, 10))
+    assert not torch.equal(params[0][:10, :15], before[:10, :15])
+    values = [v for state in optimizer.state.values() for v in state.values()]
+    assert all(torch.isfinite(value).all() for value in values)
+
+
 def test_everything_bad_changes_nothing() -> None:
     params = parameters()
     optimizer = optimizer_for(params, weight_decay=0.1)
