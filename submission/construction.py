@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from shampoo_core import (
-    AdamGrafting,
+    AdamConfig,
     DistributedShampoo,
     EigenvalueCorrectedConfig,
+    HeavyBall,
     PrimalAveraging,
     ScheduleFree,
     ShampooConfig,
     StaggeredRefresh,
     WeightEMA,
 )
+from shampoo_core.averaging import AveragingConfig
 
 from .hyperparameters import Hyperparameters
 from .pace import Pace
@@ -24,22 +25,18 @@ from .routing import Route, routed
 
 
 def build_optimizer(
-    model: nn.Module,
-    parameter_types: Mapping[str, Any],
-    hyperparameters: Hyperparameters,
-    pace: Pace,
+    model: nn.Module, hyperparameters: Hyperparameters, pace: Pace
 ) -> DistributedShampoo:
     """Build the optimizer for all trainable parameters of `model`.
 
     Args:
         model: The model, possibly wrapped by DDP and `torch.compile`.
-        parameter_types: The workload's `model_params_types`.
         hyperparameters: The setting.
         pace: The setting's time scales for this run.
     """
     groups = [
         {"params": parameters, **_options(chosen, hyperparameters)}
-        for chosen, parameters in routed(model, parameter_types).items()
+        for chosen, parameters in routed(model).items()
     ]
     return DistributedShampoo(
         groups,
@@ -50,24 +47,24 @@ def build_optimizer(
         eps=hyperparameters.epsilon,
         weight_decay=hyperparameters.weight_decay,
         refresh=StaggeredRefresh(interval=pace.refresh_interval),
-        averaging=_averaging(hyperparameters.averaging, pace),
+        averaging=_averaging(hyperparameters, pace),
     )
 
 
 def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
     """Return what a route's group overrides."""
-    if chosen is Route.DIAGONAL:
-        # One vector per parameter: vectors have no factors and follow the grafting method.
+    if chosen is Route.MATRIX:
         return {
-            "preconditioner": ShampooConfig(),
-            "grafting": AdamGrafting(),
-            "max_block_size": None,
-            "target_order": 1,
+            "preconditioner": _preconditioner(hyperparameters),
+            "max_block_size": hyperparameters.max_block_size,
         }
-    return {
-        "preconditioner": _preconditioner(hyperparameters),
-        "max_block_size": hyperparameters.max_block_size,
-    }
+    # An elementwise method needs no blocks: one vector per parameter.
+    diagonal = {"preconditioner": AdamConfig(), "max_block_size": None, "target_order": 1}
+    if chosen is Route.TABLE and hyperparameters.averaging == "weight_ema":
+        # An average and, during evaluation, the training weights would be two more copies of what
+        # fills the memory already; a row moves seldom, so that there is little to average.
+        return {**diagonal, "averaging": None}
+    return diagonal
 
 
 def _preconditioner(
@@ -79,7 +76,11 @@ def _preconditioner(
     return EigenvalueCorrectedConfig(exponent=0.5 if exponent is None else exponent)
 
 
-def _averaging(averaging: str, pace: Pace) -> WeightEMA | ScheduleFree | PrimalAveraging | None:
+def _averaging(hyperparameters: Hyperparameters, pace: Pace) -> AveragingConfig | None:
+    momentum, averaging = hyperparameters.momentum, hyperparameters.averaging
+    if momentum > 0.0:
+        # Dampened by as much as it decays: an average of directions, as long as one of them.
+        return HeavyBall(momentum=momentum, dampening=momentum, nesterov=True)
     if averaging == "weight_ema":
         return WeightEMA(decay=pace.average_decay, interval=pace.average_interval)
     if averaging == "schedule_free":

@@ -71,6 +71,8 @@ class Hyperparameters:
     weight_decay: float = _number(_NOT_NEGATIVE)
     #: Use the first moment one step ahead of its decay (Nesterov's form, as in NAdam).
     nesterov: bool = dataclasses.field(metadata={})
+    #: Decay rate of a second momentum, on the preconditioned direction; 0 has none.
+    momentum: float = _number(_PROPER_FRACTION)
     #: Method for weights that are matrices or convolutions.
     preconditioner: str = _choice("shampoo", "eigenvalue_corrected")
     #: Power to which each side's factor is inverted; None is the method's own default.
@@ -101,6 +103,11 @@ class Hyperparameters:
                 raise ValueError(
                     f"hyperparameter {field.name} = {getattr(self, field.name)!r}: {problem}"
                 )
+        if self.momentum > 0.0 and self.averaging != "none":
+            raise ValueError(
+                f"hyperparameter momentum = {self.momentum!r}: must be 0 where averaging is not "
+                f"'none', got averaging = {self.averaging!r}"
+            )
 
     @classmethod
     def from_namespace(cls, namespace: Any) -> Hyperparameters:
@@ -174,21 +181,22 @@ def _listed(names: Iterable[str]) -> str:
 
 #: The one setting of the self-tuning ruleset.
 SELF_TUNING = Hyperparameters(
-    learning_rate=0.0017486387539278373,
-    one_minus_beta1=0.06733926164,
-    one_minus_beta2=0.00448403102,
+    learning_rate=0.0025,
+    one_minus_beta1=0.1,
+    one_minus_beta2=0.005,
     epsilon=1e-8,
-    weight_decay=0.08121616522670176,
+    weight_decay=0.08,
     nesterov=True,
-    preconditioner="shampoo",
+    momentum=0.0,
+    preconditioner="eigenvalue_corrected",
     inverse_exponent=None,
-    max_block_size=1024,
-    refresh_interval=100,
+    max_block_size=512,
+    refresh_interval=50,
     averaging="none",
     schedule="cosine",
-    warmup_factor=0.02,
-    step_hint_factor=1.0,
+    warmup_factor=0.05,
+    step_hint_factor=0.75,
     label_smoothing=0.1,
-    dropout_rate=None,
+    dropout_rate=0.0,
     grad_clip=None,
 )

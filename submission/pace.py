@@ -9,12 +9,18 @@ they are and shorten what is too slow for the short ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from .hyperparameters import Hyperparameters
 from .schedule import Schedule
 
+#: Published learning rates belong to runs of at least this many steps. A step moves a weight by about
+#: the learning rate, so that with the same rate a short run gets nowhere; with a rate in inverse
+#: proportion to its steps it would get as far, but its steps would be too coarse. The square root
+#: of the proportion lies between.
+LONG_RUN = 10_000
 #: A run gets at least this many refreshes, however long the longest allowed interval is.
-REFRESHES_PER_RUN = 30
+REFRESHES_PER_RUN = 60
 #: Second moments forget within one part in this many of the run.
 MEMORIES_PER_RUN = 20
 #: The window of averaged weights, as a share of the run (Ajroldi et al. 2025, arXiv 2502.06761).
@@ -63,7 +69,7 @@ def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
     return Pace(
         schedule=Schedule(
             shape=hyperparameters.schedule,
-            peak=hyperparameters.learning_rate,
+            peak=hyperparameters.learning_rate * math.sqrt(max(1.0, LONG_RUN / total)),
             total_steps=total,
             warmup_steps=min(round(total * hyperparameters.warmup_factor), total - 1),
         ),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from submission.hyperparameters import SELF_TUNING, Hyperparameters
-from submission.pace import REFRESHES_PER_RUN, pace
+from submission.pace import AVERAGE_WINDOW, LONG_RUN, REFRESHES_PER_RUN, pace
 
 TUNING_SEARCH_SPACE = Path(__file__).parents[1] / "tuning_search_space.json"
 GOOD: dict[str, Any] = dataclasses.asdict(SELF_TUNING)
@@ -76,6 +76,14 @@ def test_refuses_values_by_name(name: str, value: Any, allowed: str) -> None:
     assert error_of(GOOD | {name: value}) == f"hyperparameter {name} = {value!r}: {allowed}"
 
 
+def test_momentum_and_averaging_exclude_each_other() -> None:
+    message = error_of(GOOD | {"momentum": 0.5, "averaging": "primal"})
+    assert message == (
+        "hyperparameter momentum = 0.5: must be 0 where averaging is not 'none', "
+        "got averaging = 'primal'"
+    )
+
+
 @pytest.mark.parametrize("name", ["dropout_rate", "grad_clip", "inverse_exponent"])
 def test_null_is_allowed_where_it_means_something(name: str) -> None:
     assert getattr(Hyperparameters.from_namespace(GOOD | {name: None}), name) is None
@@ -91,17 +99,33 @@ def test_the_tuning_space_has_five_different_good_points() -> None:
 
 
 def test_a_long_run_keeps_the_published_time_scales() -> None:
-    fitted = pace(SELF_TUNING, step_hint=196_000)
-    assert fitted.refresh_interval == SELF_TUNING.refresh_interval
-    assert fitted.beta2 == 1.0 - SELF_TUNING.one_minus_beta2
-    assert fitted.schedule.total_steps == 196_000
-    assert fitted.schedule.warmup_steps == 3920
+    setting = dataclasses.replace(SELF_TUNING, step_hint_factor=0.5, warmup_factor=0.1)
+    fitted = pace(setting, step_hint=196_000)
+    assert fitted.refresh_interval == setting.refresh_interval
+    assert fitted.beta2 == 1.0 - setting.one_minus_beta2
+    assert fitted.schedule.total_steps == 98_000
+    assert fitted.schedule.warmup_steps == 9_800
+    assert fitted.schedule.peak == setting.learning_rate
 
 
 def test_a_short_run_refreshes_as_often_as_a_long_one() -> None:
     """A fixed interval of 100 means six refreshes in a run of 600 steps."""
-    assert 600 // pace(SELF_TUNING, step_hint=600).refresh_interval == REFRESHES_PER_RUN
-    assert pace(SELF_TUNING, step_hint=30).refresh_interval == 1
+    setting = dataclasses.replace(SELF_TUNING, step_hint_factor=1.0)
+    assert 600 // pace(setting, step_hint=600).refresh_interval == REFRESHES_PER_RUN
+    assert pace(setting, step_hint=30).refresh_interval == 1
+
+
+def test_a_short_run_takes_larger_steps() -> None:
+    setting = dataclasses.replace(SELF_TUNING, step_hint_factor=1.0, learning_rate=0.01)
+    assert pace(setting, LONG_RUN // 4).schedule.peak == pytest.approx(0.02)
+    assert pace(setting, LONG_RUN // 100).schedule.peak == pytest.approx(0.1)
+
+
+def test_averages_forget_within_a_hundredth_of_the_run() -> None:
+    for step_hint in (600, 10_000, 200_000):
+        fitted = pace(dataclasses.replace(SELF_TUNING, step_hint_factor=1.0), step_hint)
+        window = fitted.average_interval / (1.0 - fitted.average_decay)
+        assert window == pytest.approx(AVERAGE_WINDOW * step_hint)
 
 
 @pytest.mark.parametrize("step_hint", [1, 2, 10, 600, 10_666, 200_000])
