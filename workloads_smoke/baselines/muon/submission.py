@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from workloads_smoke.baselines.training import batch_size, forward, mean_loss, set_learning_rate, warmup_then_cosine
+from workloads_smoke.baselines.training import (
+    batch_size,
+    forward,
+    mean_loss,
+    set_learning_rate,
+    warmup_then_cosine,
+)
+
 from .optimizer import Muon
 
 #: The published setting of the self-tuning ruleset.

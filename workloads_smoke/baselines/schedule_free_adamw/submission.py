@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from workloads_smoke.baselines.training import batch_size, forward, mean_loss
+
 from .optimizer import ScheduleFreeAdamW
 
 #: The published setting of the self-tuning ruleset; its warm-up is a share of 3/4 of the hint.
