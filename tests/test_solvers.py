@@ -163,6 +163,15 @@ def test_bases_of_several_batches_in_one_call(solver: BasisSolver) -> None:
             torch.testing.assert_close(one.eigenvectors, alone.eigenvectors)
 
 
+def test_a_wider_batch_beside_it_does_not_overflow_a_root() -> None:
+    """Batches are solved side by side, narrower ones filled up: filling has no spectrum."""
+    narrow, wide = 1e-28 * torch.eye(2)[None], torch.eye(5)[None]
+    results = EighSolver().inverse_roots([narrow, wide], [1.3, 1.3], relative_ridge=1e-6)
+    assert all(result.accepted.all() for result in results)
+    expected = (1e-28 * (1 + 1e-6)) ** -1.3
+    torch.testing.assert_close(results[0].roots[0] / expected, torch.eye(2), rtol=1e-4, atol=0.0)
+
+
 def test_failures_in_several_batches_share_one_fallback() -> None:
     few = CoupledNewtonSolver(max_iterations=2)
     batches, exponents = several_batches(), [0.25, 0.5, 0.25, 1.0]
