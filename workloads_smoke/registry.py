@@ -48,6 +48,14 @@ WORKLOADS: dict[str, WorkloadEntry] = {
     "criteo1tb": WorkloadEntry(
         "criteo1tb", "Criteo1TbWorkload", "deep recommendation model on generated clicks"
     ),
+    "librispeech_conformer": WorkloadEntry(
+        "librispeech_conformer", "LibriSpeechConformerWorkload", "conformer on generated speech"
+    ),
+    "librispeech_deepspeech": WorkloadEntry(
+        "librispeech_deepspeech",
+        "LibriSpeechDeepSpeechWorkload",
+        "recurrent network with batch norm on generated speech",
+    ),
     "ogbg": WorkloadEntry(
         "ogbg", "OgbgWorkload", "graph network on generated molecules, labels missing"
     ),

@@ -19,7 +19,7 @@ NUM_CLASSES = 10
 # Real images of each split.
 REAL_IMAGES = {"train": 1197, "validation": 300, "test": 300}
 # Fixed distorted versions of each real image where the model is evaluated.
-EVAL_VERSIONS = {"eval_train": 1, "validation": 4, "test": 4}
+EVAL_VERSIONS = {"eval_train": 1, "validation": 8, "test": 8}
 # Chance that a training example is served with a label drawn at random.
 LABEL_NOISE = 0.05
 PIXEL_NOISE = 0.2

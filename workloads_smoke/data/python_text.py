@@ -72,23 +72,13 @@ def _clauses(text: str) -> Iterator[list[str]]:
 def sentences(min_words: int = 4, max_words: int = 14) -> tuple[str, ...]:
     """Return distinct clauses of plain words, shuffled by a fixed seed.
 
-    Two clauses that differ in their vowels only count as one, since the translation workload
-    tells them apart by nothing else.
-
     Args:
         min_words: Shortest clause.
         max_words: Longest clause.
     """
-    distinct: dict[str, str] = {}
-    for text in documents():
-        for words in _clauses(text):
-            if min_words <= len(words) <= max_words:
-                distinct.setdefault(" ".join(drop_vowels(word) for word in words), " ".join(words))
-    chosen = list(distinct.values())
-    random.Random(_SEED).shuffle(chosen)
-    return tuple(chosen)
-
-
-def drop_vowels(word: str) -> str:
-    """Remove all vowels but a leading one, as in a consonant script: 'these' -> 'ths'."""
-    return word[:1] + re.sub("[aeiou]", "", word[1:])
+    clauses = (words for text in documents() for words in _clauses(text))
+    fitting = (" ".join(words) for words in clauses if min_words <= len(words) <= max_words)
+    # A dictionary keeps the order of first occurrence.
+    distinct = list(dict.fromkeys(fitting))
+    random.Random(_SEED).shuffle(distinct)
+    return tuple(distinct)

@@ -86,13 +86,13 @@ def _momentum(nesterov: bool) -> Callable[[Iterable[nn.Parameter], Point], torch
 
 _ADAM_RANGES: tuple[Range, Range, Range, Range] = (
     (5e-4, 3e-2),
-    (2e-2, 0.2),
-    (1e-3, 5e-2),
+    (0.05, 0.3),
+    (1e-3, 2e-2),
     (1e-3, 0.5),
 )
 _MOMENTUM_RANGES: tuple[Range, Range, Range, Range] = (
-    (1e-2, 3.0),
-    (2e-2, 0.2),
+    (3e-2, 3.0),
+    (0.03, 0.3),
     (1e-3, 1e-3),
     (1e-7, 1e-3),
 )

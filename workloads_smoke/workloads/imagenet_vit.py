@@ -151,7 +151,7 @@ class ImagenetVitWorkload(ImagenetResNetWorkload):
         max_allowed_runtime_sec=400,
         eval_period_time_sec=2,
     )
-    smoke_batch_size = 96
+    smoke_batch_size = 64
     output_parameters = ("head.weight", "head.bias")
 
     def _build_model(self) -> nn.Module:

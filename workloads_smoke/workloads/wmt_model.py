@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workloads_smoke.data.byte_pairs import END_ID, PAD_ID
+from workloads_smoke.data.translation import END_ID, PAD_ID
 
 # Queries and keys of padding are masked with a large finite number, so that a row that is all
 # padding has no NaN.
