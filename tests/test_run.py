@@ -447,7 +447,8 @@ def test_two_processes_train_one_model(runner: Runner, whole_trial: Path) -> Non
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*torchrun, str(TINY_RUNNER), *runner.flags()]
     first, second = (
-        subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True) for _ in range(2)
+        subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
+        for _ in range(2)
     )
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("trials reached the target") == 1

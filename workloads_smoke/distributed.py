@@ -60,6 +60,16 @@ def pytorch_init(use_pytorch_ddp: bool, rank: int, profiler: Any = None) -> None
     dist.init_process_group("nccl")
 
 
+def leave_process_group() -> None:
+    """End the process group, once all processes are done with it."""
+    dist.barrier()
+    # In torch 2.5, gloo's threads need the interpreter lock to let go of the last tensors, and
+    # destroying the group waits for them with the lock held: one run in five never ended. Sleeping
+    # gives the lock away. Delete this with support for torch 2.5.
+    time.sleep(0.2)
+    dist.destroy_process_group()
+
+
 def world_size() -> int:
     """Number of processes that `torchrun` started, or 1."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1

@@ -14,12 +14,17 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-import torch.distributed as dist
 from absl import app, flags, logging
 
 from workloads_smoke import run_flags
 from workloads_smoke.batch_sizes import batch_sizes
-from workloads_smoke.distributed import on_rank_zero, pytorch_init, pytorch_setup, world_size
+from workloads_smoke.distributed import (
+    leave_process_group,
+    on_rank_zero,
+    pytorch_init,
+    pytorch_setup,
+    world_size,
+)
 from workloads_smoke.errors import UserError
 from workloads_smoke.parallel import run_in_parallel
 from workloads_smoke.plan import make_folders, plan_trials
@@ -78,7 +83,7 @@ def _run() -> None:
     if rank == 0:
         _print_summary(plan)
     if use_pytorch_ddp:
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 def _print_summary(plan: list[TrialRequest]) -> None:
