@@ -10,6 +10,7 @@ from shampoo_core.averaging import (
     ScheduleFree,
     WeightEMA,
 )
+from shampoo_core.diagnostics import HealthReport, health_report, log_health
 from shampoo_core.grafting import AdaGradGrafting, AdamGrafting, RMSpropGrafting, SGDGrafting
 from shampoo_core.optimizer import DistributedShampoo
 from shampoo_core.preconditioners.diagonal import (
@@ -47,6 +48,7 @@ __all__ = [
     "EigenvalueCorrectedConfig",
     "EighSolver",
     "FixedRefresh",
+    "HealthReport",
     "HeavyBall",
     "HigherOrderNewtonSolver",
     "KLSOAPConfig",
@@ -66,4 +68,6 @@ __all__ = [
     "SpectralConfig",
     "StaggeredRefresh",
     "WeightEMA",
+    "health_report",
+    "log_health",
 ]

@@ -9,7 +9,7 @@ import torch
 from quadratic import gradient, optimizer_for, parameters, run
 from test_state import METHODS
 
-from shampoo_core import FixedRefresh
+from shampoo_core import FixedRefresh, log_health
 
 
 def poison(params: list[torch.nn.Parameter], value: float) -> None:
@@ -67,6 +67,31 @@ def test_statistics_of_a_bad_block_keep_their_corrected_value() -> None:
     optimizer.step()
     for key, value in corrected().items():
         torch.testing.assert_close(value, before[key], rtol=1e-12, atol=1e-14)
+
+
+def test_what_was_counted_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, refresh=FixedRefresh(2))
+    run(optimizer, params, range(1, 5))
+    first = log_health(optimizer)
+    assert not caplog.records
+    assert first.non_finite_gradients == first.failed_refreshes == 0
+    # per refresh both sides of every matrix block; two refreshes so far
+    assert first.refreshes == sum(
+        int(value)
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if ".refreshes." in key
+    )
+    assert first.refreshes > 0
+    poison(params, float("nan"))
+    optimizer.step()
+    second = log_health(optimizer, first)
+    assert second.since(first).non_finite_gradients == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "sat out 1 steps" in caplog.text
+    log_health(optimizer, second)
+    assert len(caplog.records) == 1
 
 
 def test_a_gradient_too_large_to_be_squared_is_as_bad_as_infinity() -> None:

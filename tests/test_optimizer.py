@@ -69,6 +69,33 @@ def test_blocks_agree_with_one_matrix_at_a_time(shape: tuple[int, ...], cut: str
     np.testing.assert_allclose(parameter.detach().numpy(), blocked.parameter, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("sides", "axis"), [("first", 0), ("last", 1)])
+def test_one_sided_preconditioning_has_the_exponent_of_one_factor(sides: str, axis: int) -> None:
+    (parameter,) = parameters([(6, 9)])
+    optimizer = optimizer_for(
+        [parameter], weight_decay=0.0, refresh=FixedRefresh(3, 12), grafting=None,
+        preconditioner=ShampooConfig(sides=sides, rank_tolerance=1e-9),  # type: ignore[arg-type]
+    )  # fmt: skip
+    oracle = reference.Shampoo(
+        parameter.detach().numpy(), lr=0.01, interval=3, start=12, ridge="truncate", rtol=1e-9,
+        eps=0.0, exponent={2: {axis: 0.5, 1 - axis: 0.0}},
+    )  # fmt: skip
+    for step in range(1, 25):
+        parameter.grad = gradient(parameter, step, 0)
+        optimizer.step()
+        oracle.step(parameter.grad.numpy())
+    np.testing.assert_allclose(parameter.detach().numpy(), oracle.parameter, rtol=0, atol=1e-9)
+
+
+def test_long_axes_get_no_factor_by_rule() -> None:
+    (parameter,) = parameters([(6, 40)])
+    config = ShampooConfig(max_factor_dimension=10)
+    optimizer = optimizer_for([parameter], max_block_size=None, preconditioner=config)
+    names = {name for name in optimizer.state[parameter] if ".factors.axis" in name}
+    assert names == {"block.0.0.factors.axis0"}
+    run(optimizer, [parameter], range(1, 4))
+
+
 def test_transposing_the_problem_transposes_the_answer() -> None:
     (upright,) = parameters([(12, 20)])
     lying = torch.nn.Parameter(upright.detach().T.contiguous())

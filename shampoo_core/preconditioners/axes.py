@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 from shampoo_core.config import check_range
 from shampoo_core.stacks import StackSet
@@ -11,30 +12,65 @@ from shampoo_core.statistics import FactorAxis
 ExponentOverride = float | Mapping[int, float] | None
 
 
-def preconditioned_axes(stack_set: StackSet, *, precondition_vectors: bool) -> list[FactorAxis]:
-    """All axes of all stacks of order two or more, and of vectors where these are wanted too.
+Sides = Literal["all", "first", "last"]
+SIDES: tuple[Sides, ...] = get_args(Sides)
+
+
+def preconditioned_axes(
+    stack_set: StackSet,
+    *,
+    precondition_vectors: bool,
+    sides: Sides = "all",
+    max_factor_dimension: int | None = None,
+) -> list[FactorAxis]:
+    """The axes that get a factor.
 
     An axis of length 1 has a factor that is a mere number, which a step length takes care of; it gets
     none unless the whole block is one number.
+
+    Args:
+        stack_set: Geometry.
+        precondition_vectors: Whether blocks with one axis get factors.
+        sides: Of the axes of a block with several: all, or only its first or last one.
+        max_factor_dimension: Longer axes get none; None means no limit.
     """
     axes = []
     for index, layout in enumerate(stack_set.layouts):
         order = len(layout.block_shape)
         if order == 1 and not precondition_vectors:
             continue
-        for axis, side in enumerate(layout.block_shape):
-            if side > 1 or order == 1:
+        wanted = {"all": range(order), "first": range(1), "last": range(order - 1, order)}[sides]
+        for axis in wanted:
+            side = layout.block_shape[axis]
+            short_enough = max_factor_dimension is None or side <= max_factor_dimension
+            if short_enough and (side > 1 or order == 1):
                 axes.append(FactorAxis(index, axis, side, order))
     return axes
 
 
-def exponent_of_order(order: int, override: ExponentOverride, default: float) -> float:
-    """Exponent e > 0 of the inverse root A^(-e) for blocks with ``order`` axes."""
-    if override is None:
-        return default
-    if isinstance(override, Mapping):
-        return override.get(order, default)
-    return override
+def inverse_exponents(
+    stack_set: StackSet, axes: Sequence[FactorAxis], override: ExponentOverride
+) -> list[float]:
+    """Exponent e > 0 of the inverse root A^(-e) of every preconditioned axis.
+
+    The default is 1/(2k) for a block of order k (Gupta et al. 2018), and for a block with factors on
+    some of its axes only, k is their number: 1/2 for one side of a matrix.
+
+    Args:
+        stack_set: Geometry.
+        axes: From `preconditioned_axes`.
+        override: One exponent, or one per order; None means the default.
+    """
+    exponents = []
+    for axis in axes:
+        with_factor = sum(other.stack == axis.stack for other in axes)
+        numbers = sum(side == 1 for side in stack_set.layouts[axis.stack].block_shape)
+        default = 0.5 / min(axis.order, with_factor + numbers)
+        if isinstance(override, Mapping):
+            exponents.append(override.get(axis.order, default))
+        else:
+            exponents.append(default if override is None else override)
+    return exponents
 
 
 def check_exponents(owner: str, override: ExponentOverride) -> None:

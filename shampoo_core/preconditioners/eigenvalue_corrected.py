@@ -21,7 +21,7 @@ from shampoo_core.config import GroupOptions, check_choice, check_count, check_r
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import GraftingConfig, SecondMomentScaling
-from shampoo_core.preconditioners.axes import preconditioned_axes
+from shampoo_core.preconditioners.axes import SIDES, Sides, preconditioned_axes
 from shampoo_core.preconditioners.basis_change import (
     SECOND_MOMENTS,
     SecondMoments,
@@ -53,6 +53,9 @@ class EigenvalueCorrectedConfig:
         statistics_interval: Steps from one update of the factors to the next.
         precondition_vectors: Whether blocks with one axis get a basis too; by default they are
             stepped by Adam.
+        sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its
+            ``"first"`` or ``"last"``.
+        max_factor_dimension: Longer axes get no factor; for ``max_block_size=None``.
         storage: How the factors are kept: ``"dense"``, or ``"packed"`` in half the memory for more
             passes over it. Bases are not symmetric and stay dense.
 
@@ -68,6 +71,8 @@ class EigenvalueCorrectedConfig:
     factor_decay: float | None = None
     statistics_interval: int = 1
     precondition_vectors: bool = False
+    sides: Sides = "all"
+    max_factor_dimension: int | None = None
     storage: Storage = "dense"
 
     def __post_init__(self) -> None:
@@ -77,6 +82,8 @@ class EigenvalueCorrectedConfig:
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)
+        check_choice(owner, "sides", self.sides, SIDES)
+        check_count(owner, "max_factor_dimension", self.max_factor_dimension)
         check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
@@ -118,7 +125,12 @@ class EigenvalueCorrected:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
-        axes = preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors)
+        axes = preconditioned_axes(
+            stack_set,
+            precondition_vectors=config.precondition_vectors,
+            sides=config.sides,
+            max_factor_dimension=config.max_factor_dimension,
+        )
         self.factors = KroneckerFactors(
             stack_set,
             axes,

@@ -28,7 +28,7 @@ from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
 from shampoo_core.preconditioners.axes import (
     ExponentOverride,
     check_exponents,
-    exponent_of_order,
+    inverse_exponents,
     preconditioned_axes,
 )
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
@@ -132,9 +132,7 @@ class PerFactorCorrected:
             companion=None if self.grafting is None else self.grafting.second_moment,
         )
         self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
-        self._exponents = self._per_factor(
-            [exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes]
-        )
+        self._exponents = self._per_factor(inverse_exponents(stack_set, axes, config.exponent))
         sides = self._per_factor([float(axis.dimension) for axis in axes])
         default_tolerance = sides * torch.finfo(stack_set.dtype).eps
         self._regularization = Regularization(

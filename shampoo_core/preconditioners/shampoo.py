@@ -28,9 +28,11 @@ from shampoo_core.filtering import Direction, GradientFilter, blend
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
 from shampoo_core.preconditioners.axes import (
+    SIDES,
     ExponentOverride,
+    Sides,
     check_exponents,
-    exponent_of_order,
+    inverse_exponents,
     preconditioned_axes,
 )
 from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution
@@ -65,6 +67,9 @@ class ShampooConfig:
         statistics_interval: Steps from one update of the factors to the next.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
+        sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its
+            ``"first"`` or ``"last"``.
+        max_factor_dimension: Longer axes get no factor; for ``max_block_size=None``.
         storage: How factors and roots are kept: ``"dense"``, or ``"packed"`` in half the memory for
             more passes over it.
 
@@ -83,6 +88,8 @@ class ShampooConfig:
     statistics: Statistics = "gram"
     statistics_interval: int = 1
     precondition_vectors: bool = False
+    sides: Sides = "all"
+    max_factor_dimension: int | None = None
     storage: Storage = "dense"
 
     def __post_init__(self) -> None:
@@ -97,6 +104,8 @@ class ShampooConfig:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_choice(owner, "statistics", self.statistics, get_args(Statistics))
         check_count(owner, "statistics_interval", self.statistics_interval)
+        check_choice(owner, "sides", self.sides, SIDES)
+        check_count(owner, "max_factor_dimension", self.max_factor_dimension)
         check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
@@ -130,7 +139,12 @@ class Shampoo:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
-        axes = preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors)
+        axes = preconditioned_axes(
+            stack_set,
+            precondition_vectors=config.precondition_vectors,
+            sides=config.sides,
+            max_factor_dimension=config.max_factor_dimension,
+        )
         self.filter = GradientFilter(stack_set, options)
         self.grafting = None if grafting is None else grafting.create(stack_set, options)
         self.factors = KroneckerFactors(
@@ -142,9 +156,7 @@ class Shampoo:
             companion=None if self.grafting is None else self.grafting.second_moment,
             storage=config.storage,
         )
-        exponents = [
-            exponent_of_order(axis.order, config.exponent, 0.5 / axis.order) for axis in axes
-        ]
+        exponents = inverse_exponents(stack_set, axes, config.exponent)
         self.roots = FactorMatrices(stack_set, self.factors, exponents, storage=config.storage)
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver

@@ -1,0 +1,89 @@
+"""What the guards on the device counted, read at a time of the caller's choosing.
+
+Nothing in a step waits for these counters. Reading them is one host synchronisation, which belongs next
+to an evaluation or a log line.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOGGER = logging.getLogger("shampoo_core")
+
+
+@dataclass(frozen=True)
+class HealthReport:
+    """Totals over all blocks of an optimizer."""
+
+    non_finite_gradients: int
+    """Steps that blocks sat out because their gradient was not finite."""
+    failed_refreshes: int
+    """Refreshes of factors that kept the old root or basis because the new one was no good."""
+    refreshes: int
+    """Refreshes of factors that gave a new root or basis."""
+
+    def since(self, earlier: HealthReport) -> HealthReport:
+        """What was counted after an earlier report."""
+        return HealthReport(
+            self.non_finite_gradients - earlier.non_finite_gradients,
+            self.failed_refreshes - earlier.failed_refreshes,
+            self.refreshes - earlier.refreshes,
+        )
+
+
+def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
+    """Read the counters of a `DistributedShampoo`; one host synchronisation.
+
+    Args:
+        optimizer: Whose counters to read.
+    """
+    totals = [
+        _total(optimizer, ".guard.non_finite"),
+        _total(optimizer, ".failures."),
+        _total(optimizer, ".refreshes."),
+    ]
+    return HealthReport(*(int(total) for total in torch.stack(totals).tolist()))
+
+
+def log_health(
+    optimizer: torch.optim.Optimizer, earlier: HealthReport | None = None
+) -> HealthReport:
+    """Warn once about what went wrong since an earlier report; silent where nothing did.
+
+    Args:
+        optimizer: Whose counters to read.
+        earlier: What the last call returned; None counts from the start.
+
+    Returns:
+        The totals, for the next call.
+    """
+    report = health_report(optimizer)
+    news = report if earlier is None else report.since(earlier)
+    if news.non_finite_gradients or news.failed_refreshes:
+        LOGGER.warning(
+            "blocks sat out %d steps for gradients that were not finite; "
+            "%d of %d refreshes kept the old root or basis",
+            news.non_finite_gradients,
+            news.failed_refreshes,
+            news.failed_refreshes + news.refreshes,
+        )
+    return report
+
+
+def _total(optimizer: torch.optim.Optimizer, name: str) -> Tensor:
+    counters = [
+        tensor
+        for entries in optimizer.state.values()
+        for key, tensor in _tensors(entries.items())
+        if name in key
+    ]
+    return torch.stack(counters).sum().cpu() if counters else torch.zeros((), dtype=torch.int64)
+
+
+def _tensors(items: Iterable[tuple[str, object]]) -> list[tuple[str, Tensor]]:
+    return [(key, value) for key, value in items if isinstance(value, Tensor)]
