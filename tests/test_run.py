@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from absl import flags
-from tiny_runner import SUBMISSION, TinyEntry, forget_modules, write_submission
+from tiny_runner import ENTRIES, SUBMISSION, forget_modules, write_submission
 
 from workloads_smoke import run, run_flags
 from workloads_smoke.registry import WORKLOADS
@@ -71,8 +71,8 @@ class Runner:
         torch.set_num_threads(1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run, "FLAGS", values)
-            for name in ("tiny", "tiny_too"):
-                patch.setitem(WORKLOADS, name, TinyEntry())
+            for name, entry in ENTRIES.items():
+                patch.setitem(WORKLOADS, name, entry)
             patch.setattr(sys, "path", list(sys.path))
             try:
                 run.main(values(["run", *self.flags(**given)]))
@@ -292,7 +292,7 @@ def test_several_workloads_in_one_call(
     assert runner.trial(workload="tiny_too").exists()
     summary = capsys.readouterr().out.splitlines()[-2:]
     assert [line.partition(":")[0] for line in summary] == ["tiny_too", "tiny"]
-    monkeypatch.setattr(run_flags, "WORKLOADS", {"tiny": TinyEntry(), "tiny_too": TinyEntry()})
+    monkeypatch.setattr(run_flags, "WORKLOADS", ENTRIES)
     assert runner.call(workload="all", experiment_name="all", max_global_steps=1) == 0
     assert runner.trial(workload="tiny", study="all").exists()
     assert runner.trial(workload="tiny_too", study="all").exists()
@@ -442,21 +442,35 @@ def test_a_failing_parallel_trial_ends_the_run_and_says_why(runner: Runner) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(runner: Runner, whole_trial: Path) -> None:
+def test_two_processes_train_one_model(runner: Runner) -> None:
     """Torchrun with gloo: the same batches, cut in two; rank 0 alone writes and speaks."""
+    path = write_submission(
+        runner.folder / "quiet", SUBMISSION.replace("noise = 1e-3", "noise = 0")
+    )
+    given = runner.flags(workload="tiny_too", submission_path=path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(TINY_RUNNER), *runner.flags()]
     first, second = (
-        subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=120)
+        subprocess.run(
+            [*torchrun, str(TINY_RUNNER), *given],
+            env=ONE_THREAD,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         for _ in range(2)
     )
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("trials reached the target") == 1
-    evals = rows(runner.trial() / "eval_measurements.csv")
-    assert [row["global_step"] for row in evals] == ["1", "10", "20", "30"]
-    # Half a batch meets each batch norm: not the same numbers, but the same problem.
-    alone = rows(whole_trial / "eval_measurements.csv")
-    for name in ("validation/loss", "test/loss"):
-        assert float(evals[-1][name]) == pytest.approx(float(alone[-1][name]), rel=0.3)
     assert second.returncode != 0
     assert second.stderr.count("error: experiment folder") == 1
+    options = {"workload": "tiny_too", "submission_path": path, "experiment_name": "alone"}
+    assert runner.call(**options) == 0
+    together, alone = (
+        rows(runner.trial(study=study, workload="tiny_too") / "eval_measurements.csv")
+        for study in ("study_0", "alone")
+    )
+    assert [row["global_step"] for row in together] == ["1", "10", "20", "30"]
+    for name in ("train/loss", "validation/loss", "test/loss"):
+        assert [float(row[name]) for row in together] == pytest.approx(
+            [float(row[name]) for row in alone], rel=1e-4
+        )

@@ -6,6 +6,7 @@ that workload and a submission to tests in this process.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ NUM_FEATURES, NUM_CLASSES = 6, 3
 
 
 class TinyModel(nn.Module):
-    """Features (N, 6) -> batch norm -> dropout -> logits (N, 3)."""
+    """Features (N, 6) -> batch norm (or not) -> dropout -> logits (N, 3)."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_batch_norm: bool) -> None:
         super().__init__()
-        self.bn = nn.BatchNorm1d(NUM_FEATURES)
+        self.bn = nn.BatchNorm1d(NUM_FEATURES) if has_batch_norm else nn.Identity()
         self.head = nn.Linear(NUM_FEATURES, NUM_CLASSES)
 
     def forward(self, features: torch.Tensor, dropout_rate: float) -> torch.Tensor:
@@ -55,6 +56,8 @@ class TinyWorkload(spec.Workload):
     max_allowed_runtime_sec = 60
     eval_period_time_sec = 1
     step_hint = 40
+    has_batch_norm = True
+    dropout_rate = 0.25
 
     def has_reached_validation_target(self, eval_result: dict[str, float]) -> bool:
         return eval_result["validation/accuracy"] > self.validation_target_value
@@ -90,7 +93,7 @@ class TinyWorkload(spec.Workload):
 
     def init_model_fn(self, rng: Any) -> tuple[nn.Module, None]:
         torch.manual_seed(int(rng[0]))
-        model: nn.Module = TinyModel()
+        model: nn.Module = TinyModel(self.has_batch_norm)
         self._param_types = {
             name: spec.ParameterType.WEIGHT for name, _ in model.named_parameters()
         }
@@ -106,9 +109,11 @@ class TinyWorkload(spec.Workload):
         mode: spec.ForwardPassMode,
         rng: Any,
         update_batch_norm: bool,
-        dropout_rate: float = 0.25,
+        dropout_rate: float | None = None,
     ) -> tuple[torch.Tensor, Any]:
         params.train(mode == spec.ForwardPassMode.TRAIN)
+        if dropout_rate is None:
+            dropout_rate = self.dropout_rate
         return params(augmented_and_preprocessed_input_batch["inputs"], dropout_rate), None
 
     def loss_fn(
@@ -149,19 +154,24 @@ class TinyWorkload(spec.Workload):
         return {"accuracy": accuracy.item(), "loss": loss.item()}
 
 
-class TinyEntry:
-    """The workload's place in the registry."""
+class TinyTooWorkload(TinyWorkload):
+    """One whose loss is a mean over examples and nothing else, on any number of processes."""
 
-    summary = "for tests"
+    has_batch_norm = False
+    dropout_rate = 0.0
+
+
+@dataclass(frozen=True)
+class TinyEntry:
+    """A workload's place in the registry."""
+
+    workload: type[TinyWorkload]
 
     def load(self) -> type[TinyWorkload]:
-        return TinyWorkload
+        return self.workload
 
 
-def register(workloads: dict[str, Any]) -> None:
-    """Put the workload into a registry, under two names."""
-    workloads |= {"tiny": TinyEntry(), "tiny_too": TinyEntry()}
-
+ENTRIES: dict[str, Any] = {"tiny": TinyEntry(TinyWorkload), "tiny_too": TinyEntry(TinyTooWorkload)}
 
 # A submission that leans on everything a resumed run must bring back: three random generators, a
 # scheduler, weights that differ between training and evaluation, a varying number of batches a step.
@@ -286,7 +296,7 @@ def forget_modules(folder: Path) -> None:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the latter in the processes of parallel trials
-    register(WORKLOADS)
+    WORKLOADS |= ENTRIES
 
 if __name__ == "__main__":
     from workloads_smoke.run import command_line
