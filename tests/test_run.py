@@ -383,8 +383,7 @@ def test_mistakes_get_one_line_and_cost_nothing(
     assert errors.startswith("error: ")
     assert message in errors
     assert errors.count("\n") == 1
-    if "lacks hyperparameter" not in message:  # met only when the submission reads it
-        assert not (runner.folder / "results").exists()
+    assert not runner.trial().parent.exists(), "the mended command must not meet its own folder"
 
 
 def test_an_error_inside_the_submission_keeps_its_traceback(runner: Runner) -> None:
@@ -418,6 +417,17 @@ def test_all_official_flags_are_there() -> None:
     run_flags.define(values)
     ours = {"eval_every_steps", "step_budget", "parallel_trials", "use_submission_batch_size"}
     assert set(values) == set(OFFICIAL_FLAGS.split()) | ours
+
+
+def test_a_mistake_leaves_what_other_trials_logged(runner: Runner) -> None:
+    assert runner.call(max_global_steps=1) == 0
+    before = {path: path.read_bytes() for path in runner.trial().iterdir()}
+    runner.space.write_text('[{"learning_rate": 0.1}, {"learning_rate": 0.1}]')
+    needs_more = SUBMISSION.replace("hyperparameters.learning_rate", "hyperparameters.momentum")
+    given = {"submission_path": write_submission(runner.folder / "more", needs_more)}
+    assert runner.call(resume_last_run=True, num_tuning_trials=2, **given) == 1
+    assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
+    assert not runner.trial(2).exists()
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 from absl import logging
 
 from workloads_smoke.distributed import on_rank_zero, pytorch_setup
+from workloads_smoke.errors import UserError
 from workloads_smoke.logs import read_json_object, write_json
 from workloads_smoke.outcome import TrialOutcome
 from workloads_smoke.profiling import Profiler
@@ -55,8 +56,14 @@ def run_trial(
         setting = namedtuple("Hyperparameters", list(hyperparameters))(**hyperparameters)
     profiler = Profiler(enabled=settings.profile)
     context = TrialContext(request, settings, submission, workload, setting, profiler)
-    with contextlib.closing(progress):
+    try:
         outcome = run_loop(context, progress)
+    except UserError:
+        if pytorch_setup()[1] == 0:
+            _discard_if_unused(request.folder)
+        raise
+    finally:
+        progress.close()
     on_rank_zero(lambda: write_json(request.folder / _OUTCOME, asdict(outcome)))
     progress.finish(outcome.summary(workload))
     if settings.profile:
@@ -72,6 +79,17 @@ def read_outcome(folder: Path) -> TrialOutcome | None:
     """
     path = folder / _OUTCOME
     return TrialOutcome(**read_json_object(path)) if path.exists() else None
+
+
+def _discard_if_unused(folder: Path) -> None:
+    """Remove a trial that a mistake ended before its first log, so that the command can be mended."""
+    files = list(folder.iterdir())
+    if {path.name for path in files} <= {_HPARAMS, "meta_data_0.json", "flags_0.json"}:
+        for path in files:
+            path.unlink()
+        folder.rmdir()
+        with contextlib.suppress(OSError):  # other trials are in it
+            folder.parent.rmdir()
 
 
 def _keep_hyperparameters(request: TrialRequest) -> dict[str, Any] | None:
