@@ -1,91 +1,26 @@
-"""The runner as a command: what it leaves on disk, how it resumes, what it says to mistakes."""
+"""The runner as a command: what it leaves on disk, and how it resumes."""
 
-import csv
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from absl import flags
-from tiny_runner import ENTRIES, SUBMISSION, forget_modules, write_submission
+from runner_calls import (
+    ONE_THREAD,
+    TINY_RUNNER,
+    Runner,
+    assert_same_trial,
+    assert_whole_files,
+    rows,
+    untimed,
+)
+from tiny_runner import ENTRIES, SUBMISSION, write_submission
 
-from workloads_smoke import run, run_flags
-from workloads_smoke.registry import WORKLOADS
-
-TIMES = ("score", "time", "duration")
-TINY_RUNNER = Path(__file__).with_name("tiny_runner.py")
-# Sums over other numbers of threads have other last bits.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-class Runner:
-    """Calls the command, or what the command calls, in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.submission = write_submission(folder / "entry")
-        self.space = folder / "space.json"
-        self.space.write_text(json.dumps([{"learning_rate": 0.1}, {"learning_rate": 0.02}]))
-
-    def flags(self, **given: Any) -> list[str]:
-        values = {
-            "workload": "tiny",
-            "submission_path": self.submission,
-            "tuning_search_space": self.space,
-            "num_tuning_trials": 1,
-            "experiment_dir": self.folder / "results",
-            "experiment_name": "study_0",
-            "rng_seed": 3,
-            "max_global_steps": 30,
-            "eval_every_steps": 10,
-            **given,
-        }
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-    def command(self, **given: Any) -> list[str]:
-        return [sys.executable, str(TINY_RUNNER), *self.flags(**given)]
-
-    def start(self, environment: dict[str, str] | None = None, **given: Any) -> Any:
-        """A process of its own; seconds to start, so only where nothing less will do."""
-        return subprocess.Popen(
-            self.command(**given),
-            env={**ONE_THREAD, **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def call(self, **given: Any) -> Any:
-        """`main` in this process, with flags and modules of its own; the exit status."""
-        values = flags.FlagValues()
-        flags.DEFINE_integer("verbosity", 0, "Stands for absl's own.", flag_values=values)
-        run_flags.define(values)
-        handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-        torch.set_num_threads(1)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "FLAGS", values)
-            for name, entry in ENTRIES.items():
-                patch.setitem(WORKLOADS, name, entry)
-            patch.setattr(sys, "path", list(sys.path))
-            try:
-                run.main(values(["run", *self.flags(**given)]))
-            except SystemExit as end:
-                return end.code
-            finally:
-                signal.signal(signal.SIGTERM, handler)
-                torch.set_num_threads(threads)
-                forget_modules(self.folder)
-        return 0
-
-    def trial(self, number: int = 1, study: str = "study_0", workload: str = "tiny") -> Path:
-        return self.folder / "results" / study / f"{workload}_pytorch" / f"trial_{number}"
+from workloads_smoke import run_flags
 
 
 @pytest.fixture
@@ -99,49 +34,6 @@ def whole_trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runner = Runner(tmp_path_factory.mktemp("whole"))
     assert runner.call() == 0
     return runner.trial()
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def untimed(path: Path) -> list[dict[str, str]]:
-    """Rows without what no two runs have in common."""
-    left_out = (*TIMES, "preemption_count")
-    return [
-        {k: v for k, v in row.items() if not any(word in k for word in left_out)}
-        for row in rows(path)
-    ]
-
-
-def assert_same_bits(first: Any, second: Any) -> None:
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same_bits(first[key], second[key])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same_bits(one, other)
-    else:
-        assert first == second
-
-
-def assert_same_trial(first: Path, second: Path) -> None:
-    """Same metrics, and same bits in the last checkpoint."""
-    for name in ("eval_measurements.csv", "measurements.csv"):
-        assert untimed(first / name) == untimed(second / name)
-    steps = [[row["global_step"] for row in rows(p / "step_times.csv")] for p in (first, second)]
-    assert steps[0] == steps[1] == [str(step) for step in range(1, 31)]
-    contents = [torch.load(p / "checkpoint_30", weights_only=False) for p in (first, second)]
-    for key in ("model_params", "optimizer_state", "model_state", "global_step"):
-        assert_same_bits(contents[0][key], contents[1][key])
-    for key in ("torch", "python"):
-        assert_same_bits(*[content["runner_state"]["random"][key] for content in contents])
 
 
 def test_a_run_leaves_the_official_layout(
@@ -191,15 +83,6 @@ def test_a_killed_run_resumes_to_the_same_bits(
     counts = [row["preemption_count"] for row in rows(runner.trial() / "eval_measurements.csv")]
     assert counts == ["0", "0", *(["0", "0"] if death == IN_LAST_CHECKPOINT else ["1", "1"])]
     assert (runner.trial() / "meta_data_1.json").exists()
-
-
-def assert_whole_files(trial: Path) -> None:
-    for path in trial.glob("checkpoint_*"):
-        torch.load(path, weights_only=False)
-    for path in trial.glob("*.csv"):
-        assert all(None not in row.values() for row in rows(path))
-    for path in trial.glob("*.json"):
-        json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -318,116 +201,6 @@ def test_a_time_stamp_makes_a_new_folder(runner: Runner) -> None:
 def test_a_profile_is_printed(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.call(profile=True) == 0
     assert re.search(r"Update parameters +30 ", capsys.readouterr().out)
-
-
-def test_an_existing_folder_is_left_alone_unless_told(
-    runner: Runner, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = runner.trial().parent
-    folder.mkdir(parents=True)
-    (folder / "precious").write_text("mine")
-    assert runner.call() == 1
-    assert capsys.readouterr().err == (
-        f"error: experiment folder {folder} exists; --resume_last_run goes on with it, "
-        "--overwrite deletes it first, --append_timestamp makes a new one beside it\n"
-    )
-    assert [path.name for path in folder.iterdir()] == ["precious"]
-    # A mistake elsewhere must not cost what --overwrite would delete.
-    assert runner.call(overwrite=True, tuning_search_space="none.json") == 1
-    assert (folder / "precious").exists()
-    assert runner.call(overwrite=True, max_global_steps=1) == 0
-    assert not (folder / "precious").exists()
-    assert runner.trial().exists()
-
-
-BROKEN_JSON, NO_RATE, NO_UPDATE = "broken.json", "no_rate.json", "no_update.py"
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"workload": "mnits"}, "unknown workload 'mnits'; known ones: mnist, "),
-        ({"workload": "tiny,cifar"}, "unknown workload 'cifar'; known ones: mnist, "),
-        ({"workload": ""}, "unknown workload"),
-        ({"tuning_search_space": BROKEN_JSON}, f"{BROKEN_JSON} is not JSON: line 1, column 2"),
-        (
-            {"tuning_search_space": NO_RATE},
-            f"{NO_RATE} lacks hyperparameter 'learning_rate', which submission",
-        ),
-        ({"tuning_search_space": None}, "--tuning_ruleset=external needs --tuning_search_space"),
-        ({"tuning_ruleset": "self"}, "--tuning_ruleset=self takes no --tuning_search_space"),
-        ({"submission_path": NO_UPDATE}, f"{NO_UPDATE} lacks the function update_params"),
-        ({"submission_path": "none.py"}, "there is no file none.py"),
-        ({"framework": "jax"}, "--framework=jax: this runner runs PyTorch submissions"),
-        ({"use_wandb": True}, "--use_wandb is not possible here"),
-        ({"overwrite": True, "resume_last_run": True}, "give one of them"),
-        ({"max_global_steps": 0}, "--max_global_steps must be at least 1, got 0"),
-        ({"step_budget": 0.0}, "--step_budget must be above 0, got 0.0"),
-        ({"hparam_start_index": 3}, "--hparam_start_index=3: "),
-        ({"hparam_end_index": 0}, "must satisfy 0 <= start < end, got 0 and 0"),
-    ],
-)
-def test_mistakes_get_one_line_and_cost_nothing(
-    runner: Runner,
-    given: dict[str, Any],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(runner.folder)
-    Path(BROKEN_JSON).write_text("{learning_rate: 3}")
-    Path(NO_RATE).write_text('[{"lr": 0.1}]')
-    Path(NO_UPDATE).write_text(SUBMISSION.replace("def update_params(", "def update("))
-    assert runner.call(**given) == 1
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ")
-    assert message in errors
-    assert errors.count("\n") == 1
-    assert not runner.trial().parent.exists(), "the mended command must not meet its own folder"
-
-
-def test_an_error_inside_the_submission_keeps_its_traceback(runner: Runner) -> None:
-    text = SUBMISSION.replace("    losses = workload", "    raise KeyError\n    losses = workload")
-    path = write_submission(runner.folder / "raising", text)
-    with pytest.raises(KeyError) as caught:
-        runner.call(submission_path=path)
-    assert str(caught.traceback[-1].path) == str(path)
-
-
-def test_help_explains_every_flag() -> None:
-    values = flags.FlagValues()
-    run_flags.define(values)
-    for name in values:
-        text = values[name].help or ""
-        assert re.fullmatch(r"(<.*>: )?[A-Z'].{10,}\.", text, re.DOTALL), name
-
-
-# `flags.DEFINE_*` of submission_runner.py, mlcommons/algorithmic-efficiency v0.6.
-OFFICIAL_FLAGS = """
-submission_path workload tuning_ruleset tuning_search_space num_tuning_trials data_dir
-imagenet_v2_data_dir librispeech_tokenizer_vocab_path framework torch_compile experiment_dir
-experiment_name save_checkpoints save_intermediate_checkpoints resume_last_run append_timestamp
-use_wandb profile max_global_steps overwrite hparam_start_index hparam_end_index rng_seed
-set_pytorch_max_split_size pytorch_eval_num_workers capture_jax_trace skip_evals
-"""
-
-
-def test_all_official_flags_are_there() -> None:
-    values = flags.FlagValues()
-    run_flags.define(values)
-    ours = {"eval_every_steps", "step_budget", "parallel_trials", "use_submission_batch_size"}
-    assert set(values) == set(OFFICIAL_FLAGS.split()) | ours
-
-
-def test_a_mistake_leaves_what_other_trials_logged(runner: Runner) -> None:
-    assert runner.call(max_global_steps=1) == 0
-    before = {path: path.read_bytes() for path in runner.trial().iterdir()}
-    runner.space.write_text('[{"learning_rate": 0.1}, {"learning_rate": 0.1}]')
-    needs_more = SUBMISSION.replace("hyperparameters.learning_rate", "hyperparameters.momentum")
-    given = {"submission_path": write_submission(runner.folder / "more", needs_more)}
-    assert runner.call(resume_last_run=True, num_tuning_trials=2, **given) == 1
-    assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
-    assert not runner.trial(2).exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,127 @@
+"""What the runner says to mistakes, and that they cost nothing; its flags and their help."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from absl import flags
+from runner_calls import Runner
+from tiny_runner import SUBMISSION, write_submission
+
+from workloads_smoke import run_flags
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)
+
+
+def test_an_existing_folder_is_left_alone_unless_told(
+    runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runner.trial().parent
+    folder.mkdir(parents=True)
+    (folder / "precious").write_text("mine")
+    assert runner.call() == 1
+    assert capsys.readouterr().err == (
+        f"error: experiment folder {folder} exists; --resume_last_run goes on with it, "
+        "--overwrite deletes it first, --append_timestamp makes a new one beside it\n"
+    )
+    assert [path.name for path in folder.iterdir()] == ["precious"]
+    # A mistake elsewhere must not cost what --overwrite would delete.
+    assert runner.call(overwrite=True, tuning_search_space="none.json") == 1
+    assert (folder / "precious").exists()
+    assert runner.call(overwrite=True, max_global_steps=1) == 0
+    assert not (folder / "precious").exists()
+    assert runner.trial().exists()
+
+
+BROKEN_JSON, NO_RATE, NO_UPDATE = "broken.json", "no_rate.json", "no_update.py"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"workload": "mnits"}, "unknown workload 'mnits'; known ones: mnist, "),
+        ({"workload": "tiny,cifar"}, "unknown workload 'cifar'; known ones: mnist, "),
+        ({"workload": ""}, "unknown workload"),
+        ({"tuning_search_space": BROKEN_JSON}, f"{BROKEN_JSON} is not JSON: line 1, column 2"),
+        (
+            {"tuning_search_space": NO_RATE},
+            f"{NO_RATE} lacks hyperparameter 'learning_rate', which submission",
+        ),
+        ({"tuning_search_space": None}, "--tuning_ruleset=external needs --tuning_search_space"),
+        ({"tuning_ruleset": "self"}, "--tuning_ruleset=self takes no --tuning_search_space"),
+        ({"submission_path": NO_UPDATE}, f"{NO_UPDATE} lacks the function update_params"),
+        ({"submission_path": "none.py"}, "there is no file none.py"),
+        ({"framework": "jax"}, "--framework=jax: this runner runs PyTorch submissions"),
+        ({"use_wandb": True}, "--use_wandb is not possible here"),
+        ({"overwrite": True, "resume_last_run": True}, "give one of them"),
+        ({"max_global_steps": 0}, "--max_global_steps must be at least 1, got 0"),
+        ({"step_budget": 0.0}, "--step_budget must be above 0, got 0.0"),
+        ({"hparam_start_index": 3}, "--hparam_start_index=3: "),
+        ({"hparam_end_index": 0}, "must satisfy 0 <= start < end, got 0 and 0"),
+    ],
+)
+def test_mistakes_get_one_line_and_cost_nothing(
+    runner: Runner,
+    given: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(runner.folder)
+    Path(BROKEN_JSON).write_text("{learning_rate: 3}")
+    Path(NO_RATE).write_text('[{"lr": 0.1}]')
+    Path(NO_UPDATE).write_text(SUBMISSION.replace("def update_params(", "def update("))
+    assert runner.call(**given) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert not runner.trial().parent.exists(), "the mended command must not meet its own folder"
+
+
+def test_an_error_inside_the_submission_keeps_its_traceback(runner: Runner) -> None:
+    text = SUBMISSION.replace("    losses = workload", "    raise KeyError\n    losses = workload")
+    path = write_submission(runner.folder / "raising", text)
+    with pytest.raises(KeyError) as caught:
+        runner.call(submission_path=path)
+    assert str(caught.traceback[-1].path) == str(path)
+
+
+def test_help_explains_every_flag() -> None:
+    values = flags.FlagValues()
+    run_flags.define(values)
+    for name in values:
+        text = values[name].help or ""
+        assert re.fullmatch(r"(<.*>: )?[A-Z'].{10,}\.", text, re.DOTALL), name
+
+
+# `flags.DEFINE_*` of submission_runner.py, mlcommons/algorithmic-efficiency v0.6.
+OFFICIAL_FLAGS = """
+submission_path workload tuning_ruleset tuning_search_space num_tuning_trials data_dir
+imagenet_v2_data_dir librispeech_tokenizer_vocab_path framework torch_compile experiment_dir
+experiment_name save_checkpoints save_intermediate_checkpoints resume_last_run append_timestamp
+use_wandb profile max_global_steps overwrite hparam_start_index hparam_end_index rng_seed
+set_pytorch_max_split_size pytorch_eval_num_workers capture_jax_trace skip_evals
+"""
+
+
+def test_all_official_flags_are_there() -> None:
+    values = flags.FlagValues()
+    run_flags.define(values)
+    ours = {"eval_every_steps", "step_budget", "parallel_trials", "use_submission_batch_size"}
+    assert set(values) == set(OFFICIAL_FLAGS.split()) | ours
+
+
+def test_a_mistake_leaves_what_other_trials_logged(runner: Runner) -> None:
+    assert runner.call(max_global_steps=1) == 0
+    before = {path: path.read_bytes() for path in runner.trial().iterdir()}
+    runner.space.write_text('[{"learning_rate": 0.1}, {"learning_rate": 0.1}]')
+    needs_more = SUBMISSION.replace("hyperparameters.learning_rate", "hyperparameters.momentum")
+    given = {"submission_path": write_submission(runner.folder / "more", needs_more)}
+    assert runner.call(resume_last_run=True, num_tuning_trials=2, **given) == 1
+    assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
+    assert not runner.trial(2).exists()
