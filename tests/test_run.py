@@ -120,6 +120,16 @@ def test_resuming_keeps_complete_trials_and_starts_those_that_lack(
     assert_same_trial(whole_trial, runner.trial(2))
 
 
+def test_a_kill_after_the_last_checkpoint_writes_no_row_twice(
+    runner: Runner, whole_trial: Path
+) -> None:
+    assert runner.call() == 0
+    (runner.trial() / "outcome.json").unlink()
+    assert runner.call(resume_last_run=True) == 0
+    assert_same_trial(whole_trial, runner.trial())
+    assert (runner.trial() / "outcome.json").exists()
+
+
 def test_an_unfinished_trial_without_checkpoints_starts_anew(
     runner: Runner, whole_trial: Path
 ) -> None:
