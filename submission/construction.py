@@ -35,7 +35,7 @@ def build_optimizer(
         pace: The setting's time scales for this run.
     """
     groups = [
-        {"params": parameters, **_options(chosen, hyperparameters)}
+        {"params": parameters, **_options(chosen, hyperparameters, pace)}
         for chosen, parameters in routed(model).items()
     ]
     return DistributedShampoo(
@@ -51,12 +51,12 @@ def build_optimizer(
     )
 
 
-def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
+def _options(chosen: Route, hyperparameters: Hyperparameters, pace: Pace) -> dict[str, Any]:
     """Return what a route's group overrides."""
     if chosen is Route.MATRIX:
         return {
             "preconditioner": _preconditioner(hyperparameters),
-            "max_block_size": hyperparameters.max_block_size,
+            "max_block_size": pace.max_block_size,
         }
     # An elementwise method needs no blocks: one vector per parameter.
     diagonal = {"preconditioner": AdamConfig(), "max_block_size": None, "target_order": 1}
