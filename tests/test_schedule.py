@@ -1,5 +1,6 @@
 """The learning-rate schedules: exact numbers, and properties for every shape and length."""
 
+import itertools
 import math
 
 import pytest
@@ -54,8 +55,8 @@ def test_constant_stays_at_the_peak() -> None:
 def test_rises_to_the_peak_then_never_rises_again(schedule: Schedule) -> None:
     rates = [schedule(step) for step in range(1, schedule.total_steps + 20)]
     warm, rest = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
-    assert all(earlier < later for earlier, later in zip(warm, warm[1:], strict=False))
-    assert all(earlier >= later for earlier, later in zip(rest, rest[1:], strict=False))
+    assert all(earlier < later for earlier, later in itertools.pairwise(warm))
+    assert all(earlier >= later for earlier, later in itertools.pairwise(rest))
     assert all(0.0 <= rate <= schedule.peak * (1 + 1e-12) for rate in rates)
     if warm:
         assert warm[-1] == schedule.peak
@@ -63,7 +64,7 @@ def test_rises_to_the_peak_then_never_rises_again(schedule: Schedule) -> None:
 
 @given(schedules())
 def test_stands_at_its_floor_after_the_end(schedule: Schedule) -> None:
-    """torch's CosineAnnealingLR climbs again there, which undid runs longer than their hint."""
+    """Torch's CosineAnnealingLR climbs again there, which undid runs longer than their hint."""
     last = schedule(schedule.total_steps)
     assert schedule(10 * schedule.total_steps + 7) == last
     if schedule.shape != "constant":
