@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -21,22 +22,27 @@ from shampoo_core.averaging import AveragingConfig
 
 from .hyperparameters import Hyperparameters
 from .pace import Pace
-from .routing import Route, routed
+from .routing import Kind, Route, routed
 
 
 def build_optimizer(
-    model: nn.Module, hyperparameters: Hyperparameters, pace: Pace
+    model: nn.Module,
+    parameter_types: Mapping[str, Any],
+    hyperparameters: Hyperparameters,
+    pace: Pace,
 ) -> DistributedShampoo:
     """Build the optimizer for all trainable parameters of `model`.
 
     Args:
         model: The model, possibly wrapped by DDP and `torch.compile`.
+        parameter_types: The workload's `model_params_types`.
         hyperparameters: The setting.
         pace: The setting's time scales for this run.
     """
+    routes = routed(model, parameter_types, hyperparameters.max_block_size)
     groups = [
-        {"params": parameters, **_options(chosen, hyperparameters, pace)}
-        for chosen, parameters in routed(model).items()
+        {"params": parameters, **_options(chosen, hyperparameters)}
+        for chosen, parameters in routes.items()
     ]
     return DistributedShampoo(
         groups,
@@ -51,20 +57,18 @@ def build_optimizer(
     )
 
 
-def _options(chosen: Route, hyperparameters: Hyperparameters, pace: Pace) -> dict[str, Any]:
+def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
     """Return what a route's group overrides."""
-    if chosen is Route.MATRIX:
-        return {
-            "preconditioner": _preconditioner(hyperparameters),
-            "max_block_size": pace.max_block_size,
-        }
+    options: dict[str, Any] = {"max_block_size": chosen.max_block_size}
+    if chosen.kind is Kind.MATRIX:
+        return {**options, "preconditioner": _preconditioner(hyperparameters)}
     # An elementwise method needs no blocks: one vector per parameter.
-    diagonal = {"preconditioner": AdamConfig(), "max_block_size": None, "target_order": 1}
-    if chosen is Route.TABLE and hyperparameters.averaging == "weight_ema":
+    options.update(preconditioner=AdamConfig(), target_order=1)
+    if chosen.kind is Kind.TABLE and hyperparameters.averaging == "weight_ema":
         # An average and, during evaluation, the training weights would be two more copies of what
         # fills the memory already; a row moves seldom, so that there is little to average.
-        return {**diagonal, "averaging": None}
-    return diagonal
+        options["averaging"] = None
+    return options
 
 
 def _preconditioner(

@@ -21,9 +21,6 @@ from .schedule import Schedule
 LONG_RUN = 10_000
 #: A run gets at least this many refreshes, however long the longest allowed interval is.
 REFRESHES_PER_RUN = 60
-#: Blocks of a short run are cut smaller, in proportion to its steps but not below this side: a refresh
-#: costs the cube of the side, and a short run has few steps to earn it back.
-SMALLEST_LARGEST_BLOCK = 128
 #: Second moments forget within one part in this many of the run.
 MEMORIES_PER_RUN = 20
 #: The window of averaged weights, as a share of the run (Ajroldi et al. 2025, arXiv 2502.06761).
@@ -37,7 +34,6 @@ class Pace:
 
     Attributes:
         schedule: Learning rate by step.
-        max_block_size: Longest side of a block, >= 1.
         refresh_interval: Steps between two refreshes of a root or basis, >= 1.
         beta1: Decay rate of the first moment, in [0, 1).
         beta2: Decay rate of factors and second moments, in [0, 1).
@@ -46,7 +42,6 @@ class Pace:
     """
 
     schedule: Schedule
-    max_block_size: int
     refresh_interval: int
     beta1: float
     beta2: float
@@ -77,10 +72,6 @@ def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
             peak=hyperparameters.learning_rate * math.sqrt(max(1.0, LONG_RUN / total)),
             total_steps=total,
             warmup_steps=min(round(total * hyperparameters.warmup_factor), total - 1),
-        ),
-        max_block_size=min(
-            hyperparameters.max_block_size,
-            max(SMALLEST_LARGEST_BLOCK, hyperparameters.max_block_size * total // LONG_RUN),
         ),
         refresh_interval=max(1, min(hyperparameters.refresh_interval, total // REFRESHES_PER_RUN)),
         beta1=1.0 - hyperparameters.one_minus_beta1,

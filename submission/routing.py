@@ -1,26 +1,35 @@
-"""Which method a parameter gets, by its shape alone.
+"""Which method a parameter gets, and in blocks of which size, by its shape and type alone.
 
     at most one side longer than 1    diagonal: a bias or scale has no matrix structure
     a side of TABLE_ROWS or more      table: its rows are looked up, most of them rarely, and a
                                       factor over them would mean nothing
-    everything else                   matrix: the method the setting asks for
+    an embedding                      matrix, in blocks not much longer than an embedded vector: a
+                                      longer factor over rows that meet in no product would cost its
+                                      cube and tell little
+    everything else                   matrix, in the largest blocks allowed
 
-The benchmark's parameter types add nothing to that: biases and norms are vectors, and the largest
-tables call themselves weights.
+The type is the benchmark's `ParameterType`, known here by its name so that nothing of the harness
+has to be imported.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 #: From this many rows on a tensor is a lookup table.
 TABLE_ROWS = 65_536
+#: Blocks of an embedding may be this long even where its vectors are shorter.
+EMBEDDING_BLOCK_SIZE = 128
+_EMBEDDING = "EMBEDDING"
+_WRAPPERS = ("_orig_mod.", "module.")
 
 
-class Route(enum.Enum):
+class Kind(enum.Enum):
     """The kinds of treatment."""
 
     MATRIX = "matrix"
@@ -28,18 +37,57 @@ class Route(enum.Enum):
     TABLE = "table"
 
 
-def route(shape: Iterable[int]) -> Route:
-    """Return the treatment of a parameter with these sides."""
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """What a parameter gets; `max_block_size` is None where blocks have no meaning."""
+
+    kind: Kind
+    max_block_size: int | None = None
+
+
+def route(shape: Iterable[int], parameter_type: str | None, max_block_size: int) -> Route:
+    """Return the treatment of a parameter.
+
+    Args:
+        shape: Its sides.
+        parameter_type: Name of its `ParameterType`, e.g. "CONV_WEIGHT"; None if unknown.
+        max_block_size: Largest side of a block that the setting allows.
+    """
     sides = [side for side in shape if side != 1]
     if len(sides) < 2:
-        return Route.DIAGONAL
-    return Route.TABLE if max(sides) >= TABLE_ROWS else Route.MATRIX
+        return Route(Kind.DIAGONAL)
+    if max(sides) >= TABLE_ROWS:
+        return Route(Kind.TABLE)
+    if parameter_type == _EMBEDDING:
+        max_block_size = min(max_block_size, max(EMBEDDING_BLOCK_SIZE, min(sides)))
+    return Route(Kind.MATRIX, max_block_size)
 
 
-def routed(model: nn.Module) -> dict[Route, list[nn.Parameter]]:
-    """Sort the trainable parameters of `model` by route; routes without parameters are left out."""
+def bare_name(name: str) -> str:
+    """Return a parameter's name without what `torch.compile` and DDP put before it.
+
+    >>> bare_name("_orig_mod.module.encoder.weight")
+    'encoder.weight'
+    """
+    while name.startswith(_WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def routed(
+    model: nn.Module, parameter_types: Mapping[str, Any], max_block_size: int
+) -> dict[Route, list[nn.Parameter]]:
+    """Sort the trainable parameters of a model by route; routes without parameters are left out.
+
+    Args:
+        model: The model, possibly wrapped by DDP and `torch.compile`.
+        parameter_types: The workload's `model_params_types`, by unwrapped name.
+        max_block_size: Largest side of a block that the setting allows.
+    """
     groups: dict[Route, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(route(parameter.shape), []).append(parameter)
+            parameter_type = getattr(parameter_types.get(bare_name(name)), "name", None)
+            chosen = route(parameter.shape, parameter_type, max_block_size)
+            groups.setdefault(chosen, []).append(parameter)
     return groups

@@ -39,7 +39,9 @@ def init_optimizer_state(
     setting = Hyperparameters.from_namespace(hyperparameters)
     # The harness saves and restores every value here through state_dict and load_state_dict.
     return {
-        "optimizer": build_optimizer(model_params, setting, pace(setting, workload.step_hint)),
+        "optimizer": build_optimizer(
+            model_params, workload.model_params_types, setting, pace(setting, workload.step_hint)
+        ),
         "recent_batches": RecentBatches(model_params, averaging=setting.averaging != "none"),
     }
 
