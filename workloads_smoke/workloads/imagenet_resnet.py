@@ -80,14 +80,14 @@ class ResNet(nn.Module):
 
 
 class ImagenetResNetWorkload(ClassificationWorkload):
-    """9576 images of ten digits over photographs, shifted at random, 5 % wrong labels."""
+    """9970 images of ten digits over photographs, shifted at random, 5 % wrong labels."""
 
     name = "imagenet_resnet"
     facts = WorkloadFacts(
         target_metric="accuracy",
         larger_is_better=True,
         loss_type=spec.LossType.SOFTMAX_CROSS_ENTROPY,
-        num_train_examples=9_576,
+        num_train_examples=9_970,
         num_eval_train_examples=NUM_EVAL_TRAIN,
         num_validation_examples=1_200,
         num_test_examples=1_200,

@@ -142,7 +142,7 @@ class ImagenetVitWorkload(ImagenetResNetWorkload):
         target_metric="accuracy",
         larger_is_better=True,
         loss_type=spec.LossType.SOFTMAX_CROSS_ENTROPY,
-        num_train_examples=9_576,
+        num_train_examples=9_970,
         num_eval_train_examples=1_200,
         num_validation_examples=1_200,
         num_test_examples=1_200,
