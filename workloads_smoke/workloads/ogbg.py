@@ -133,6 +133,11 @@ class OgbgWorkload(SmokeWorkload):
     smoke_batch_size = 64
     output_parameters = ("decoder.weight", "decoder.bias")
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Logits, labels and presence of labels of the evaluation under way, by batch.
+        self._scores: list[Tensor] = []
+
     def _build_model(self) -> nn.Module:
         return GraphModel()
 
@@ -177,7 +182,7 @@ class OgbgWorkload(SmokeWorkload):
         }
 
     def _measure(self, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
-        self._scores: list[Tensor] = []
+        self._scores.clear()
         metrics = super()._measure(model, batches)
         rows = gather_rows_over_processes(torch.cat(self._scores)).cpu().numpy()
         logits, labels, present = rows.swapaxes(0, 1)
