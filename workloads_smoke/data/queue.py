@@ -80,7 +80,7 @@ class InputQueue(Iterator[Batch]):
         augment: Augment | None = None,
         num_batches: int | None = None,
     ) -> None:
-        """Args as follows.
+        """Start before the first batch.
 
         Args:
             gather: Returns the batch of a tensor of example indices.

@@ -64,7 +64,7 @@ class TargetSetter:
     """
 
     def __init__(self, name: str, runs_dir: Path, report: Callable[[str], None]) -> None:
-        """Args as follows.
+        """Build the workload to find targets for.
 
         Args:
             name: The workload.
@@ -114,8 +114,7 @@ class TargetSetter:
         ]
 
     def _repeat(self, result: Result, seed: int) -> Result:
-        run = result.run
-        return self._train(Run(run.algorithm, run.point, seed, run.num_steps, run.num_evaluations))
+        return self._train(replace(result.run, seed=seed))
 
     def _check(self, results: list[Result], target: float) -> dict[str, Any]:
         """Train NAdamW over the whole step hint, well tuned and with a poor learning rate.
