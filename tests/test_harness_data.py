@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -80,12 +81,14 @@ def test_splits_are_balanced_as_large_as_asked_and_of_their_own_originals() -> N
         "train": (1600, 28, 28),
         "test": (600, 28, 28),
     }
-    # Each original is used equally often, so the labels of the last 300 are the validation
-    # originals' own, and those of the test split are each test original's twice.
-    validation = np.sort(splits["train"].labels[1300:])
-    assert validation.tolist() == sorted(real_digits("validation")[1].tolist())
-    test = np.sort(splits["test"].labels)
-    assert test.tolist() == sorted(real_digits("test")[1].tolist() * 2)
+    # Each original is used equally often, up to one copy.
+    made = {"validation": splits["train"].labels[1300:], "test": splits["test"].labels}
+    for split, labels in made.items():
+        originals = np.bincount(real_digits(split)[1], minlength=10)
+        copies = len(labels) / originals.sum()
+        counts = np.bincount(labels, minlength=10)
+        assert np.all(counts >= originals * math.floor(copies))
+        assert np.all(counts <= originals * math.ceil(copies))
     for split in splits.values():
         assert split.images.dtype == np.uint8
         assert split.images.max() == 255

@@ -1,7 +1,6 @@
 """The submission on two processes: the loss of the whole batch, and equal weights on all ranks."""
 
 import copy
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_workload import Run, ToyWorkload, namespace
 
 from submission.objective import averaged_over_ranks, in_step_with_others, mean_loss
+from workloads_smoke.distributed import leave_process_group
 
 NUM_RANKS = 2
 NUM_VALID = (7, 2)  # valid examples per rank: the mean of means would be wrong
@@ -34,11 +34,10 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
 
 
-def on_each_rank(rank: int, port: int, folder: Path) -> None:
+def on_each_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=NUM_RANKS
-    )
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=NUM_RANKS)
     outcome: dict[str, Any] = {}
 
     # The harness hands over a bare module after a resume.
@@ -59,16 +58,13 @@ def on_each_rank(rank: int, port: int, folder: Path) -> None:
     run.train(1)
     outcome["trained"] = run.weights()
     torch.save(outcome, folder / f"rank_{rank}")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(on_each_rank, (port, folder), nprocs=NUM_RANKS)
+    multiprocessing.spawn(on_each_rank, (folder,), nprocs=NUM_RANKS)
     return [torch.load(folder / f"rank_{rank}") for rank in range(NUM_RANKS)]
 
 

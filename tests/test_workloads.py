@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,19 +340,32 @@ def test_reaching_a_target_is_strict(
         assert workload.has_reached_test_target(result) == reached
 
 
-def test_targets_are_set_and_sensible(workload: SmokeWorkload) -> None:
-    if workload.name not in json.loads(TARGETS_FILE.read_text())["workloads"]:
-        pytest.skip(
-            f"no target yet: run `python -m workloads_smoke.set_targets --workload {workload.name}`"
-        )
+def test_targets_are_those_of_the_workload_as_it_is(workload: SmokeWorkload) -> None:
+    """Set for this metric, batch size and step hint, and the median of the recorded runs."""
+    entry = json.loads(TARGETS_FILE.read_text())["workloads"].get(workload.name)
+    if entry is None:
+        pytest.skip("targets are being set")
+    assert entry["metric"] == workload.target_metric_name
+    assert entry["batch_size"] == workload.smoke_batch_size
+    assert entry["step_hint"] == workload.step_hint
+    winner = entry["point"] | {"algorithm": entry["algorithm"]}
+    runs = {run["seed"]: run for run in entry["runs"] if winner.items() <= run.items()}
+    assert len(runs) == entry["effort"]["seeds"] >= 3
     targets = load_targets(workload.name)
-    for value in (targets.validation_target_value, targets.test_target_value):
-        if workload.target_metric_name == "bleu":
-            assert 5 < value < 80
-        elif workload.target_metric_name == "ppl":
-            assert 5 < value < 200
-        else:
-            assert 0.05 < value < 0.99
+    for split in ("validation", "test"):
+        median = statistics.median(run[split] for run in runs.values())
+        assert getattr(targets, f"{split}_target_value") == pytest.approx(median)
+
+
+def test_targets_separate_a_poor_learning_rate_from_a_tuned_one(workload: SmokeWorkload) -> None:
+    entry = json.loads(TARGETS_FILE.read_text())["workloads"].get(workload.name)
+    if entry is None:
+        pytest.skip("targets are being set")
+    check = entry["check"]
+    assert check["nadamw_poor_learning_rate_reaches_at"] is None
+    reached = [share for share in check["nadamw_tuned_reaches_at"] if share is not None]
+    assert len(reached) >= 2
+    assert 0.5 <= statistics.median(reached) <= 1.0
 
 
 def test_unknown_splits_are_refused(workload: SmokeWorkload) -> None:

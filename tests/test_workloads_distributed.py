@@ -11,6 +11,7 @@ from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from workloads_smoke import spec
+from workloads_smoke.distributed import leave_process_group
 from workloads_smoke.registry import load_workload
 from workloads_smoke.workloads.base import SmokeWorkload
 from workloads_smoke.workloads.layers import MaskedBatchNorm
@@ -78,8 +79,7 @@ def process(rank: int, folder: str) -> None:
     found |= {"norm": torch.cat(parts).flatten().tolist(), "running_var": norm.running_var.tolist()}
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.destroy_process_group()
+    leave_process_group()
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
