@@ -1,8 +1,9 @@
 """Which method a parameter gets, and in blocks of which size, by its shape and type alone.
 
     at most one side longer than 1    diagonal: a bias or scale has no matrix structure
-    a side of TABLE_ROWS or more      table: its rows are looked up, most of them rarely, and a
-                                      factor over them would mean nothing
+    a side of TABLE_ROWS or more,     table: its rows are looked up, most of them rarely, and a
+    or many rows much longer than     factor over them would mean nothing
+    the other side
     an embedding                      matrix, in blocks not much longer than an embedded vector: a
                                       longer factor over rows that meet in no product would cost its
                                       cube and tell little
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,9 @@ from torch import nn
 
 #: From this many rows on a tensor is a lookup table.
 TABLE_ROWS = 65_536
+#: And from this many, where rows outnumber columns by more than any dense layer's do.
+MANY_ROWS = 4_096
+TABLE_ASPECT = 256
 #: Blocks of an embedding may be this long even where its vectors are shorter.
 EMBEDDING_BLOCK_SIZE = 128
 _EMBEDDING = "EMBEDDING"
@@ -56,11 +61,16 @@ def route(shape: Iterable[int], parameter_type: str | None, max_block_size: int)
     sides = [side for side in shape if side != 1]
     if len(sides) < 2:
         return Route(Kind.DIAGONAL)
-    if max(sides) >= TABLE_ROWS:
+    if _is_table(sides):
         return Route(Kind.TABLE)
     if parameter_type == _EMBEDDING:
         max_block_size = min(max_block_size, max(EMBEDDING_BLOCK_SIZE, min(sides)))
     return Route(Kind.MATRIX, max_block_size)
+
+
+def _is_table(sides: list[int]) -> bool:
+    rows, columns = max(sides), math.prod(sides) // max(sides)
+    return rows >= TABLE_ROWS or (rows >= MANY_ROWS and rows >= TABLE_ASPECT * columns)
 
 
 def bare_name(name: str) -> str:

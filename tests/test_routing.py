@@ -23,9 +23,12 @@ class Types(enum.Enum):
         ((1, 1, 512), Route(Kind.DIAGONAL)),
         ((2, 3), Route(Kind.MATRIX, 1024)),
         ((512, 1, 3, 3), Route(Kind.MATRIX, 1024)),
-        ((TABLE_ROWS - 1, 128), Route(Kind.MATRIX, 1024)),
+        ((TABLE_ROWS - 1, 1024), Route(Kind.MATRIX, 1024)),
         ((TABLE_ROWS, 128), Route(Kind.TABLE)),
         ((128, 1_048_576), Route(Kind.TABLE)),
+        ((11_264, 8), Route(Kind.TABLE)),
+        ((11_264, 64), Route(Kind.MATRIX, 1024)),
+        ((2, 1024), Route(Kind.MATRIX, 1024)),
     ],
 )
 def test_route_by_shape(shape: tuple[int, ...], expected: Route) -> None:

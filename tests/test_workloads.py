@@ -368,6 +368,11 @@ def test_targets_separate_a_poor_learning_rate_from_a_tuned_one(workload: SmokeW
     assert 0.5 <= statistics.median(reached) <= 1.0
 
 
+def test_perplexity_of_a_run_that_diverged_is_a_number() -> None:
+    metrics = load_workload("finewebedu_lm")._final_metrics({"loss": 1e6, "tokens": 10.0})
+    assert metrics == {"loss": 1e5, "ppl": float("inf")}
+
+
 def test_unknown_splits_are_refused(workload: SmokeWorkload) -> None:
     with pytest.raises(ValueError, match="got 'valid'"):
         batches(workload, "valid", 8)

@@ -59,7 +59,7 @@ def train(workload: SmokeWorkload, run: Run) -> Curve:
         run: What to train.
 
     Returns:
-        The curve, cut where the loss was not finite.
+        The curve, without what was not finite.
     """
     started = time.process_time()
     params, _ = workload.init_model_fn([run.seed, 1])
@@ -103,6 +103,9 @@ def training_step(
 def _evaluate(workload: SmokeWorkload, params: nn.Module, step: int, curve: Curve) -> None:
     results = workload.eval_model(workload.eval_batch_size, params, None, [0, 3], "", None, step)
     metric = workload.target_metric_name
-    curve.steps.append(step)
-    curve.validation.append(round(results[f"validation/{metric}"], 6))
-    curve.test.append(round(results[f"test/{metric}"], 6))
+    validation, test = results[f"validation/{metric}"], results[f"test/{metric}"]
+    # A model can be broken before its training loss shows it.
+    if math.isfinite(validation) and math.isfinite(test):
+        curve.steps.append(step)
+        curve.validation.append(round(validation, 6))
+        curve.test.append(round(test, 6))

@@ -181,4 +181,6 @@ class LmWorkload(SmokeWorkload):
 
     def _final_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         loss = sums["loss"] / sums["tokens"]
-        return {"loss": loss, "ppl": math.exp(loss)}
+        # Of a run that diverged, infinite; `math.exp` would raise instead.
+        ppl = torch.tensor(loss, dtype=torch.float64).exp().item()
+        return {"loss": loss, "ppl": ppl}
