@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv smoke test test-slow test-harness test-pinned lint clean
+.PHONY: help venv smoke bench test test-slow test-harness test-pinned lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ venv: $(VENV)/.installed  ## create .venv with the package and its test and lint
 
 smoke: venv  ## train our submission and the baseline on the smoke workloads, print scores, write plots
 	$(BIN)/python -m workloads_smoke.smoke
+
+bench: venv  ## print the benchmark tables (operations, bytes, times) and write them to results/bench
+	$(BIN)/python -m benchmarks
 
 test: venv  ## run the default test suite
 	$(BIN)/python -m pytest
@@ -46,6 +49,7 @@ lint: venv  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --package benchmarks
 
 clean:  ## remove what the targets above made, but not results
 	rm -rf $(VENV) .venv-pinned .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -12,9 +12,9 @@ import torch
 from hard_matrices import SIDE, hard_matrices, hopeless_matrices, with_spectrum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_counting import OpCounter
 from torch import Tensor
 
+from benchmarks.counting import OperationCounter
 from shampoo_core.solvers import (
     BasisSolver,
     ChebyshevSolver,
@@ -137,7 +137,7 @@ def several_batches() -> list[Tensor]:
 @each_solver
 def test_several_batches_in_one_call(solver: RootSolver, ridges: dict[str, float]) -> None:
     batches, exponents = several_batches(), [0.25, 0.5, 0.25, 1.0]
-    with OpCounter() as ops:
+    with OperationCounter() as ops:
         together = solver.inverse_roots(batches, exponents, **ridges)
     # One to learn whether anything failed; where something did, as for Chebyshev with exponent 1,
     # the repair costs more.
@@ -187,16 +187,16 @@ def test_number_of_operations_does_not_grow_with_the_batch(solver: RootSolver) -
     counts = []
     for num_matrices in (1, 9):
         matrices = batch(num_matrices)
-        with OpCounter() as ops:
+        with OperationCounter() as ops:
             result = solver.inverse_root(matrices, 0.25)
         assert result.accepted.all()
-        counts.append(ops.num_kernels)
+        counts.append(ops.num_operations)
         assert ops.num_synchronisations <= 1
     assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
-    ("call", "num_kernels", "num_synchronisations"),
+    ("call", "num_operations", "num_synchronisations"),
     [
         (lambda a: EighSolver().inverse_root(a, 0.25), 44, 1),
         (lambda a: EighSolver().basis(a), 44, 1),
@@ -209,12 +209,12 @@ def test_number_of_operations_does_not_grow_with_the_batch(solver: RootSolver) -
     ],
 )
 def test_operations_and_synchronisations_of_a_call(
-    call: Callable[[Tensor], object], num_kernels: int, num_synchronisations: int
+    call: Callable[[Tensor], object], num_operations: int, num_synchronisations: int
 ) -> None:
     matrices = batch(4)
-    with OpCounter() as ops:
+    with OperationCounter() as ops:
         call(matrices)
-    assert ops.num_kernels <= num_kernels
+    assert ops.num_operations <= num_operations
     assert ops.num_synchronisations == num_synchronisations
 
 
@@ -535,10 +535,10 @@ def test_a_root_too_large_for_float32_is_not_accepted() -> None:
 def test_batches_of_one_call_share_operations_and_the_synchronisation() -> None:
     batches = [batch(3)[:, :side, :side].contiguous() for side in (2, 3, 5, 6, 7, 8)]
     exponents = [0.25, 0.5, 0.25, 1 / 6, 0.25, 0.25]
-    with OpCounter() as ops:
+    with OperationCounter() as ops:
         results = EighSolver().inverse_roots(batches, exponents)
     assert ops.num_synchronisations == 1
-    assert ops.num_kernels <= 44 + 5 * 7
+    assert ops.num_operations <= 44 + 5 * 7
     for matrices, exponent, result in zip(batches, exponents, results, strict=True):
         alone = EighSolver().inverse_root(matrices, exponent)
         torch.testing.assert_close(result.roots, alone.roots, rtol=1e-5, atol=1e-6)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_counting import OpCounter
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.counting import OperationCounter
 from shampoo_core.solvers import orthogonalize
 from shampoo_core.solvers.polar import COEFFICIENTS, POLAR_EXPRESS
 
@@ -104,9 +104,9 @@ def test_operations_of_a_call() -> None:
     counts = []
     for num_matrices in (1, 7):
         matrices = torch.randn(num_matrices, 8, 5)
-        with OpCounter() as ops:
+        with OperationCounter() as ops:
             orthogonalize(matrices, steps=5)
-        counts.append(ops.num_kernels)
+        counts.append(ops.num_operations)
         assert ops.num_synchronisations == 0
     assert counts[0] == counts[1] <= 24
 

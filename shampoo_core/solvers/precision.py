@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -15,8 +15,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
     The float32 setting is global to the process in torch and is put back on the way out; another
     thread that multiplies meanwhile gets full precision too, never less.
     """
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _true_float32():
+    with torch.no_grad(), _without_autocast(device), _true_float32():
         yield
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if device.type == "meta":  # has no autocast to switch off, and torch refuses the attempt
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

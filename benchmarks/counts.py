@@ -1,0 +1,184 @@
+"""Operations, synchronisations and bytes of a step on the official shapes, beside the peers' figures.
+
+Exact and repeatable: everything is counted on the "meta" device. The peers' figures were measured once
+with the same options and are in ``peers_measured.json`` with their source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.counting import OperationCounter
+from benchmarks.models import state_bytes, workload_parameters
+from benchmarks.tables import DEFAULT_FOLDER, publish
+from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
+from shampoo_core.model_shapes import official_workloads
+from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.storage import STORAGES
+
+PEERS = json.loads(Path(__file__).with_name("peers_measured.json").read_text(encoding="utf-8"))
+THEIRS = "facebookresearch Distributed Shampoo"
+MIB = 2**20
+PLAIN_LIMITS = {
+    "imagenet_resnet": (160, 290),
+    "imagenet_vit": (100, 150),
+    "ogbg": (70, 110),
+    "librispeech_conformer": (100, 150),
+    "wmt": (60, 80),
+}
+"""Most operations of a plain step: with vectors diagonal, and with everything preconditioned."""
+REFRESH_SHARE = 15
+"""A refresh step may dispatch one in so many of the peer's operations."""
+STATE_LIMITS = {"imagenet_resnet": (1.05, 0.75), "imagenet_vit": (1.2, 0.8), "ogbg": (1.45, 0.9)}
+"""Most bytes of state in units of the peer's: dense, packed."""
+TABLES_LEFT_OUT = ("criteo1tb",)
+"""Workloads dominated by an embedding table that no one would precondition."""
+
+
+def count_steps(
+    workload: str, config: PreconditionerConfig
+) -> tuple[OperationCounter, OperationCounter]:
+    """Count a plain step and a refresh step of one workload.
+
+    Args:
+        workload: Official.
+        config: Of the preconditioner.
+
+    Returns:
+        Counts of step 5 and of step 8, at refresh interval 4 from step 4 on.
+    """
+    optimizer = DistributedShampoo(
+        workload_parameters(workload),
+        betas=(0.9, 0.99),
+        preconditioner=config,
+        refresh=FixedRefresh(interval=4, start=4),
+    )
+    counted = []
+    for _ in range(8):
+        with OperationCounter() as counter:
+            optimizer.step()
+        counted.append(counter)
+    return counted[4], counted[7]
+
+
+def allocated_bytes(workload: str, config: PreconditionerConfig) -> int:
+    """Bytes of state of one workload's optimizer."""
+    return state_bytes(DistributedShampoo(workload_parameters(workload), preconditioner=config))
+
+
+def operation_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per workload and routing."""
+    rows = []
+    for workload in workloads:
+        theirs = PEERS.get(workload, {}).get(THEIRS, {})
+        for everything, routing in enumerate(("vectors diagonal", "everything")):
+            config = ShampooConfig(precondition_vectors=bool(everything))
+            plain, refresh = count_steps(workload, config)
+            limits = PLAIN_LIMITS.get(workload)
+            refreshed = theirs.get("refresh_step_ops")
+            rows.append(
+                {
+                    "workload": workload,
+                    "preconditioned": routing,
+                    "plain": plain.num_operations,
+                    "plain_limit": limits[everything] if limits else None,
+                    "plain_theirs": theirs.get("plain_step_ops"),
+                    "refresh": refresh.num_operations,
+                    "refresh_limit": refreshed // REFRESH_SHARE if limits else None,
+                    "refresh_theirs": refreshed,
+                    "plain_waits": plain.num_synchronisations,
+                    "refresh_waits": refresh.num_synchronisations,
+                    "plain_gflop": plain.flops / 1e9,
+                    "refresh_gflop": refresh.flops / 1e9,
+                    "plain_mb_moved": plain.bytes_moved / MIB,
+                    "refresh_mb_moved": refresh.bytes_moved / MIB,
+                }
+            )
+    return rows
+
+
+def state_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per workload: bytes of state in each storage, and in units of the peer's."""
+    rows = []
+    for workload in workloads:
+        theirs = PEERS.get(workload, {}).get(THEIRS, {}).get("state_MB")
+        size = sum(p.numel() * p.element_size() for p in workload_parameters(workload)) / MIB
+        row: dict[str, Any] = {"workload": workload, "parameters": size, "theirs": theirs}
+        limits = dict(zip(STORAGES, STATE_LIMITS.get(workload, ()), strict=False))
+        for storage in STORAGES:
+            ours = allocated_bytes(workload, ShampooConfig(storage=storage)) / MIB
+            row[storage] = ours
+            row[f"{storage}_ratio"] = ours / theirs if theirs else None
+            row[f"{storage}_limit"] = limits.get(storage)
+        rows.append(row)
+    return rows
+
+
+OPERATION_COLUMNS = {
+    "workload": "workload",
+    "preconditioned": "preconditioned",
+    "plain": "plain",
+    "plain_limit": "limit",
+    "plain_theirs": "theirs",
+    "refresh": "refresh",
+    "refresh_limit": "limit",
+    "refresh_theirs": "theirs",
+    "plain_waits": "waits",
+    "refresh_waits": "at refresh",
+    "plain_gflop": "GFLOP",
+    "refresh_gflop": "at refresh",
+    "plain_mb_moved": "MB moved",
+    "refresh_mb_moved": "at refresh",
+}
+STATE_COLUMNS = {
+    "workload": "workload",
+    "parameters": "parameters MB",
+    "theirs": "theirs MB",
+    "dense": "dense MB",
+    "dense_ratio": "ratio",
+    "dense_limit": "limit",
+    "packed": "packed MB",
+    "packed_ratio": "ratio",
+    "packed_limit": "limit",
+}
+
+
+def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
+    """Print both tables and write their JSON.
+
+    Args:
+        workloads: Official ones; those dominated by an embedding table are left out.
+        folder: For the JSON.
+    """
+    counted = [name for name in workloads if name not in TABLES_LEFT_OUT]
+    publish(
+        "Operations: dispatched in a plain and in a refresh step; Shampoo, blocks of 1024, Adam graft",
+        operation_rows(counted),
+        OPERATION_COLUMNS,
+        folder,
+        "theirs: facebookresearch/optimizers f606606, measured once, see peers_measured.json. "
+        "waits: host synchronisations. MB moved: arguments and results of every operation, no cache.",
+    )
+    publish(
+        "State: bytes of the same optimizers, vectors diagonal, beside theirs (packed)",
+        state_rows(counted),
+        STATE_COLUMNS,
+        folder,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", action="append", choices=official_workloads())
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder for the JSON")
+    arguments = parser.parse_args()
+    run(arguments.workload or official_workloads(), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
