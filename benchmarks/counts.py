@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.counting import OperationCounter
 from benchmarks.models import state_bytes, workload_parameters
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
+from shampoo_core.counting import OperationCounter
 from shampoo_core.model_shapes import official_workloads
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.storage import STORAGES

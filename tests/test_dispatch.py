@@ -10,7 +10,6 @@ import pytest
 import torch
 from quadratic import optimizer_for, parameters, run
 
-from benchmarks.counting import OperationCounter
 from shampoo_core import (
     DistributedShampoo,
     EigenvalueCorrectedConfig,
@@ -20,6 +19,7 @@ from shampoo_core import (
     ShampooConfig,
     StaggeredRefresh,
 )
+from shampoo_core.counting import OperationCounter
 
 DATA = Path(__file__).parent / "data"
 SHAPES = json.loads((DATA / "algoperf_param_shapes.json").read_text())

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.counting import OperationCounter
+from shampoo_core.counting import OperationCounter
 from shampoo_core.solvers import (
     BasisSolver,
     ChebyshevSolver,

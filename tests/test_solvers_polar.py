@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.counting import OperationCounter
+from shampoo_core.counting import OperationCounter
 from shampoo_core.solvers import orthogonalize
 from shampoo_core.solvers.polar import COEFFICIENTS, POLAR_EXPRESS
 

@@ -1,0 +1,58 @@
+"""The meters of `shampoo_core.counting` and `shampoo_core.live_memory`, on code with known answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shampoo_core.counting import QR_FLOPS_PER_CUBE, OperationCounter
+from shampoo_core.live_memory import LiveMemory
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
+
+
+@DEVICES
+def test_a_storage_lives_as_long_as_any_view_of_it(device: str) -> None:
+    with LiveMemory() as memory:
+        whole = torch.zeros(1000, device=device)
+        part = whole.view(10, 100)[3:]
+        assert memory.live == 4000
+        del whole
+        assert memory.live == 4000
+        more = part + 1.0
+        assert memory.live == 4000 + 2800
+        del part
+        assert memory.live == 2800
+        more.mul_(2.0)
+        del more
+    assert memory.live == 0
+    assert memory.peak == 6800
+
+
+@DEVICES
+def test_what_lived_before_and_in_place_work_count_nothing(device: str) -> None:
+    before = torch.zeros(100, device=device)
+    with LiveMemory() as memory:
+        before.add_(1.0)
+        before.view(10, 10).mul_(2.0)
+        torch._foreach_add_([before], 1.0)
+    assert memory.peak == 0
+
+
+@DEVICES
+def test_flops_bytes_and_waits_of_known_operations(device: str) -> None:
+    left, right = torch.zeros(3, 4, 5, device=device), torch.zeros(3, 5, 6, device=device)
+    square = torch.eye(7, device=device)[None]
+    with OperationCounter() as counted:
+        product = torch.bmm(left, right)
+        product.view(-1)
+        torch.baddbmm(product, left, right)
+    assert counted.num_operations == 2
+    assert counted.flops == 2 * (2 * 3 * 4 * 5 * 6)
+    assert counted.bytes_moved == 4 * (60 + 90 + 72 + 72 + 60 + 90 + 72)
+    assert counted.num_synchronisations == 0
+    with OperationCounter() as counted:
+        torch.linalg.qr(square)
+        assert not (square.sum() > 100).item()
+    assert counted.flops == QR_FLOPS_PER_CUBE * 7**3
+    assert counted.num_synchronisations == 1
