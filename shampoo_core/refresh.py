@@ -37,6 +37,10 @@ class RefreshPolicy(Protocol):
     """
 
     @property
+    def interval(self) -> int:
+        """Steps from one refresh, or test, of a factor to its next."""
+
+    @property
     def first_step(self) -> int:
         """First step, counted from 1, at which anything is due."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import check_range
 from shampoo_core.stacks import StackSet
 from shampoo_core.statistics import FactorAxis
@@ -34,18 +35,36 @@ def preconditioned_axes(
         sides: Of the axes of a block with several: all, or only its first or last one.
         max_factor_dimension: Longer axes get none; None means no limit.
     """
-    axes = []
-    for index, layout in enumerate(stack_set.layouts):
-        order = len(layout.block_shape)
-        if order == 1 and not precondition_vectors:
-            continue
-        wanted = {"all": range(order), "first": range(1), "last": range(order - 1, order)}[sides]
-        for axis in wanted:
-            side = layout.block_shape[axis]
-            short_enough = max_factor_dimension is None or side <= max_factor_dimension
-            if short_enough and (side > 1 or order == 1):
-                axes.append(FactorAxis(index, axis, side, order))
-    return axes
+    return [
+        FactorAxis(index, axis, layout.block_shape[axis], len(layout.block_shape))
+        for index, layout in enumerate(stack_set.layouts)
+        for axis in axes_with_factor(
+            layout.block_shape,
+            precondition_vectors=precondition_vectors,
+            sides=sides,
+            max_factor_dimension=max_factor_dimension,
+        )
+    ]
+
+
+def axes_with_factor(
+    block_shape: Shape,
+    *,
+    precondition_vectors: bool,
+    sides: Sides = "all",
+    max_factor_dimension: int | None = None,
+) -> list[int]:
+    """The axes of one block that get a factor; arguments as of `preconditioned_axes`."""
+    order = len(block_shape)
+    if order == 1 and not precondition_vectors:
+        return []
+    wanted = {"all": range(order), "first": range(1), "last": range(order - 1, order)}[sides]
+    return [
+        axis
+        for axis in wanted
+        if (max_factor_dimension is None or block_shape[axis] <= max_factor_dimension)
+        and (block_shape[axis] > 1 or order == 1)
+    ]
 
 
 def inverse_exponents(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions
 from shampoo_core.filtering import Direction
 from shampoo_core.gradients import StackedGradients
@@ -33,6 +34,9 @@ class PreconditionerConfig(Protocol):
     @property
     def default_grafting(self) -> GraftingConfig | None:
         """Grafting used where the user leaves it to the preconditioner."""
+
+    def block_flops(self, block_shape: Shape, refresh_interval: int) -> float:
+        """Modelled cost of an average step on one block; see `shampoo_core.costs`."""
 
     def create(
         self,

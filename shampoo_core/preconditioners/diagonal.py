@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions, check_range
+from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import (
@@ -41,6 +43,10 @@ class _DiagonalConfig:
     def default_grafting(self) -> GraftingConfig | None:
         """None: these methods are what others are grafted to."""
         return None
+
+    def block_flops(self, block_shape: Shape, refresh_interval: int) -> float:
+        """See `PreconditionerConfig`: elementwise work alone."""
+        return method_flops(block_shape, [], 0.0, refresh_interval)
 
     def create(
         self,

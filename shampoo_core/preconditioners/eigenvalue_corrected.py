@@ -17,11 +17,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import GraftingConfig, SecondMomentScaling
-from shampoo_core.preconditioners.axes import SIDES, Sides, preconditioned_axes
+from shampoo_core.preconditioners.axes import (
+    SIDES,
+    Sides,
+    axes_with_factor,
+    preconditioned_axes,
+)
 from shampoo_core.preconditioners.basis_change import (
     SECOND_MOMENTS,
     SecondMoments,
@@ -90,6 +97,16 @@ class EigenvalueCorrectedConfig:
     def default_grafting(self) -> GraftingConfig | None:
         """None: the length is right already."""
         return None
+
+    def block_flops(self, block_shape: Shape, refresh_interval: int) -> float:
+        """See `PreconditionerConfig`: Gram matrices, and products into the basis and back."""
+        axes = axes_with_factor(
+            block_shape,
+            precondition_vectors=self.precondition_vectors,
+            sides=self.sides,
+            max_factor_dimension=self.max_factor_dimension,
+        )
+        return method_flops(block_shape, [block_shape[a] for a in axes], 3.0, refresh_interval)
 
     def create(
         self,

@@ -20,11 +20,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import GraftingConfig
-from shampoo_core.preconditioners.axes import preconditioned_axes
+from shampoo_core.preconditioners.axes import axes_with_factor, preconditioned_axes
 from shampoo_core.preconditioners.base import Preconditioner
 from shampoo_core.preconditioners.basis_change import (
     SECOND_MOMENTS,
@@ -90,6 +92,11 @@ class KLShampooConfig:
     def default_grafting(self) -> GraftingConfig | None:
         """None: the length is right already."""
         return None
+
+    def block_flops(self, block_shape: Shape, refresh_interval: int) -> float:
+        """See `PreconditionerConfig`: Gram matrices, and products into the basis and back."""
+        axes = axes_with_factor(block_shape, precondition_vectors=self.precondition_vectors)
+        return method_flops(block_shape, [block_shape[a] for a in axes], 3.0, refresh_interval)
 
     def create(
         self,

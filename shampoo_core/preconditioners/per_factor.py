@@ -21,12 +21,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions, check_count, check_range
+from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter, blend
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
 from shampoo_core.preconditioners.axes import (
     ExponentOverride,
+    axes_with_factor,
     check_exponents,
     inverse_exponents,
     preconditioned_axes,
@@ -93,6 +96,13 @@ class PerFactorCorrectedConfig:
     def default_grafting(self) -> GraftingConfig | None:
         """Adam: without a graft the step length would depend on the dimensions."""
         return AdamGrafting()
+
+    def block_flops(self, block_shape: Shape, refresh_interval: int) -> float:
+        """See `PreconditionerConfig`: Gram matrices, products into the basis and back; eigenvalues."""
+        axes = axes_with_factor(block_shape, precondition_vectors=self.precondition_vectors)
+        sides = [block_shape[axis] for axis in axes]
+        eigenvalues = sum(2.0 * side**3 for side in sides)
+        return method_flops(block_shape, sides, 3.0, refresh_interval) + eigenvalues
 
     def create(
         self,

@@ -23,7 +23,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter, blend
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
@@ -31,6 +33,7 @@ from shampoo_core.preconditioners.axes import (
     SIDES,
     ExponentOverride,
     Sides,
+    axes_with_factor,
     check_exponents,
     inverse_exponents,
     preconditioned_axes,
@@ -112,6 +115,16 @@ class ShampooConfig:
     def default_grafting(self) -> GraftingConfig | None:
         """Adam: without a graft the step length would depend on the dimensions."""
         return AdamGrafting()
+
+    def block_flops(self, block_shape: Shape, refresh_interval: int) -> float:
+        """See `PreconditionerConfig`: Gram matrices and preconditioning."""
+        axes = axes_with_factor(
+            block_shape,
+            precondition_vectors=self.precondition_vectors,
+            sides=self.sides,
+            max_factor_dimension=self.max_factor_dimension,
+        )
+        return method_flops(block_shape, [block_shape[a] for a in axes], 2.0, refresh_interval)
 
     def create(
         self,

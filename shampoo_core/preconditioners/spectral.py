@@ -23,7 +23,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import GraftingConfig
@@ -79,6 +81,14 @@ class SpectralConfig:
     def default_grafting(self) -> GraftingConfig | None:
         """None: ``scale`` sets the length."""
         return None
+
+    def block_flops(self, block_shape: Shape, refresh_interval: int) -> float:
+        """See `PreconditionerConfig`: an iteration makes X X^T, its square, and their product with X."""
+        plain = method_flops(block_shape, [], 0.0, refresh_interval)
+        if len(block_shape) == 1:
+            return plain
+        short, long = sorted((block_shape[0], math.prod(block_shape[1:])))
+        return plain + self.num_iterations * (4.0 * short**2 * long + 2.0 * short**3)
 
     def create(
         self,
