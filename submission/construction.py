@@ -39,7 +39,7 @@ def build_optimizer(
         hyperparameters: The setting.
         pace: The setting's time scales for this run.
     """
-    routes = routed(model, parameter_types, hyperparameters.max_block_size)
+    routes = routed(model, parameter_types, pace.max_block_size)
     groups = [
         {"params": parameters, **_options(chosen, hyperparameters)}
         for chosen, parameters in routes.items()

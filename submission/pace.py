@@ -20,7 +20,11 @@ from .schedule import Schedule
 #: of the proportion lies between.
 LONG_RUN = 10_000
 #: A run gets at least this many refreshes, however long the longest allowed interval is.
-REFRESHES_PER_RUN = 60
+REFRESHES_PER_RUN = 25
+#: Blocks of a short run are cut smaller, by the square root of its share of a long one and to a power
+#: of two, but not below this side: a refresh costs the cube of the side and a short run has fewer steps
+#: to earn it back; nor do its gradients fill a factor of a thousand directions.
+SMALLEST_LARGEST_BLOCK = 128
 #: Second moments forget within one part in this many of the run.
 MEMORIES_PER_RUN = 20
 #: The window of averaged weights, as a share of the run (Ajroldi et al. 2025, arXiv 2502.06761).
@@ -34,6 +38,7 @@ class Pace:
 
     Attributes:
         schedule: Learning rate by step.
+        max_block_size: Longest side of a block, >= 1.
         refresh_interval: Steps between two refreshes of a root or basis, >= 1.
         beta1: Decay rate of the first moment, in [0, 1).
         beta2: Decay rate of factors and second moments, in [0, 1).
@@ -42,6 +47,7 @@ class Pace:
     """
 
     schedule: Schedule
+    max_block_size: int
     refresh_interval: int
     beta1: float
     beta2: float
@@ -73,9 +79,16 @@ def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
             total_steps=total,
             warmup_steps=min(round(total * hyperparameters.warmup_factor), total - 1),
         ),
+        max_block_size=_max_block_size(hyperparameters.max_block_size, total),
         refresh_interval=max(1, min(hyperparameters.refresh_interval, total // REFRESHES_PER_RUN)),
         beta1=1.0 - hyperparameters.one_minus_beta1,
         beta2=1.0 - forget,
         average_decay=1.0 - average_interval / window,
         average_interval=average_interval,
     )
+
+
+def _max_block_size(asked: int, total_steps: int) -> int:
+    """Return the longest side of a block in a run of `total_steps`."""
+    fitting = asked * math.sqrt(min(1.0, total_steps / LONG_RUN))
+    return min(asked, max(SMALLEST_LARGEST_BLOCK, 2 ** round(math.log2(fitting))))

@@ -139,3 +139,12 @@ def test_any_length_gives_a_usable_pace(step_hint: int) -> None:
 def test_no_run_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="step_hint must be at least 1, got 0"):
         pace(SELF_TUNING, 0)
+
+
+def test_short_runs_cut_smaller_blocks_and_long_runs_the_largest_asked_for() -> None:
+    setting = dataclasses.replace(SELF_TUNING, max_block_size=1024, step_hint_factor=1.0)
+    assert pace(setting, 20).max_block_size == 128
+    assert pace(setting, 600).max_block_size == 256
+    assert pace(setting, LONG_RUN // 4).max_block_size == 512
+    assert pace(setting, LONG_RUN).max_block_size == 1024
+    assert pace(dataclasses.replace(setting, max_block_size=100), 600).max_block_size == 100
