@@ -41,18 +41,32 @@ class StackLayout:
         """(N, *block shape)."""
         return (self.num_blocks, *self.block_shape)
 
+    def blocks(self) -> list[tuple[int, Shape]]:
+        """Parameter and grid position of each block, in the order of the stack."""
+        return [(tile.parameter, index) for tile in self.tiles for index in tile.grid_indices()]
+
 
 class StackSet:
     """The stacks that are stepped together, and how blocks travel between them and parameters."""
 
-    def __init__(self, tiles: Sequence[Tile], *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        tiles: Sequence[Tile],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        whole: StackSet | None = None,
+    ) -> None:
         """Group tiles by block shape.
 
         Args:
             tiles: Tiles of any number of parameters; blocks of equal shape share a stack.
             dtype: Of the state and of all arithmetic.
             device: Of the state.
+            whole: The set that these blocks are some of, in the same order; None where they are all.
         """
+        self.whole = self if whole is None else whole
+        """Geometry of the blocks of all ranks, or more; schedules are made for all of these."""
         by_shape: dict[Shape, list[Tile]] = {}
         for tile in tiles:
             by_shape.setdefault(tile.sizes, []).append(tile)
@@ -61,6 +75,7 @@ class StackSet:
         self.device = device
         self.sizes = [layout.num_blocks for layout in self.layouts]
         self.num_blocks = sum(self.sizes)
+        self.numel = sum(math.prod(layout.shape) for layout in self.layouts)
         self.parameters = sorted({tile.parameter for tile in tiles})
         self._tiles = [tile for layout in self.layouts for tile in layout.tiles]
 
@@ -68,13 +83,24 @@ class StackSet:
         """Number of stacks."""
         return len(self.layouts)
 
+    def positions(self) -> list[list[int]]:
+        """Per stack, where its blocks stand in the whole set's stack of that shape; ascending."""
+        if self.whole is self:
+            return [list(range(size)) for size in self.sizes]
+        places: dict[tuple[int, Shape], int] = {}
+        for layout in self.whole.layouts:
+            places.update({block: place for place, block in enumerate(layout.blocks())})
+        return [[places[block] for block in layout.blocks()] for layout in self.layouts]
+
     # --- allocation -------------------------------------------------------------------------------
 
     def empty(self) -> list[Tensor]:
         """Uninitialised stacks, all views of one flat tensor."""
-        numels = [math.prod(layout.shape) for layout in self.layouts]
-        flat = torch.empty(sum(numels), dtype=self.dtype, device=self.device)
-        pieces = flat.split(numels)
+        return self.views(torch.empty(self.numel, dtype=self.dtype, device=self.device))
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Stacks that are views of a flat tensor of `numel` numbers, one after the other."""
+        pieces = flat.split([math.prod(layout.shape) for layout in self.layouts])
         return [
             piece.view(layout.shape) for piece, layout in zip(pieces, self.layouts, strict=True)
         ]

@@ -9,15 +9,17 @@ Source: Gupta et al. 2018 (arXiv 1802.09568), Algorithms 1 and 2.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from shampoo_core.blocking import Shape
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.moments import MovingAverage, absorb_weight, nonzero_weight
-from shampoo_core.refresh import FactorSlice, FactorStackSize
+from shampoo_core.refresh import FactorSlice, FactorStackSize, RefreshPolicy
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
 from shampoo_core.storage import Storage, matrix_store
@@ -49,6 +51,7 @@ class KroneckerFactors:
         interval: int = 1,
         companion: MovingAverage | None = None,
         storage: Storage = "dense",
+        all_axes: Sequence[FactorAxis] | None = None,
     ) -> None:
         """Start from zero.
 
@@ -61,11 +64,11 @@ class KroneckerFactors:
             companion: An average that absorbs the same gradients before any refresh; if its decay is
                 the same too, its weight is the factors' weight and none is kept here.
             storage: How the factors are kept.
+            all_axes: The preconditioned axes of ``stack_set.whole``; None where that is the set.
         """
         self.axes = tuple(axes)
-        self.sizes = tuple(
-            FactorStackSize(stack_set.layouts[a.stack].num_blocks, a.dimension) for a in self.axes
-        )
+        self.sizes = _sizes(stack_set, self.axes)
+        self._due = DueFactors(stack_set, self.axes, self.axes if all_axes is None else all_axes)
         zeros = (
             torch.zeros(
                 size.num_factors, size.dimension, size.dimension,
@@ -112,6 +115,10 @@ class KroneckerFactors:
             self._store.add_gram(index, rows, decay=decay, gain=self._gain)
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)
+
+    def due(self, policy: RefreshPolicy, step: int) -> list[FactorSlice]:
+        """The factors of this set that a policy, asked about the whole set, makes due."""
+        return self._due.at(policy, step)
 
     @property
     def factors(self) -> list[Tensor]:
@@ -163,6 +170,55 @@ class KroneckerFactors:
         per_stack = (1.0 - (1.0 - self._decay) * presence).split(self._stack_set.sizes)
         for index, axis in enumerate(self.axes):
             self._store.scale(index, per_stack[axis.stack])
+
+
+class DueFactors:
+    """What is due of some of the factors that a schedule was made for.
+
+    The schedule is that of one process, whoever owns which blocks. A slice of neighbours among all
+    blocks is a slice of neighbours among any of them, for both are in the same order.
+    """
+
+    def __init__(
+        self, stack_set: StackSet, axes: Sequence[FactorAxis], all_axes: Sequence[FactorAxis]
+    ) -> None:
+        """Find the factors' places among all.
+
+        Args:
+            stack_set: Geometry of the blocks at hand.
+            axes: Their preconditioned axes.
+            all_axes: The preconditioned axes of the whole set.
+        """
+        self._all_sizes = _sizes(stack_set.whole, all_axes)
+        positions = stack_set.positions()
+        names = {_name(stack_set, axis): index for index, axis in enumerate(axes)}
+        self._here: dict[int, tuple[int, list[int]]] = {}
+        for index, axis in enumerate(all_axes):
+            here = names.get(_name(stack_set.whole, axis))
+            if here is not None:
+                self._here[index] = here, positions[axes[here].stack]
+
+    def at(self, policy: RefreshPolicy, step: int) -> list[FactorSlice]:
+        """Slices of the factors at hand that are due at ``step``."""
+        due = []
+        for item in policy.due(step, self._all_sizes):
+            if item.stack not in self._here:
+                continue
+            index, positions = self._here[item.stack]
+            start, stop = bisect_left(positions, item.start), bisect_left(positions, item.stop)
+            if start < stop:
+                due.append(FactorSlice(index, start, stop))
+        return due
+
+
+def _sizes(stack_set: StackSet, axes: Sequence[FactorAxis]) -> tuple[FactorStackSize, ...]:
+    return tuple(
+        FactorStackSize(stack_set.layouts[axis.stack].num_blocks, axis.dimension) for axis in axes
+    )
+
+
+def _name(stack_set: StackSet, axis: FactorAxis) -> tuple[Shape, int]:
+    return stack_set.layouts[axis.stack].block_shape, axis.axis
 
 
 def by_axis(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from shampoo_core.blocking import Shape
 from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
@@ -142,12 +143,13 @@ class EigenvalueCorrected:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
-        axes = preconditioned_axes(
-            stack_set,
+        axes_of = partial(
+            preconditioned_axes,
             precondition_vectors=config.precondition_vectors,
             sides=config.sides,
             max_factor_dimension=config.max_factor_dimension,
         )
+        axes = axes_of(stack_set)
         self.factors = KroneckerFactors(
             stack_set,
             axes,
@@ -155,6 +157,7 @@ class EigenvalueCorrected:
             bias_correction=options.bias_correction,
             interval=config.statistics_interval,
             storage=config.storage,
+            all_axes=axes_of(stack_set.whole),
         )
         self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
         self.filter = GradientFilter(stack_set, options)
@@ -188,7 +191,7 @@ class EigenvalueCorrected:
 
     def _refresh_bases(self, gradients: StackedGradients, step: int) -> None:
         self.factors.absorb(gradients, step)
-        due = self._refresh.due(step, self.factors.sizes)
+        due = self.factors.due(self._refresh, step)
         stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
         self._turn(stale, continued=self._config.lagged or step > self._refresh.settled_step)
 

@@ -112,12 +112,17 @@ class KLShampooConfig:
         """
         refuse_grafting(self, grafting, "its eigenvalues set the length already")
         axes = preconditioned_axes(stack_set, precondition_vectors=self.precondition_vectors)
+        all_axes = preconditioned_axes(
+            stack_set.whole, precondition_vectors=self.precondition_vectors
+        )
         return with_adam_for_rest(
             stack_set,
             [axis.stack for axis in axes],
             lambda mine: self._create_method(mine, options, refresh),
             options,
             refresh,
+            # A rank without a matrix does as those do that have one.
+            idles_first=self.lagged and bool(all_axes),
         )
 
     def _create_method(
@@ -141,10 +146,12 @@ class KLShampoo:
         self._stack_set = stack_set
         self._eps = options.eps
         self._refresh = refresh
+        vectors = config.precondition_vectors
         self.factors = KLFactors(
             stack_set,
-            preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors),
+            preconditioned_axes(stack_set, precondition_vectors=vectors),
             options.betas[1] if config.factor_decay is None else config.factor_decay,
+            all_axes=preconditioned_axes(stack_set.whole, precondition_vectors=vectors),
             interval=config.statistics_interval,
             initial_eigenvalue=config.initial_eigenvalue,
             largest_scale=config.largest_scale,
@@ -174,7 +181,7 @@ class KLShampoo:
         return replace(gradients, stacks=self.factors.bases.multiply(gradients.stacks))
 
     def _due(self, step: int) -> list[FactorSlice]:
-        return self._refresh.due(step, self.factors.factors.sizes)
+        return self.factors.factors.due(self._refresh, step)
 
     def _turn(self, due: list[FactorSlice], *, first: bool) -> bool:
         """Recompute bases, carry over what is kept in them, and say whether any has turned."""

@@ -53,6 +53,7 @@ class KLFactors:
         axes: Sequence[FactorAxis],
         decay: float,
         *,
+        all_axes: Sequence[FactorAxis],
         interval: int,
         initial_eigenvalue: float,
         largest_scale: float | None,
@@ -65,6 +66,7 @@ class KLFactors:
             stack_set: Geometry.
             axes: The preconditioned axes.
             decay: beta2 of factors and eigenvalues per step; 1 sums.
+            all_axes: The preconditioned axes of ``stack_set.whole``.
             interval: Gradients are absorbed every so many steps, with ``decay ** interval``.
             initial_eigenvalue: Of all axes after the first gradient.
             largest_scale: What lambda^(-1/2) may be; None means max(10, min(d, 4000)).
@@ -84,7 +86,7 @@ class KLFactors:
         ]
         # No bias correction: a basis does not depend on the scale of its factor.
         self.factors = KroneckerFactors(
-            stack_set, axes, decay, bias_correction=False, interval=interval
+            stack_set, axes, decay, bias_correction=False, interval=interval, all_axes=all_axes
         )
         self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
         # One until the first gradient has come, which is therefore not whitened.

@@ -27,6 +27,8 @@ def with_adam_for_rest(
     create: Callable[[StackSet], Preconditioner],
     options: GroupOptions,
     refresh: RefreshPolicy,
+    *,
+    idles_first: bool = False,
 ) -> Preconditioner:
     """Give some stacks to a method and the others to Adam.
 
@@ -36,6 +38,7 @@ def with_adam_for_rest(
         create: Makes the method's preconditioner for a set of stacks.
         options: Of the parameter group; Adam takes its ``betas`` and ``eps``.
         refresh: Of the parameter group.
+        idles_first: Whether the method takes no direction at its first step.
 
     Returns:
         The method's preconditioner itself where it gets all stacks: a rest costs only if there is one.
@@ -48,9 +51,10 @@ def with_adam_for_rest(
     others = [index for index in range(len(stack_set)) if index not in mine]
     if not others:
         return create(stack_set)
-    if not mine:
-        return create_adam(stack_set)
-    return Parts(stack_set, [Part(stack_set, mine, create), Part(stack_set, others, create_adam)])
+    if mine:
+        parts = [Part(stack_set, mine, create), Part(stack_set, others, create_adam)]
+        return Parts(stack_set, parts)
+    return _Late(create_adam(stack_set)) if idles_first else create_adam(stack_set)
 
 
 class Part:
@@ -68,7 +72,7 @@ class Part:
         """
         self.indices = indices
         tiles = [tile for index in indices for tile in whole.layouts[index].tiles]
-        self.stack_set = StackSet(tiles, dtype=whole.dtype, device=whole.device)
+        self.stack_set = StackSet(tiles, dtype=whole.dtype, device=whole.device, whole=whole.whole)
         self.preconditioner = create(self.stack_set)
         positions = torch.arange(whole.num_blocks, device=whole.device).split(whole.sizes)
         self.blocks = torch.cat([positions[index] for index in indices])
@@ -118,3 +122,16 @@ class Parts:
             for index, entries in zip(part.indices, part.preconditioner.state(), strict=True):
                 state[index] = entries
         return state
+
+
+class _Late:
+    """Sits out the first step, as `Parts` do whose method takes no direction then."""
+
+    def __init__(self, preconditioner: Preconditioner) -> None:
+        self._preconditioner = preconditioner
+
+    def step(self, gradients: StackedGradients, step: int) -> Direction | None:
+        return None if step == 1 else self._preconditioner.step(gradients, step)
+
+    def state(self) -> StackState:
+        return self._preconditioner.state()

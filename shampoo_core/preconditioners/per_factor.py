@@ -130,7 +130,8 @@ class PerFactorCorrected:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
-        axes = preconditioned_axes(stack_set, precondition_vectors=config.precondition_vectors)
+        vectors = config.precondition_vectors
+        axes = preconditioned_axes(stack_set, precondition_vectors=vectors)
         self.filter = GradientFilter(stack_set, options)
         self.grafting = None if grafting is None else grafting.create(stack_set, options)
         self.factors = KroneckerFactors(
@@ -140,6 +141,7 @@ class PerFactorCorrected:
             bias_correction=options.bias_correction,
             interval=config.statistics_interval,
             companion=None if self.grafting is None else self.grafting.second_moment,
+            all_axes=preconditioned_axes(stack_set.whole, precondition_vectors=vectors),
         )
         self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
         self._exponents = self._per_factor(inverse_exponents(stack_set, axes, config.exponent))
@@ -170,7 +172,7 @@ class PerFactorCorrected:
         return direction
 
     def _refresh_bases(self, step: int) -> None:
-        due = self._refresh.due(step, self.factors.sizes)
+        due = self.factors.due(self._refresh, step)
         if not due:
             return
         stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -152,12 +153,13 @@ class Shampoo:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
-        axes = preconditioned_axes(
-            stack_set,
+        axes_of = partial(
+            preconditioned_axes,
             precondition_vectors=config.precondition_vectors,
             sides=config.sides,
             max_factor_dimension=config.max_factor_dimension,
         )
+        axes = axes_of(stack_set)
         self.filter = GradientFilter(stack_set, options)
         self.grafting = None if grafting is None else grafting.create(stack_set, options)
         self.factors = KroneckerFactors(
@@ -168,6 +170,7 @@ class Shampoo:
             interval=config.statistics_interval,
             companion=None if self.grafting is None else self.grafting.second_moment,
             storage=config.storage,
+            all_axes=axes_of(stack_set.whole),
         )
         exponents = inverse_exponents(stack_set, axes, config.exponent)
         self.roots = FactorMatrices(stack_set, self.factors, exponents, storage=config.storage)
@@ -182,7 +185,7 @@ class Shampoo:
         self.factors.absorb(gradients, step, self._rows_of(gradients))
         if self.grafting is not None:
             self.grafting.absorb(gradients)
-        due = self._refresh.due(step, self.factors.sizes)
+        due = self.factors.due(self._refresh, step)
         if self.bases is not None:
             due = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
         if due:
