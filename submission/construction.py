@@ -15,10 +15,10 @@ from shampoo_core import (
     PrimalAveraging,
     ScheduleFree,
     ShampooConfig,
-    StaggeredRefresh,
     WeightEMA,
 )
 from shampoo_core.averaging import AveragingConfig
+from shampoo_core.refresh import RefreshPolicy
 
 from .hyperparameters import Hyperparameters
 from .pace import Pace
@@ -30,6 +30,7 @@ def build_optimizer(
     parameter_types: Mapping[str, Any],
     hyperparameters: Hyperparameters,
     pace: Pace,
+    refresh: RefreshPolicy,
 ) -> DistributedShampoo:
     """Build the optimizer for all trainable parameters of `model`.
 
@@ -38,6 +39,7 @@ def build_optimizer(
         parameter_types: The workload's `model_params_types`.
         hyperparameters: The setting.
         pace: The setting's time scales for this run.
+        refresh: When roots and bases are recomputed.
     """
     routes = routed(model, parameter_types, pace.max_block_size)
     groups = [
@@ -52,7 +54,7 @@ def build_optimizer(
         beta3=pace.beta1**2 if hyperparameters.nesterov else None,
         eps=hyperparameters.epsilon,
         weight_decay=hyperparameters.weight_decay,
-        refresh=StaggeredRefresh(interval=pace.refresh_interval),
+        refresh=refresh,
         averaging=_averaging(hyperparameters, pace),
     )
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from absl import logging
 from torch import Tensor
 
 from .objective import averaged_over_ranks
+from .pace import Pace
 
 #: Reports a run makes, about; more in the first steps, where things go wrong.
 REPORTS_PER_RUN = 200
 _FIRST_STEPS = 5
-
-logger = logging.getLogger(__name__)
 
 
 def is_due(global_step: int, step_hint: int) -> bool:
@@ -37,4 +36,17 @@ def report(
     metrics_logger = getattr(workload, "metrics_logger", None)
     if metrics_logger is not None:
         metrics_logger.append_scalar_metrics(values, global_step)
-    logger.info("%d) loss = %.4f, grad_norm = %.4f", global_step, *list(values.values())[:2])
+    logging.info("%d) loss = %.4f, grad_norm = %.4f", global_step, *list(values.values())[:2])
+
+
+def report_choices(pace: Pace) -> None:
+    """Log, once a run, what follows from its length."""
+    schedule = pace.schedule
+    logging.info(
+        "Schedule: %s over %d steps, %d of them warm-up, to a peak of %.3g. Blocks: at most %d. "
+        "Refreshes: every %d steps. Decay rates: %.4g and %.4g; of averaged weights, %.4g every %d "
+        "steps.",
+        *(schedule.shape, schedule.total_steps, schedule.warmup_steps, schedule.peak),
+        *(pace.max_block_size, pace.refresh_interval, pace.beta1, pace.beta2),
+        *(pace.average_decay, pace.average_interval),
+    )

@@ -18,9 +18,10 @@ from .batch_sizes import batch_size
 from .batch_statistics import RecentBatches, refresh
 from .construction import build_optimizer
 from .hyperparameters import Hyperparameters
-from .metrics import is_due, report
+from .metrics import is_due, report, report_choices
 from .objective import in_step_with_others, logits_of, make_dense, mean_loss
 from .pace import pace
+from .refresh_cost import RefreshCost
 
 OptimizerState = dict[str, Any]
 UpdateReturn = tuple[OptimizerState, nn.Module, Any]
@@ -37,11 +38,17 @@ def init_optimizer_state(
     """Build the optimizer for a model. `hyperparameters` None asks for the built-in setting."""
     del model_state, rng
     setting = Hyperparameters.from_namespace(hyperparameters)
+    scales = pace(setting, workload.step_hint)
+    device = next(model_params.parameters()).device
+    cost = RefreshCost(scales.refresh_interval, scales.schedule.total_steps, device)
+    optimizer = build_optimizer(
+        model_params, workload.model_params_types, setting, scales, cost.policy
+    )
+    report_choices(scales)
     # The harness saves and restores every value here through state_dict and load_state_dict.
     return {
-        "optimizer": build_optimizer(
-            model_params, workload.model_params_types, setting, pace(setting, workload.step_hint)
-        ),
+        "optimizer": optimizer,
+        "refresh_cost": cost,
         "recent_batches": RecentBatches(model_params, averaging=setting.averaging != "none"),
     }
 
@@ -62,6 +69,8 @@ def update_params(
 ) -> UpdateReturn:
     """Take one step on `batch`; `global_step` counts from 0."""
     del current_params_types, loss_type, eval_results, train_state
+    cost: RefreshCost = optimizer_state["refresh_cost"]
+    cost.begin(global_step + 1)
     optimizer_state["recent_batches"].keep(batch)
     setting = Hyperparameters.from_namespace(hyperparameters)
     optimizer = optimizer_state["optimizer"]
@@ -82,7 +91,9 @@ def update_params(
     learning_rate = pace(setting, workload.step_hint).schedule(global_step + 1)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    cost.begin_update(global_step + 1)
     optimizer.step()
+    cost.end(global_step + 1)
     if reported:
         report(workload, global_step, loss, gradient_norm, learning_rate)
     return optimizer_state, model, model_state
