@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,23 @@ NOT_FLAGGED_AS_VIEWS = frozenset({"aten::_unsafe_view", "aten::lift_fresh"})
 SYNCHRONISATIONS = frozenset({"aten::_local_scalar_dense", "aten::item", "aten::nonzero"})
 QR_FLOPS_PER_CUBE = 16.0 / 3.0
 """Householder QR of a square matrix with its orthogonal factor formed: 4/3 for R, 4 for Q."""
+FLOPS_PER_CUBE = {"_linalg_eigh": EIGH_FLOPS_PER_CUBE, "linalg_qr": QR_FLOPS_PER_CUBE}
+"""Of decompositions of square matrices of side d, in units of d^3."""
+
+
+class Operation(NamedTuple):
+    """One dispatched operation."""
+
+    name: str
+    """Such as "aten::bmm"."""
+    flops: float
+    """Multiplications and additions of a matrix product or decomposition; 0 for all others."""
+    bytes_moved: int
+    """Bytes of its arguments and results."""
+    side: int | None = None
+    """Side of the matrices of a decomposition; None for all other operations."""
+    num_matrices: int = 0
+    """How many matrices a decomposition has in its batch."""
 
 
 class OperationCounter(TorchDispatchMode):
@@ -32,12 +49,8 @@ class OperationCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[str] = Counter()
-        """Operations by name, views left out."""
-        self.flops = 0.0
-        """Multiplications and additions of matrix products and decompositions."""
-        self.bytes_moved = 0
-        """Bytes of every operation's arguments and results: traffic without any cache."""
+        self.operations: list[Operation] = []
+        """In order, views left out."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -48,47 +61,53 @@ class OperationCounter(TorchDispatchMode):
         name = func.name()
         if func.is_view or name in NOT_FLAGGED_AS_VIEWS:
             return func(*args, **kwargs)
-        self.counts[name] += 1
         if name == "aten::_local_scalar_dense" and args[0].is_meta:
+            self.operations.append(Operation(name, 0.0, 0))
             return False if args[0].dtype == torch.bool else 0
         result = func(*args, **kwargs)
-        self.flops += matrix_flops(name, args)
         touched = [*_tensors(args), *_tensors(kwargs.values()), *_tensors((result,))]
-        self.bytes_moved += sum(tensor.numel() * tensor.element_size() for tensor in touched)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in touched)
+        self.operations.append(_operation(name, args, num_bytes))
         return result
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each operation was dispatched."""
+        return Counter(operation.name for operation in self.operations)
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of all matrix products and decompositions."""
+        return sum(operation.flops for operation in self.operations)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of all arguments and results: traffic without any cache."""
+        return sum(operation.bytes_moved for operation in self.operations)
 
     @property
     def num_operations(self) -> int:
         """Operations that are not views; on a GPU each is at least one kernel."""
-        return self.counts.total()
+        return len(self.operations)
 
     @property
     def num_synchronisations(self) -> int:
         """Operations that make the host wait for the device."""
-        return sum(n for name, n in self.counts.items() if name in SYNCHRONISATIONS)
+        return sum(operation.name in SYNCHRONISATIONS for operation in self.operations)
 
 
-def matrix_flops(name: str, args: Any) -> float:
-    """Floating-point operations of a matrix product or decomposition; 0 for everything else.
-
-    Args:
-        name: Of the operation, such as "aten::bmm".
-        args: Its arguments.
-    """
-    operation = name.removeprefix("aten::").split(".")[0].rstrip("_")
-    if operation in ("bmm", "mm"):
-        return 2.0 * args[0].numel() * args[1].shape[-1]
-    if operation in ("baddbmm", "addmm"):
-        return 2.0 * args[1].numel() * args[2].shape[-1]
-    if operation == "_linalg_eigh":
-        return EIGH_FLOPS_PER_CUBE * _cubes(args[0])
-    if operation == "linalg_qr":
-        return QR_FLOPS_PER_CUBE * _cubes(args[0])
-    return 0.0
-
-
-def _cubes(matrices: Tensor) -> float:
-    return math.prod(matrices.shape[:-2]) * float(matrices.shape[-1]) ** 3
+def _operation(name: str, args: Any, bytes_moved: int) -> Operation:
+    """Work out the arithmetic of an operation from its name and arguments."""
+    kind = name.removeprefix("aten::").split(".")[0].rstrip("_")
+    if kind in ("bmm", "mm"):
+        return Operation(name, 2.0 * args[0].numel() * args[1].shape[-1], bytes_moved)
+    if kind in ("baddbmm", "addmm"):
+        return Operation(name, 2.0 * args[1].numel() * args[2].shape[-1], bytes_moved)
+    if kind in FLOPS_PER_CUBE:
+        side, count = args[0].shape[-1], math.prod(args[0].shape[:-2])
+        flops = FLOPS_PER_CUBE[kind] * count * float(side) ** 3
+        return Operation(name, flops, bytes_moved, side, count)
+    return Operation(name, 0.0, bytes_moved)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

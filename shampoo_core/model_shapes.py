@@ -16,6 +16,29 @@ from shampoo_core.blocking import Shape
 
 _OFFICIAL = Path(__file__).with_name("official_shapes.json")
 
+REFERENCE_STEP_MS = {
+    "criteo1tb": 722.0,
+    "fastmri": 245.0,
+    "finewebedu_lm": 444.0,
+    "imagenet_resnet": 338.0,
+    "imagenet_vit": 415.0,
+    "librispeech_conformer": 763.0,
+    "librispeech_deepspeech": 1156.0,
+    "ogbg": 231.0,
+    "wmt": 361.0,
+}
+"""What a step may take on the benchmark's reference machine: its runtime limit over its step hint."""
+
+TRANSFORMERS: dict[str, dict[str, int]] = {
+    "transformer_1b": dict(
+        width=2048, num_layers=16, hidden=8192, vocabulary=32_000, key_value_width=512
+    ),
+    "transformer_70b": dict(
+        width=8192, num_layers=80, hidden=28_672, vocabulary=32_000, key_value_width=1024
+    ),
+}
+"""Arguments of `transformer_shapes` for decoders with 1.1 and 69 billion parameters."""
+
 
 class NamedShape(NamedTuple):
     """One parameter of a model."""
@@ -88,6 +111,17 @@ def transformer_shapes(
             }.items()
         ]
     return [*shapes, NamedShape("norm", (width,)), NamedShape("head", (vocabulary, width))]
+
+
+def named_model(name: str) -> list[NamedShape]:
+    """Shapes of an official workload's model or of one of `TRANSFORMERS`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    return (
+        transformer_shapes(**TRANSFORMERS[name]) if name in TRANSFORMERS else workload_shapes(name)
+    )
 
 
 def shapes_from_file(path: Path) -> list[NamedShape]:

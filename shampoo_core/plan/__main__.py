@@ -1,0 +1,128 @@
+"""Plan the optimizer of a model for some ranks: ``python -m shampoo_core.plan --help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+from shampoo_core.model_shapes import (
+    REFERENCE_STEP_MS,
+    TRANSFORMERS,
+    named_model,
+    official_workloads,
+    shapes_from_file,
+)
+from shampoo_core.plan.advice import alternatives
+from shampoo_core.plan.devices import DEVICES
+from shampoo_core.plan.layout import Placement, Sharding
+from shampoo_core.plan.planning import Request, make_plan
+from shampoo_core.plan.report import report
+from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.preconditioners.eigenvalue_corrected import EigenvalueCorrectedConfig
+from shampoo_core.preconditioners.kl import KLShampooConfig
+from shampoo_core.preconditioners.kl_soap import KLSOAPConfig
+from shampoo_core.preconditioners.per_factor import PerFactorCorrectedConfig
+from shampoo_core.preconditioners.shampoo import ShampooConfig
+from shampoo_core.preconditioners.spectral import SpectralConfig
+from shampoo_core.storage import STORAGES
+
+METHODS: dict[str, type] = {
+    "shampoo": ShampooConfig,
+    "eigenvalue_corrected": EigenvalueCorrectedConfig,
+    "kl_shampoo": KLShampooConfig,
+    "kl_soap": KLSOAPConfig,
+    "per_factor": PerFactorCorrectedConfig,
+    "spectral": SpectralConfig,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        request = _request(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    plan = make_plan(request)
+    changes = alternatives(request, plan)
+    if options.json:
+        document = {**plan.as_dict(), "alternatives": [dataclasses.asdict(c) for c in changes]}
+        sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    else:
+        sys.stdout.write(report(_title(options), request, plan, changes) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m shampoo_core.plan", description=__doc__)
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workload", choices=[*official_workloads(), *TRANSFORMERS])
+    model.add_argument("--shapes", type=Path, help="JSON: a list of shapes, or {name: shape}")
+    parser.add_argument("--world_size", type=int, required=True)
+    parser.add_argument("--memory_gib", type=float, required=True, help="of one device")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="a100")
+    parser.add_argument("--sharding", choices=get_args(Sharding), default="ddp")
+    parser.add_argument("--group_size", type=int, default=8, help="ranks of a replica under hsdp")
+    parser.add_argument("--preconditioner", choices=sorted(METHODS), default="shampoo")
+    parser.add_argument("--storage", choices=STORAGES, default="dense")
+    parser.add_argument("--max_block_size", type=int, default=1024)
+    parser.add_argument("--refresh_interval", type=int, default=100)
+    parser.add_argument("--reserved_gib", type=float, default=0.0, help="activations and the rest")
+    parser.add_argument(
+        "--step_ms",
+        type=float,
+        help="a training step without the optimizer; for official workloads what the benchmark allows",
+    )
+    parser.add_argument("--overhead_percent", type=float, default=5.0, help="that it may add")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def _request(options: argparse.Namespace) -> Request:
+    if options.shapes is not None:
+        parameters = shapes_from_file(options.shapes)
+    else:
+        parameters = named_model(options.workload)
+    return Request(
+        parameters,
+        Placement(options.world_size, options.sharding, options.group_size),
+        DEVICES[options.device],
+        options.memory_gib,
+        _config(options),
+        max_block_size=options.max_block_size,
+        refresh_interval=options.refresh_interval,
+        reserved_gib=options.reserved_gib,
+        step_ms=options.step_ms or REFERENCE_STEP_MS.get(options.workload),
+        overhead_percent=options.overhead_percent,
+    )
+
+
+def _config(options: argparse.Namespace) -> PreconditionerConfig:
+    method = METHODS[options.preconditioner]
+    keeps_factors = any(field.name == "storage" for field in dataclasses.fields(method))
+    if not keeps_factors:
+        if options.storage != "dense":
+            raise ValueError(
+                f"--storage {options.storage} is for methods with factors in memory, "
+                f"not for {options.preconditioner}"
+            )
+        chosen: PreconditionerConfig = method()
+        return chosen
+    stored: PreconditionerConfig = method(storage=options.storage)
+    return stored
+
+
+def _title(options: argparse.Namespace) -> str:
+    model = options.workload or options.shapes
+    return (
+        f"{model} by {options.preconditioner} ({options.storage}) on {options.world_size} x "
+        f"{options.device} {options.memory_gib:g} GiB, {options.sharding}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a device can do: the stated rates behind every estimated millisecond.
+
+Peak numbers are the vendors'; a step is charged a share of them. Matrix products are counted at float32
+without TF32, for factors and roots need it. Estimates are for choosing between plans, good to a factor
+of about two; bytes and operations are exact.
+
+Source: ALGORITHMS.md section 10.2 (rates) and 5.10, 10.1 (eigendecompositions of side 1024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from shampoo_core.counting import Operation
+
+PRODUCT_EFFICIENCY = 0.7
+"""Share of the peak rate that batched float32 products reach at sides of some hundreds."""
+MEMORY_EFFICIENCY = 0.75
+"""Share of the peak bandwidth that elementwise operations reach."""
+LAUNCH_SECONDS = 6e-6
+"""From one operation to the next when the device waits for the host."""
+REFERENCE_SIDE = 1024
+"""Side of the matrices for which decomposition times are stated."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates of one accelerator."""
+
+    name: str
+    flops: float
+    """float32 multiplications and additions per second, without TF32."""
+    bandwidth: float
+    """Bytes per second to and from its memory."""
+    decomposition_seconds: float
+    """One float32 eigendecomposition of side 1024, in a batch."""
+    node_bandwidth: float
+    """Bytes per second that one device sends inside a node in a collective."""
+    network_bandwidth: float
+    """Bytes per second and device between nodes."""
+    devices_per_node: int = 8
+
+    def step_seconds(self, operations: Iterable[Operation]) -> float:
+        """Estimated time of some operations, one after the other.
+
+        Each takes the longer of its arithmetic and its traffic, and at least the launch.
+        """
+        return sum(max(LAUNCH_SECONDS, self._seconds(item)) for item in operations)
+
+    def _seconds(self, operation: Operation) -> float:
+        traffic = operation.bytes_moved / (self.bandwidth * MEMORY_EFFICIENCY)
+        if operation.side is None:
+            return max(operation.flops / (self.flops * PRODUCT_EFFICIENCY), traffic)
+        # Below the reference side a decomposition is bound by its sequential steps: quadratic.
+        exponent = 3 if operation.side > REFERENCE_SIDE else 2
+        each = self.decomposition_seconds * (operation.side / REFERENCE_SIDE) ** exponent
+        return operation.num_matrices * each
+
+    def send_seconds(self, num_bytes: float, world_size: int) -> float:
+        """Estimated time in which one of ``world_size`` devices sends some bytes in a collective."""
+        inside = world_size <= self.devices_per_node
+        return num_bytes / (self.node_bandwidth if inside else self.network_bandwidth)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("v100", 15.7e12, 900e9, 50e-3, 130e9, 3e9),
+        Device("a100", 19.5e12, 1555e9, 20e-3, 230e9, 25e9),
+        Device("h100", 66.9e12, 3350e9, 12.5e-3, 370e9, 50e9),
+    )
+}
+"""V100-SXM2 16 GB, A100-SXM4 40 GB, H100-SXM5: nodes of eight on NVLink; InfiniBand at 25 Gbit/s (V100),
+200 (A100) and 400 Gbit/s (H100) a device."""

@@ -1,0 +1,114 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shampoo_core.plan.advice import Change
+from shampoo_core.plan.planning import GIB, Plan, Request
+
+MIB = 2**20
+STACKS_SHOWN = 6
+
+
+def report(title: str, request: Request, plan: Plan, changes: Sequence[Change]) -> str:
+    """All of a plan for a reader.
+
+    Args:
+        title: What was planned.
+        request: The question.
+        plan: The answer.
+        changes: What would help, if it does not fit.
+    """
+    return "\n".join(
+        [
+            title,
+            "",
+            *_blocks(plan),
+            "",
+            *_memory(plan),
+            "",
+            *_time(request, plan),
+            "",
+            *_verdict(plan, changes),
+        ]
+    )
+
+
+def _blocks(plan: Plan) -> list[str]:
+    shown = list(plan.stacks.items())
+    stacks = ", ".join(f"{count} of {shape}" for shape, count in shown[:STACKS_SHOWN])
+    rest = f", {len(shown) - STACKS_SHOWN} more shapes" if len(shown) > STACKS_SHOWN else ""
+    return [
+        f"{plan.num_parameters:,} parameters in {plan.num_blocks} blocks of {len(shown)} shapes",
+        f"  {stacks}{rest}",
+        f"  largest load of a rank over the mean: {plan.balance:.3f}",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    least, most = min(plan.state_bytes_per_rank), plan.state_bytes
+    lines = {
+        "parameters and gradients": 2 * plan.parameter_bytes,
+        "state, largest rank": most,
+        "communication buffers": plan.buffer_bytes,
+        "temporary, plain step": plan.plain_peak_bytes,
+        "temporary, staggered refresh": plan.staggered_peak_bytes,
+        "temporary, refresh of everything": plan.refresh_peak_bytes,
+    }
+    return [
+        "Memory of a rank, exact for tensors of 4 bytes, without activations",
+        *(f"  {name:<34}{size / MIB:>12,.1f} MiB" for name, size in lines.items()),
+        f"  state, smallest rank              {least / MIB:>12,.1f} MiB",
+    ]
+
+
+def _time(request: Request, plan: Plan) -> list[str]:
+    device = request.device.name
+    lines = [
+        f"Time of a step on the largest rank, estimated from the rates of {device}",
+        f"  plain            {plan.plain_ms:>10.2f} ms  {plan.plain_flops / 1e9:>12,.0f} GFLOP"
+        f"  {plan.plain_operations:>6} operations",
+        f"  dearest staggered{plan.staggered_ms:>10.2f} ms",
+        f"  all refreshed    {plan.refresh_ms:>10.2f} ms  {plan.refresh_flops / 1e9:>12,.0f} GFLOP"
+        f"  {plan.refresh_operations:>6} operations",
+        f"  sending          {plan.send_ms:>10.2f} ms  "
+        f"{max(plan.sent_bytes_per_rank) / MIB:>12,.1f} MiB sent",
+        f"  mean, refreshed every {plan.refresh_interval} steps: {plan.mean_ms:.2f} ms",
+    ]
+    if plan.overhead_percent is not None:
+        lines.append(
+            f"  {plan.overhead_percent:.1f} % of a training step of {request.step_ms:g} ms"
+        )
+        wanted = f"{request.overhead_percent:g} %"
+        if plan.shortest_interval is None:
+            lines.append(
+                f"  no refresh interval keeps it at {wanted}: the plain step alone costs more"
+            )
+        else:
+            lines.append(
+                f"  shortest refresh interval that keeps it at {wanted}: {plan.shortest_interval}"
+            )
+    return lines
+
+
+def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:
+    needed = (
+        f"needs {plan.peak_gib:.2f} GiB staggered, {plan.refresh_peak_gib:.2f} GiB if everything is "
+        f"refreshed at once, of {plan.memory_gib:.2f} GiB"
+    )
+    if plan.fits:
+        spare = plan.memory_gib - plan.peak_gib
+        return [f"Fits: {needed}; {spare:.2f} GiB to spare for activations"]
+    lines = [f"Does not fit: {needed}. What would help, alone:"]
+    lines += [
+        f"  {change.what:<28}{change.peak_gib:>9.2f} GiB, mean step {change.mean_ms:.2f} ms"
+        f"{'' if change.fits else '  (still too large)'}"
+        for change in changes
+    ]
+    return lines
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as text."""
+    return f"{num_bytes / GIB:.2f} GiB"

@@ -1,0 +1,166 @@
+"""One rank's step without its device: state, operations and peak memory of its blocks, on "meta"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shampoo_core.averaging import AveragingConfig
+from shampoo_core.blocking import Shape
+from shampoo_core.counting import Operation, OperationCounter
+from shampoo_core.live_memory import LiveMemory
+from shampoo_core.optimizer import DistributedShampoo
+from shampoo_core.plan.layout import MethodBlocks
+from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.refresh import (
+    FactorSlice,
+    FactorStackSize,
+    FixedRefresh,
+    RefreshPolicy,
+    StaggeredRefresh,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank does in one step."""
+
+    operations: list[Operation]
+    peak_bytes: int
+    """Most bytes alive at once beside parameters, gradients and state."""
+
+    @property
+    def flops(self) -> float:
+        """Of matrix products and decompositions."""
+        return sum(operation.flops for operation in self.operations)
+
+
+@dataclass(frozen=True)
+class RankSteps:
+    """The kinds of steps that a rank takes."""
+
+    plain: Step
+    refresh: Step
+    """Everything refreshed at once."""
+    staggered: Step
+    """The dearest step of an interval over which refreshes are spread."""
+
+
+@dataclass(frozen=True)
+class _Remembering(FixedRefresh):
+    """Remembers which factors it was asked about."""
+
+    asked: list[tuple[FactorStackSize, ...]] = field(default_factory=list)
+
+    def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
+        """See `RefreshPolicy`."""
+        self.asked.append(sizes)
+        return super().due(step, sizes)
+
+
+class _RankOnMeta:
+    """The blocks of one rank, each a parameter of its own, with their optimizer."""
+
+    def __init__(
+        self,
+        methods: Sequence[MethodBlocks],
+        rank: int,
+        refresh: RefreshPolicy,
+        averaging: AveragingConfig | None,
+    ) -> None:
+        groups = []
+        for method in methods:
+            shapes = [tile.sizes for tile in method.of_rank(rank)]
+            if shapes:
+                groups.append({"params": on_meta(shapes), "preconditioner": method.config})
+        self._optimizer = optimizer_of(groups, refresh, averaging)
+
+    def step(self, number: int) -> Step:
+        """Take the step of some number, measured."""
+        for group in self._optimizer.param_groups:
+            group["step"] = number - 1
+        with LiveMemory() as memory, OperationCounter() as counter:
+            self._optimizer.step()
+        return Step(counter.operations, memory.peak)
+
+
+def on_meta(shapes: Sequence[Shape]) -> list[torch.nn.Parameter]:
+    """Parameters with gradients, for which no memory is taken."""
+    parameters = []
+    for shape in shapes:
+        parameter = torch.nn.Parameter(torch.empty(shape, device="meta"))
+        parameter.grad = torch.empty_like(parameter)
+        parameters.append(parameter)
+    return parameters
+
+
+def optimizer_of(
+    groups: Sequence[dict[str, Any]], refresh: RefreshPolicy, averaging: AveragingConfig | None
+) -> DistributedShampoo:
+    """An optimizer whose parameters are blocks already."""
+    return DistributedShampoo(
+        groups, refresh=refresh, averaging=averaging, max_block_size=None, target_order=None
+    )
+
+
+def block_state_bytes(
+    block_shape: Shape, config: PreconditionerConfig, averaging: AveragingConfig | None = None
+) -> int:
+    """Bytes of state of one block, as in a checkpoint; that of many blocks is the sum."""
+    (parameter,) = on_meta([block_shape])
+    group = {"params": [parameter], "preconditioner": config}
+    state = optimizer_of([group], FixedRefresh(), averaging).state[parameter]
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def state_bytes(
+    methods: Sequence[MethodBlocks], num_owners: int, averaging: AveragingConfig | None = None
+) -> list[int]:
+    """Bytes of state of each owner."""
+    totals = [0] * num_owners
+    for method in methods:
+        shapes = {tile.sizes for tile in method.tiles}
+        sizes = {shape: block_state_bytes(shape, method.config, averaging) for shape in shapes}
+        for tile, owner in zip(method.tiles, method.owners, strict=True):
+            totals[owner] += sizes[tile.sizes]
+    return totals
+
+
+def simulate(
+    methods: Sequence[MethodBlocks],
+    rank: int,
+    interval: int,
+    averaging: AveragingConfig | None = None,
+) -> RankSteps:
+    """Take the steps of one rank.
+
+    Args:
+        methods: The blocks of the model.
+        rank: Whose blocks to step.
+        interval: Steps from one refresh of a factor to its next.
+        averaging: As of the optimizer.
+    """
+    remembering = _Remembering(interval=2, start=1)
+    together = _RankOnMeta(methods, rank, remembering, averaging)
+    together.step(1)
+    refresh, plain = together.step(2), together.step(3)
+    policy = StaggeredRefresh(interval)
+    spread = _RankOnMeta(methods, rank, policy, averaging)
+    return RankSteps(plain, refresh, spread.step(_busiest_step(policy, set(remembering.asked))))
+
+
+def _busiest_step(policy: StaggeredRefresh, asked: set[tuple[FactorStackSize, ...]]) -> int:
+    """The step of the second interval at which most cubic work is due."""
+
+    def work(step: int) -> float:
+        return sum(
+            (item.stop - item.start) * float(sizes[item.stack].dimension) ** 3
+            for sizes in asked
+            for item in policy.due(step, sizes)
+        )
+
+    second = policy.settled_step + 1
+    return max(range(second, second + policy.interval), key=work)

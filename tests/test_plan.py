@@ -1,0 +1,249 @@
+"""Plans against the optimizer itself: bytes, operations and peaks as predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shampoo_core import (
+    DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    HeavyBall,
+    KLSOAPConfig,
+    PerFactorCorrectedConfig,
+    ShampooConfig,
+    SpectralConfig,
+)
+from shampoo_core.blocking import merge_dimensions, tiles_of
+from shampoo_core.counting import Operation
+from shampoo_core.live_memory import LiveMemory
+from shampoo_core.model_shapes import (
+    TRANSFORMERS,
+    NamedShape,
+    named_model,
+    num_elements,
+    official_workloads,
+    shapes_from_file,
+)
+from shampoo_core.plan import DEVICES, Placement, Plan, Request, make_plan
+from shampoo_core.plan.__main__ import main
+from shampoo_core.plan.devices import LAUNCH_SECONDS
+from shampoo_core.plan.layout import blocks_by_method, sent_bytes, travelling_pieces
+
+SMALL = [NamedShape("w", (24, 40)), NamedShape("b", (24,)), NamedShape("k", (6, 5, 3, 3))]
+CONFIGS = [
+    ShampooConfig(),
+    ShampooConfig(storage="packed", precondition_vectors=True),
+    EigenvalueCorrectedConfig(),
+    KLSOAPConfig(),
+    PerFactorCorrectedConfig(),
+    SpectralConfig(),
+]
+
+
+def measured(request: Request, steps: int = 3, device: str = "cpu") -> tuple[int, list[int]]:
+    """Bytes of state, and peaks of the first steps, of the real optimizer."""
+    parameters = []
+    for shape in request.parameters:
+        parameter = torch.nn.Parameter(torch.zeros(shape.shape, device=device))
+        parameter.grad = torch.randn(shape.shape, device=device)
+        parameters.append(parameter)
+    optimizer = DistributedShampoo(
+        parameters,
+        preconditioner=request.config,
+        averaging=request.averaging,
+        max_block_size=request.max_block_size,
+        refresh=FixedRefresh(2, 1),
+    )
+    peaks = []
+    for _ in range(steps):
+        with LiveMemory() as memory:
+            optimizer.step()
+        peaks.append(memory.peak)
+    state = sum(
+        tensor.numel() * tensor.element_size()
+        for entries in optimizer.state.values()
+        for tensor in entries.values()
+    )
+    return state, peaks
+
+
+@pytest.mark.parametrize("averaging", [None, HeavyBall()])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_state_of_one_process_is_that_of_the_optimizer(config: Any, averaging: Any) -> None:
+    request = Request(SMALL, config=config, averaging=averaging, max_block_size=16)
+    assert make_plan(request).state_bytes_per_rank == [measured(request, 0)[0]]
+
+
+@pytest.mark.parametrize("workload", ["imagenet_resnet", "imagenet_vit", "ogbg"])
+def test_peaks_of_one_process_are_those_of_the_optimizer(workload: str) -> None:
+    """Up to the vectors with a number per block, which a plan makes for blocks one by one."""
+    request = Request(named_model(workload))
+    plan = make_plan(request)
+    state, peaks = measured(request, 3, "meta")
+    assert plan.state_bytes_per_rank == [state]
+    assert plan.plain_peak_bytes == pytest.approx(peaks[2], rel=0.01)
+    assert plan.refresh_peak_bytes == pytest.approx(peaks[1], rel=0.01)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 30), min_size=0, max_size=4), min_size=1, max_size=5),
+    st.integers(1, 5),
+    st.sampled_from(["ddp", "fsdp2", "hsdp"]),
+    st.sampled_from([4, 7, 16]),
+)
+def test_every_number_has_one_owner_and_one_holder(
+    shapes: list[list[int]], ranks: int, sharding: Any, block: int
+) -> None:
+    parameters = [NamedShape(str(i), tuple(shape)) for i, shape in enumerate(shapes)]
+    placement = Placement(2 * ranks, sharding, group_size=ranks)
+    methods = blocks_by_method(
+        parameters, ShampooConfig(), placement, max_block_size=block, refresh_interval=10
+    )
+    assert all(0 <= owner < placement.num_owners for m in methods for owner in m.owners)
+    numbers = sum(math.prod(tile.sizes) for m in methods for tile in m.tiles)
+    assert numbers == num_elements(parameters)
+    pieces = travelling_pieces(parameters, methods, placement)
+    assert sum(pieces.values()) == numbers
+    for holder in range(placement.num_shards):
+        held = sum(n for (whose, _), n in pieces.items() if whose == holder)
+        assert held == sum(_rows(p.shape, holder, placement.num_shards) for p in parameters)
+
+
+def _rows(shape: tuple[int, ...], holder: int, num_shards: int) -> int:
+    """Numbers in a slice of the rows, as `torch.chunk` deals them out."""
+    chunks = torch.zeros(shape or (1,), device="meta").chunk(num_shards)
+    return chunks[holder].numel() if holder < len(chunks) else 0
+
+
+def test_pieces_of_a_matrix_by_hand() -> None:
+    """A 4 x 6 matrix in rows of two for each of two holders, cut into six 2 x 2 blocks."""
+    parameters = [NamedShape("w", (4, 6))]
+    placement = Placement(2, "fsdp2")
+    methods = blocks_by_method(
+        parameters, ShampooConfig(), placement, max_block_size=2, refresh_interval=10
+    )
+    assert methods[0].owners == [0, 1, 0, 1, 0, 1]
+    pieces = travelling_pieces(parameters, methods, placement)
+    assert pieces == {(0, 0): 8, (0, 1): 4, (1, 1): 8, (1, 0): 4}
+    # Gradients of 4 numbers out and updates of 4 numbers back, on either rank.
+    assert sent_bytes(parameters, methods, placement) == [32, 32]
+
+
+def test_replicas_send_the_longest_segment_to_everyone() -> None:
+    parameters = [NamedShape("w", (4, 6))]
+    placement = Placement(4)
+    methods = blocks_by_method(
+        parameters, ShampooConfig(), placement, max_block_size=2, refresh_interval=10
+    )
+    # Six blocks of four numbers on four ranks: two on some.
+    assert sent_bytes(parameters, methods, placement) == [3 * 8 * 4] * 4
+
+
+@pytest.mark.parametrize("model", [*official_workloads(), *TRANSFORMERS])
+def test_sizes_of_models(model: str) -> None:
+    published = {
+        "imagenet_resnet": 25_557_032,
+        "finewebedu_lm": 252_815_372,
+        "transformer_1b": 1_104_218_112,
+        "transformer_70b": 68_976_648_192,
+    }
+    assert num_elements(named_model(model)) == published.get(
+        model, num_elements(named_model(model))
+    )
+    for parameter in named_model(model):
+        merged = merge_dimensions(parameter.shape, 1024)
+        assert sum(
+            tile.num_blocks * math.prod(tile.sizes) for tile in tiles_of(0, merged, 1024)
+        ) == math.prod(parameter.shape)
+
+
+def test_more_ranks_never_need_more_state_and_never_send_everything() -> None:
+    plans = [make_plan(Request(named_model("ogbg"), Placement(n))) for n in (1, 2, 4, 8)]
+    states = [plan.state_bytes for plan in plans]
+    assert states == sorted(states, reverse=True)
+    assert sum(plans[3].state_bytes_per_rank) == plans[0].state_bytes
+    assert max(plans[0].sent_bytes_per_rank) == 0
+    assert plans[3].balance < 1.2
+
+
+def test_intervals_keep_the_overhead() -> None:
+    request = Request(named_model("ogbg"), step_ms=231.0, overhead_percent=5.0)
+    interval = make_plan(request).shortest_interval
+    assert interval is not None
+    assert interval > 1
+    for chosen, allowed in ((interval, True), (interval - 1, False)):
+        plan = make_plan(dataclasses.replace(request, refresh_interval=chosen))
+        assert plan.overhead_percent is not None
+        assert (plan.overhead_percent <= 5.0) is allowed
+
+
+def test_estimates_by_hand() -> None:
+    device = DEVICES["v100"]
+    product = Operation("aten::bmm", 15.7e12 * 0.7, 0)
+    traffic = Operation("aten::mul", 0.0, int(900e9 * 0.75))
+    nothing = Operation("aten::add", 0.0, 4)
+    assert device.step_seconds([product, traffic, nothing]) == pytest.approx(2 + LAUNCH_SECONDS)
+    large = Operation("aten::_linalg_eigh", 1.0, 0, side=2048, num_matrices=3)
+    small = Operation("aten::_linalg_eigh", 1.0, 0, side=512, num_matrices=3)
+    assert device.step_seconds([large]) == pytest.approx(3 * 50e-3 * 8)
+    assert device.step_seconds([small]) == pytest.approx(3 * 50e-3 / 4)
+    assert device.send_seconds(130e9, 8) == pytest.approx(1.0)
+    assert device.send_seconds(3e9, 16) == pytest.approx(1.0)
+
+
+def test_what_does_not_fit_is_said_and_helped(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "0.2"])
+    text = capsys.readouterr().out
+    assert "Does not fit" in text
+    assert 'storage="packed"' in text
+    assert "2 ranks" in text
+    main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "16"])
+    assert "Fits" in capsys.readouterr().out
+
+
+def test_shapes_from_a_file_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "shapes.json"
+    file.write_text('{"w": [24, 40], "b": [24]}')
+    main(["--shapes", str(file), "--world_size", "2", "--memory_gib", "1", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["num_parameters"] == 24 * 41
+    assert set(plan) >= {field.name for field in dataclasses.fields(Plan)}
+    file.write_text("[[3, 4], []]")
+    assert shapes_from_file(file) == [("parameter_0", (3, 4)), ("parameter_1", ())]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[[3, -1]]", "parameter_0"), ("{", "not JSON"), ("[]", "at least one"), ('{"w": 3}', "'w'")],
+)
+def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "shapes.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        shapes_from_file(file)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Placement(0), "world_size"),
+        (lambda: Placement(6, "hsdp", 4), "group_size must divide"),
+        (lambda: Placement(2, "zero"), "sharding"),  # type: ignore[arg-type]
+        (lambda: Request(SMALL, memory_gib=0.0), "memory_gib"),
+        (lambda: Request([NamedShape("w", (0, 3))]), "at least one element"),
+        (lambda: named_model("unknown"), "workload must be one of"),
+    ],
+)
+def test_bad_requests_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
