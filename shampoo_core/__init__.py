@@ -11,6 +11,7 @@ from shampoo_core.averaging import (
     WeightEMA,
 )
 from shampoo_core.diagnostics import HealthReport, health_report, log_health
+from shampoo_core.exchange.distribution import Distribution
 from shampoo_core.grafting import AdaGradGrafting, AdamGrafting, RMSpropGrafting, SGDGrafting
 from shampoo_core.optimizer import DistributedShampoo
 from shampoo_core.preconditioners.diagonal import (
@@ -45,6 +46,7 @@ __all__ = [
     "ChebyshevSolver",
     "CoupledNewtonSolver",
     "DistributedShampoo",
+    "Distribution",
     "EigenvalueCorrectedConfig",
     "EighSolver",
     "FixedRefresh",

@@ -8,13 +8,16 @@ shows in it, no collective is needed to make it, and ``torch.load(weights_only=T
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shampoo_core.blocking import Shape
 from shampoo_core.engine import Engine
+from shampoo_core.groups import CHANGEABLE
 
 FORMAT_VERSION = 1
 
@@ -27,11 +30,23 @@ def block_views(engine: Engine) -> dict[int, dict[str, Tensor]]:
         for tile in layout.tiles:
             of_parameter = views.setdefault(tile.parameter, {})
             for position in tile.grid_indices():
-                prefix = ".".join(["block", *map(str, position)])
+                prefix = block_name(position)
                 for name, tensor in state.items():
                     of_parameter[f"{prefix}.{name}"] = tensor[block]
                 block += 1
     return views
+
+
+def block_name(position: Shape) -> str:
+    """Prefix of the entries of the block at a position of the grid."""
+    return ".".join(["block", *map(str, position)])
+
+
+def _block_of(name: str) -> str:
+    """``block.<i>.<j>`` of ``block.<i>.<j>.<name>``; names do not start with a digit."""
+    parts = name.split(".")
+    digits = itertools.takewhile(str.isdigit, parts[1:])
+    return ".".join([parts[0], *digits])
 
 
 def describe(value: object) -> Any:
@@ -67,13 +82,78 @@ def differences(
     return found
 
 
-def check_entries(owner: str, own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def check_groups(
+    owner: str, own_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise unless saved parameter groups have the same parameters and constant options.
+
+    Raises:
+        ValueError: They do not; the message names the difference.
+    """
+    if len(own_groups) != len(saved_groups):
+        raise ValueError(
+            f"{owner}: the checkpoint has {len(saved_groups)} parameter groups, "
+            f"this optimizer {len(own_groups)}"
+        )
+    for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
+        if len(own["params"]) != len(saved["params"]):
+            raise ValueError(
+                f"{owner}: group {index} has {len(saved['params'])} parameters in the "
+                f"checkpoint and {len(own['params'])} here"
+            )
+        found = differences(own, saved, except_for=("params", "param_names", *CHANGEABLE))
+        if found:
+            raise ValueError(
+                f"{owner}: group {index} of the checkpoint is of another configuration: "
+                + "; ".join(found)
+            )
+
+
+def block_names(engines: Sequence[Engine], parameter: int) -> set[str]:
+    """Prefixes of all blocks of a parameter, whoever owns them."""
+    return {
+        block_name(index)
+        for engine in engines
+        for layout in engine.division.whole.layouts
+        for tile in layout.tiles
+        if tile.parameter == parameter
+        for index in tile.grid_indices()
+    }
+
+
+def check_entries(
+    owner: str,
+    own: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    all_blocks: Collection[str],
+    *,
+    is_complete: bool,
+) -> None:
     """Raise unless the saved state of a parameter fits.
+
+    Args:
+        owner: For the message.
+        own: State of the blocks that this rank owns.
+        saved: State of all blocks.
+        all_blocks: Prefixes of all blocks, owned or not.
+        is_complete: Whether the checkpoint says that it has the state of all blocks.
 
     Raises:
         ValueError: A name is missing, unknown, or of another shape; the message names it.
     """
-    missing, unknown = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+    own_blocks = {_block_of(name) for name in own}
+    missing = sorted(set(own) - set(saved))
+    unknown = sorted(
+        name
+        for name in set(saved) - set(own)
+        if _block_of(name) in own_blocks or _block_of(name) not in all_blocks
+    )
+    if missing and not is_complete:
+        raise ValueError(
+            f"{owner}: the checkpoint has no {missing[0]}: it was saved by one rank of several, with "
+            "the state of its own blocks alone. Call gather_state() on all ranks before rank 0 "
+            "saves, or save with torch.distributed.checkpoint"
+        )
     if missing or unknown:
         raise ValueError(
             f"{owner}: the checkpoint does not fit: "

@@ -1,21 +1,30 @@
 """One step of one set of stacks, from gradients to parameters.
 
-    G  <- gradients of the open blocks                   collect, guard
+    G  <- gradients of the open blocks                   collected by the exchange; guard
     P  <- preconditioner(G)                              search direction
     U  <- -lr * (P + decay * W), or what averaging makes of it
-    W  <- W + U                                          deliver
+    W  <- W + U                                          delivered by the exchange
 
-The engine is the only place that knows this order.
+The engine is the only place that knows this order. It sees the blocks that its rank owns, and nothing
+of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
-from shampoo_core.averaging import AveragingRule, StepOptions, TrainingWeights
-from shampoo_core.exchange.base import Exchange
+from shampoo_core.averaging import (
+    AveragingConfig,
+    AveragingRule,
+    Descent,
+    StepOptions,
+    TrainingWeights,
+)
+from shampoo_core.exchange.base import Collected, Exchange
+from shampoo_core.exchange.division import Division
 from shampoo_core.gradients import GradientGuard
 from shampoo_core.preconditioners.base import Preconditioner
 from shampoo_core.stacks import StackSet
@@ -23,74 +32,96 @@ from shampoo_core.state import StackState, merge_states, stacked_state
 
 
 class Engine:
-    """State and step of the blocks that are stacked together."""
+    """State and step of the blocks that are stacked together and owned by this rank."""
 
     def __init__(
         self,
-        stack_set: StackSet,
-        preconditioner: Preconditioner,
-        averaging: AveragingRule,
         exchange: Exchange,
+        division: Division,
+        create: Callable[[StackSet], Preconditioner],
+        averaging: AveragingConfig | None,
     ) -> None:
-        """Put the parts together.
+        """Allocate state for the rank's own blocks, if it has any.
 
         Args:
-            stack_set: Geometry of the blocks this rank owns.
-            preconditioner: Made for ``stack_set``.
-            averaging: Made for ``stack_set``.
-            exchange: Moves blocks between ranks.
+            exchange: Which made the division.
+            division: Which blocks there are, and which are this rank's.
+            create: Makes a preconditioner.
+            averaging: The rule, None for none.
         """
-        self.stack_set = stack_set
-        self.preconditioner = preconditioner
-        self.averaging = averaging
-        self.guard = GradientGuard(stack_set)
-        self._exchange = exchange
+        self.exchange = exchange
+        self.division = division
+        self.stack_set = own = division.own
+        self.averages = averaging is not None and averaging.averages
+        """Whether other weights are evaluated than trained; the same on all ranks."""
+        self._parts: _Parts | None = None
+        if own.num_blocks:
+            rule = Descent(own) if averaging is None else averaging.create(own)
+            self._parts = _Parts(create(own), rule, GradientGuard(own))
+
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """None where the rank owns nothing."""
+        return None if self._parts is None else self._parts.preconditioner
+
+    def reads_weights(self, options: StepOptions) -> bool:
+        """Whether a step needs the weights, or only their gradients; the same on all ranks."""
+        return self.averages or options.l2_decay != 0.0 or options.direction_decay != 0.0
 
     def step(
         self,
-        parameters: Sequence[Tensor],
+        collected: Collected,
         gradients: Sequence[Tensor | None],
         step: int,
         options: StepOptions,
-    ) -> None:
-        """Update the parameters in place.
+    ) -> list[Tensor] | None:
+        """Learn from gradients, and return what to add to the weights of the rank's own blocks.
 
         Args:
-            parameters: All parameters of the group.
-            gradients: Their gradients, None where there is none.
+            collected: Gradients as stacks, changed in place, and weights.
+            gradients: By parameter of the group, None where there is none.
             step: Of the group, counted from 1.
             options: Current learning rate and weight decay.
+
+        Returns:
+            Stacks, or None where nothing moves.
         """
-        stacks = self._exchange.collect(self.stack_set, gradients)
+        if self._parts is None:
+            return None
+        preconditioner, averaging, guard = self._parts
+        stacks, weights = collected
         if options.l2_decay:
-            self.stack_set.add_from(stacks, parameters, options.l2_decay)
-        guarded = self.guard.close_bad_blocks(stacks, gradients)
-        direction = self.preconditioner.step(guarded, step)
+            weights.add_to(stacks, options.l2_decay)
+        guarded = guard.close_bad_blocks(stacks, gradients)
+        direction = preconditioner.step(guarded, step)
         if direction is None:
-            return
+            return None
         if options.direction_shrink != 1.0:
             direction = direction._replace(scale=direction.scale * options.direction_shrink)
-        weights = TrainingWeights(self.stack_set, parameters)
-        updates = self.averaging.update(direction, weights, guarded.is_open, options)
-        self._exchange.deliver(self.stack_set, updates, parameters)
+        return averaging.update(direction, weights, guarded.is_open, options)
 
-    def evaluation_shift(self, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         """Evaluated minus training weights as stacks; None where these are the same."""
-        return self.averaging.evaluation_shift(TrainingWeights(self.stack_set, parameters))
-
-    def shift(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
-        """Add stacks to the parameters, in place."""
-        self._exchange.deliver(self.stack_set, updates, parameters)
+        return None if self._parts is None else self._parts.averaging.evaluation_shift(weights)
 
     def state(self) -> StackState:
         """All state that a checkpoint has to keep, by stack."""
+        if self._parts is None:
+            return []
+        preconditioner, averaging, guard = self._parts
         num_stacks = len(self.stack_set)
-        counts = self.guard.num_non_finite.split(self.stack_set.sizes)
+        counts = guard.num_non_finite.split(self.stack_set.sizes)
         return merge_states(
             num_stacks,
             {
-                "": self.preconditioner.state(),
-                "averaging": self.averaging.state(),
+                "": preconditioner.state(),
+                "averaging": averaging.state(),
                 "guard": stacked_state(num_stacks, {"non_finite": counts}),
             },
         )
+
+
+class _Parts(NamedTuple):
+    preconditioner: Preconditioner
+    averaging: AveragingRule
+    guard: GradientGuard

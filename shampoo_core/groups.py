@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,22 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
                 f"{OWNER}: parameter {index} of the group has dtype {parameter.dtype}; "
                 "only floating-point parameters can be optimized"
             )
+
+
+def facts(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What ranks that share the work have to agree on, in words: options and parameters."""
+    found = {"number of parameter groups": str(len(groups))}
+    for index, group in enumerate(groups):
+        parameters = group["params"]
+        found[f"number of parameters of group {index}"] = str(len(parameters))
+        for position, p in enumerate(parameters):
+            frozen = "" if p.requires_grad else ", frozen"
+            found[f"parameter {position} of group {index}"] = f"{tuple(p.shape)} {p.dtype}{frozen}"
+        for name, value in group.items():
+            if name not in ("params", "param_names"):
+                # Addresses of objects without a name of their own differ between processes.
+                found[f"{name} of group {index}"] = re.sub(" at 0x[0-9a-f]+", "", repr(value))
+    return found
 
 
 def constant_options(group: Mapping[str, Any]) -> GroupOptions:

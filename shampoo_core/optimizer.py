@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_core.averaging import AveragingConfig, Descent
+from shampoo_core.averaging import AveragingConfig
 from shampoo_core.blocking import Cut, MergeDirection, Tile, merge_dimensions, tiles_of
 from shampoo_core.checkpoint import (
     FORMAT_VERSION,
+    block_names,
     block_views,
     check_entries,
+    check_groups,
     describe,
-    differences,
 )
 from shampoo_core.config import MomentumNormaliser
 from shampoo_core.engine import Engine
-from shampoo_core.exchange.local import LocalExchange
+from shampoo_core.exchange.base import Exchange, Request, Result
+from shampoo_core.exchange.choice import Exchanges
+from shampoo_core.exchange.distribution import Distribution
+from shampoo_core.exchange.gathering import gather
 from shampoo_core.grafting import GraftingConfig
 from shampoo_core.groups import (
     CHANGEABLE,
@@ -27,6 +33,7 @@ from shampoo_core.groups import (
     check_group,
     check_parameters,
     constant_options,
+    facts,
     grafting_of,
     state_dtype,
     step_options,
@@ -71,6 +78,11 @@ class DistributedShampoo(torch.optim.Optimizer):
         bias_correction: Whether averages are divided by the weight of what they hold.
         momentum_normaliser: ``"algoperf_v05"`` divides a look-ahead gradient by 1 - beta1^t, as the
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
+        distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
+            ranks of the process group, if there is one, which have to hold the same model; None makes
+            every rank work for itself. Not an option of a parameter group.
+
+    With several ranks, `step`, `eval`, `gather_state` and adding a parameter group are collectives.
 
     Raises:
         TypeError: An option is of the wrong type, or a parameter is complex.
@@ -99,6 +111,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         averaging: AveragingConfig | None = None,
         bias_correction: bool = True,
         momentum_normaliser: MomentumNormaliser = "exact",
+        distributed: Distribution | Literal["auto"] | None = "auto",
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -118,10 +131,18 @@ class DistributedShampoo(torch.optim.Optimizer):
             bias_correction=bias_correction,
             momentum_normaliser=momentum_normaliser,
         )
-        self._exchange = LocalExchange()
+        self._exchanges: Exchanges | None = None
         self._engines: list[list[Engine]] = []
         self._evaluates = False
+        self._replicas_checked = False
+        self._gathered: dict[tuple[int, str], Tensor] | None = None
+        """State of the blocks of other ranks, on rank 0 between `gather_state` and the next step."""
         super().__init__(params, defaults)
+        # Ranks that differ would wait for each other for ever: ask before anything else is sent.
+        distribution = Distribution() if distributed == "auto" else distributed
+        self._exchanges = Exchanges(OWNER, distribution, facts(self.param_groups))
+        for group_index in range(len(self.param_groups)):
+            self._start(group_index)
 
     # --- groups -----------------------------------------------------------------------------------
 
@@ -145,14 +166,21 @@ class DistributedShampoo(torch.optim.Optimizer):
         # Schedulers overwrite lr at once, so that its peak has to be kept here.
         group["peak_lr"] = group["lr"]
         group["step"] = 0
+        if self._exchanges is not None:
+            self._exchanges.check_agreement(facts(self.param_groups))
+            self._start(len(self.param_groups) - 1)
+
+    def _start(self, group_index: int) -> None:
+        """Allocate state for the parameters of a new group that require a gradient."""
         self._engines.append([])
-        wanted = [i for i, p in enumerate(group["params"]) if p.requires_grad]
-        self._allocate(len(self.param_groups) - 1, wanted)
+        parameters = self.param_groups[group_index]["params"]
+        self._allocate(group_index, [i for i, p in enumerate(parameters) if p.requires_grad])
 
     def _allocate(self, group_index: int, indices: Iterable[int]) -> None:
         """Allocate state for some parameters of a group, one engine per device and dtype."""
         group = self.param_groups[group_index]
-        tiles: dict[tuple[torch.device, torch.dtype], list[Tile]] = {}
+        assert self._exchanges is not None
+        tiles: dict[tuple[Exchange, torch.device, torch.dtype], list[Tile]] = {}
         for index in indices:
             parameter = group["params"][index]
             merged = merge_dimensions(
@@ -161,23 +189,29 @@ class DistributedShampoo(torch.optim.Optimizer):
                 target_order=group["target_order"],
                 direction=group["merge_direction"],
             )
-            key = (parameter.device, state_dtype(parameter))
+            key = (self._exchanges.of(parameter), parameter.device, state_dtype(parameter))
             tiles.setdefault(key, []).extend(
                 tiles_of(index, merged, group["max_block_size"], group["cut"])
             )
-        for (device, dtype), group_tiles in tiles.items():
+        method, refresh = group["preconditioner"], group["refresh"]
+        for (exchange, device, dtype), group_tiles in tiles.items():
             if not group_tiles:
                 continue
-            stack_set = StackSet(self._exchange.owned(group_tiles), dtype=dtype, device=device)
-            preconditioner = group["preconditioner"].create(
-                stack_set, constant_options(group), grafting_of(group), group["refresh"]
+            division = exchange.divide(
+                StackSet(group_tiles, dtype=dtype, device=device),
+                partial(method.block_flops, refresh_interval=refresh.interval),
             )
-            averaging = group["averaging"]
-            rule = Descent(stack_set) if averaging is None else averaging.create(stack_set)
-            engine = Engine(stack_set, preconditioner, rule, self._exchange)
+            create = partial(
+                method.create,
+                options=constant_options(group),
+                grafting=grafting_of(group),
+                refresh=refresh,
+            )
+            engine = Engine(exchange, division, create, group["averaging"])
             self._engines[group_index].append(engine)
-            for index, views in block_views(engine).items():
-                self.state[group["params"][index]].update(views)
+            views = block_views(engine)
+            for index in division.whole.parameters:
+                self.state[group["params"][index]].update(views.get(index, {}))
 
     def _allocate_newcomers(self, group_index: int, gradients: list[Tensor | None]) -> None:
         """Allocate state for parameters that have a gradient for the first time."""
@@ -222,15 +256,25 @@ class DistributedShampoo(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_replicas()
+        self._gathered = None
+        tasks: list[_Task] = []
         for group_index, group in enumerate(self.param_groups):
             gradients = [parameter.grad for parameter in group["params"]]
-            if all(gradient is None for gradient in gradients):
-                continue
-            self._allocate_newcomers(group_index, gradients)
-            group["step"] += 1
-            for engine in self._engines[group_index]:
-                engine.step(group["params"], gradients, group["step"], step_options(group))
+            if any(gradient is not None for gradient in gradients):
+                self._allocate_newcomers(group_index, gradients)
+                group["step"] += 1
+            tasks += [_Task(engine, group, gradients) for engine in self._engines[group_index]]
+        for exchange in dict.fromkeys(task.engine.exchange for task in tasks):
+            mine = [task for task in tasks if task.engine.exchange is exchange]
+            exchange.deliver(_updates(exchange, mine))
         return loss
+
+    def _check_replicas(self) -> None:
+        """At the first step: raise where ranks hold different weights."""
+        if self._exchanges is not None and not self._replicas_checked:
+            self._exchanges.check_replicas([p for g in self.param_groups for p in g["params"]])
+            self._replicas_checked = True
 
     # --- weights to evaluate ----------------------------------------------------------------------
 
@@ -243,15 +287,19 @@ class DistributedShampoo(torch.optim.Optimizer):
         if self._evaluates:
             return
         self._evaluates = True
-        for group, engines in zip(self.param_groups, self._engines, strict=True):
-            for engine in engines:
-                shift = engine.evaluation_shift(group["params"])
-                if shift is None:
-                    continue
-                for index in engine.stack_set.parameters:
-                    parameter = group["params"][index]
-                    self.state[parameter][TRAINING_WEIGHTS] = parameter.detach().clone()
-                engine.shift(group["params"], shift)
+        tasks = [
+            _Task(engine, group, [])
+            for group, engines in zip(self.param_groups, self._engines, strict=True)
+            for engine in engines
+            if engine.averages
+        ]
+        for engine, group, _ in tasks:
+            for index in engine.division.whole.parameters:
+                parameter = group["params"][index]
+                self.state[parameter][TRAINING_WEIGHTS] = parameter.detach().clone()
+        for exchange in dict.fromkeys(task.engine.exchange for task in tasks):
+            mine = [task for task in tasks if task.engine.exchange is exchange]
+            exchange.deliver(_evaluation_shifts(exchange, mine), exact=True)
 
     @torch.no_grad()
     def train(self) -> None:
@@ -268,53 +316,95 @@ class DistributedShampoo(torch.optim.Optimizer):
 
     # --- checkpoints ------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Complete state: plain tensors (views of the live ones) and numbers, no collective.
+    @torch.no_grad()
+    def gather_state(self) -> int:
+        """Complete rank 0's state, so that what it saves alone has everything; a collective.
 
-        Saved after `eval` it holds the training weights too.
+        With several ranks each has the state of its own blocks. This sends a copy of the others' to
+        the memory of rank 0's host, to be called by all ranks right before rank 0 saves; the next step
+        drops it. Costs nothing with one rank. Not needed for `torch.distributed.checkpoint`.
+
+        Returns:
+            Bytes that were sent to rank 0; 0 on other ranks.
+        """
+        group = None if self._exchanges is None else self._exchanges.sharing
+        if group is None:
+            return 0
+        own = {
+            (index, name): tensor
+            for index, parameter in enumerate(self._parameters())
+            for name, tensor in _without_training_weights(self.state.get(parameter, {})).items()
+        }
+        self._gathered = gather(own, group)
+        return sum(tensor.nbytes for tensor in self._gathered.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as plain tensors (views of the live ones) and numbers, without a collective.
+
+        Complete with one rank, and on rank 0 right after `gather_state`; otherwise that of the blocks
+        that this rank owns. Saved after `eval` it holds the training weights too.
 
         Returns:
             ``state``: per parameter index a flat dict, see `shampoo_core.checkpoint`;
-            ``param_groups``: options in plain form, configurations as dicts.
+            ``param_groups``: options in plain form, configurations as dicts;
+            ``complete``: whether the state of all blocks is there.
         """
         state_dict = super().state_dict()
         state_dict["param_groups"] = [
             {name: describe(value) for name, value in group.items()}
             for group in state_dict["param_groups"]
         ]
+        state_dict["complete"] = self._is_complete()
+        if self._gathered:
+            merged = {index: dict(entries) for index, entries in state_dict["state"].items()}
+            for (index, name), tensor in self._gathered.items():
+                merged[index][name] = tensor
+            state_dict["state"] = merged
         state_dict["evaluates"] = self._evaluates
         state_dict["format_version"] = FORMAT_VERSION
         return state_dict
+
+    def _is_complete(self) -> bool:
+        group = None if self._exchanges is None else self._exchanges.sharing
+        return group is None or (self._gathered is not None and dist.get_rank(group) == 0)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state; nothing is changed unless all of it fits.
 
         Args:
-            state_dict: From `state_dict` of an optimizer with the same groups and options. Learning
-                rate, weight decay and step are taken from it.
+            state_dict: From `state_dict` of an optimizer with the same groups and options, on any
+                number of ranks. Learning rate, weight decay and step are taken from it.
 
         After a state saved in evaluation the parameters are taken to hold evaluated weights, and
         `train` brings the training weights back.
 
         Raises:
-            ValueError: It is of another configuration or model; the message names the difference.
+            ValueError: It is of another configuration or model, or incomplete; the message names the
+                difference.
         """
-        saved_groups = state_dict["param_groups"]
-        self._check_groups(saved_groups)
+        check_groups(OWNER, self.state_dict()["param_groups"], state_dict["param_groups"])
         pairs: list[tuple[Tensor, Tensor]] = []
         kept_aside: dict[Tensor, Tensor] = {}
-        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            saved_states = [state_dict["state"].get(key, {}) for key in saved["params"]]
+        for index, (group, saved) in enumerate(
+            zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ):
+            states = [state_dict["state"].get(key) for key in saved["params"]]
             known = [p in self.state for p in group["params"]]
-            self._allocate(index, [i for i, s in enumerate(saved_states) if s and not known[i]])
+            self._allocate(index, [i for i, s in enumerate(states) if s and not known[i]])
             for position, (parameter, entries) in enumerate(
-                zip(group["params"], saved_states, strict=True)
+                zip(group["params"], states, strict=True)
             ):
                 own = _without_training_weights(self.state.get(parameter, {}))
-                rest = _without_training_weights(entries)
-                check_entries(f"{OWNER}: group {index}, parameter {position}", own, rest)
+                rest = _without_training_weights(entries or {})
+                check_entries(
+                    f"{OWNER}: group {index}, parameter {position}",
+                    own,
+                    rest,
+                    block_names(self._engines[index], position),
+                    is_complete=state_dict.get("complete", True),
+                )
                 pairs.extend((own[name], rest[name]) for name in own)
-                if TRAINING_WEIGHTS in entries:
+                if entries and TRAINING_WEIGHTS in entries:
                     kept_aside[parameter] = entries[TRAINING_WEIGHTS].to(parameter, copy=True)
         with torch.no_grad():
             for target, source in pairs:
@@ -324,28 +414,50 @@ class DistributedShampoo(torch.optim.Optimizer):
         for parameter, training in kept_aside.items():
             self.state[parameter][TRAINING_WEIGHTS] = training
         self._evaluates = state_dict["evaluates"]
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+        self._gathered = None
+        self._replicas_checked = False
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: saved[name] for name in CHANGEABLE if name in saved})
 
-    def _check_groups(self, saved_groups: list[dict[str, Any]]) -> None:
-        own_groups = self.state_dict()["param_groups"]
-        if len(own_groups) != len(saved_groups):
-            raise ValueError(
-                f"{OWNER}: the checkpoint has {len(saved_groups)} parameter groups, "
-                f"this optimizer {len(own_groups)}"
-            )
-        for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
-            if len(own["params"]) != len(saved["params"]):
-                raise ValueError(
-                    f"{OWNER}: group {index} has {len(saved['params'])} parameters in the "
-                    f"checkpoint and {len(own['params'])} here"
-                )
-            found = differences(own, saved, except_for=("params", "param_names", *CHANGEABLE))
-            if found:
-                raise ValueError(
-                    f"{OWNER}: group {index} of the checkpoint is of another configuration: "
-                    + "; ".join(found)
-                )
+    def _parameters(self) -> list[Tensor]:
+        """All parameters, in the order in which `state_dict` numbers them."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+class _Task(NamedTuple):
+    """An engine's part of a step."""
+
+    engine: Engine
+    group: dict[str, Any]
+    gradients: list[Tensor | None]
+    """By parameter; none where all are missing, and the group does not step."""
+
+
+def _updates(exchange: Exchange, tasks: Sequence[_Task]) -> Iterator[Result]:
+    """Step engines one after the other."""
+    requests = [
+        Request(
+            task.engine.division,
+            task.group["params"],
+            task.gradients,
+            task.engine.reads_weights(step_options(task.group)),
+        )
+        for task in tasks
+    ]
+    for (engine, group, gradients), collected in zip(
+        tasks, exchange.collect(requests), strict=True
+    ):
+        updates = None
+        if any(gradient is not None for gradient in gradients):
+            updates = engine.step(collected, gradients, group["step"], step_options(group))
+        yield Result(engine.division, updates, group["params"])
+
+
+def _evaluation_shifts(exchange: Exchange, tasks: Sequence[_Task]) -> Iterator[Result]:
+    """What brings training weights to those to evaluate."""
+    requests = [Request(engine.division, group["params"], None, True) for engine, group, _ in tasks]
+    for (engine, group, _), collected in zip(tasks, exchange.collect(requests), strict=True):
+        yield Result(engine.division, engine.evaluation_shift(collected.weights), group["params"])
 
 
 def _without_training_weights(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

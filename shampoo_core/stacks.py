@@ -77,7 +77,8 @@ class StackSet:
         self.num_blocks = sum(self.sizes)
         self.numel = sum(math.prod(layout.shape) for layout in self.layouts)
         self.parameters = sorted({tile.parameter for tile in tiles})
-        self._tiles = [tile for layout in self.layouts for tile in layout.tiles]
+        self.tiles = [tile for layout in self.layouts for tile in layout.tiles]
+        """In the order of the stacks."""
 
     def __len__(self) -> int:
         """Number of stacks."""
@@ -135,7 +136,7 @@ class StackSet:
         """Block vector with 1 where the block's parameter has a tensor in ``tensors``, else 0."""
         flags = [
             [0.0 if tensors[tile.parameter] is None else 1.0] * tile.num_blocks
-            for tile in self._tiles
+            for tile in self.tiles
         ]
         return torch.tensor(
             list(itertools.chain.from_iterable(flags)), dtype=self.dtype, device=self.device
@@ -157,7 +158,7 @@ class StackSet:
             torch._foreach_zero_(stacks)
         merged: dict[int, Tensor] = {}
         sources, targets = [], []
-        for tile, target in zip(self._tiles, self._tile_slots(stacks), strict=True):
+        for tile, target in zip(self.tiles, self.tile_slots(stacks), strict=True):
             tensor = tensors[tile.parameter]
             if tensor is None:
                 continue
@@ -175,31 +176,15 @@ class StackSet:
         """Add ``scale`` times the blocks of parameter-shaped ``tensors`` to the stacks, in place."""
         sources = [
             _tile_view(tensors[tile.parameter].detach().reshape(tile.merged_shape), tile)
-            for tile in self._tiles
+            for tile in self.tiles
         ]
-        torch._foreach_add_(self._tile_slots(stacks), sources, alpha=scale)
+        torch._foreach_add_(self.tile_slots(stacks), sources, alpha=scale)
 
     def add_to(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor]) -> None:
         """Add every block to its place in parameter-shaped ``tensors``, in place."""
-        slots = self._tile_slots(stacks)
-        targets, sources = [], []
-        indirect: dict[int, Tensor] = {}
-        for tile, slot in zip(self._tiles, slots, strict=True):
-            target = _merged_view(tensors[tile.parameter].detach(), tile.merged_shape)
-            if target is None:
-                if tile.parameter not in indirect:
-                    indirect[tile.parameter] = torch.zeros(
-                        tile.merged_shape, dtype=self.dtype, device=self.device
-                    )
-                target = indirect[tile.parameter]
-            targets.append(_tile_view(target, tile))
-            sources.append(slot)
-        torch._foreach_add_(targets, sources)
-        for parameter, update in indirect.items():
-            tensor = tensors[parameter].detach()
-            tensor.add_(update.view(tensor.shape))
+        add_tiles(tensors, self.tiles, self.tile_slots(stacks))
 
-    def _tile_slots(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+    def tile_slots(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Views of the stacks, one per tile, shaped (*counts, *sizes)."""
         slots = []
         for layout, stack in zip(self.layouts, stacks, strict=True):
@@ -207,6 +192,23 @@ class StackSet:
             for tile, piece in zip(layout.tiles, pieces, strict=True):
                 slots.append(piece.view(*tile.counts, *tile.sizes))
         return slots
+
+
+def add_tiles(tensors: Sequence[Tensor], tiles: Sequence[Tile], slots: Sequence[Tensor]) -> None:
+    """Add tiles, (*counts, *sizes) each, to their places in parameter-shaped tensors, in place."""
+    targets = []
+    indirect: dict[int, Tensor] = {}
+    for tile, slot in zip(tiles, slots, strict=True):
+        target = _merged_view(tensors[tile.parameter].detach(), tile.merged_shape)
+        if target is None:
+            if tile.parameter not in indirect:
+                indirect[tile.parameter] = slot.new_zeros(tile.merged_shape)
+            target = indirect[tile.parameter]
+        targets.append(_tile_view(target, tile))
+    torch._foreach_add_(targets, list(slots))
+    for parameter, update in indirect.items():
+        tensor = tensors[parameter].detach()
+        tensor.add_(update.view(tensor.shape))
 
 
 def _tile_view(merged: Tensor, tile: Tile) -> Tensor:

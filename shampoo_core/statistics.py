@@ -198,6 +198,7 @@ class DueFactors:
             if here is not None:
                 self._here[index] = here, positions[axes[here].stack]
 
+    @torch.compiler.disable
     def at(self, policy: RefreshPolicy, step: int) -> list[FactorSlice]:
         """Slices of the factors at hand that are due at ``step``."""
         due = []

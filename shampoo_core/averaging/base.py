@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,20 +26,14 @@ class StepOptions:
     """Factor on the search direction before the weights are added."""
 
 
-@dataclass(frozen=True)
-class TrainingWeights:
+class TrainingWeights(Protocol):
     """The weights that gradients are taken at, as stacks on demand."""
-
-    stack_set: StackSet
-    parameters: Sequence[Tensor]
 
     def add_to(self, stacks: list[Tensor], scale: float) -> None:
         """``stacks += scale * weights``, in place."""
-        self.stack_set.add_from(stacks, self.parameters, scale)
 
     def stacks(self) -> list[Tensor]:
         """A copy of the weights."""
-        return self.stack_set.gather(self.parameters)
 
 
 class AveragingRule(Protocol):
@@ -60,6 +53,10 @@ class AveragingRule(Protocol):
 
 class AveragingConfig(Protocol):
     """A frozen description of a rule."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether other weights are evaluated than trained; such a rule reads weights each step."""
 
     def create(self, stack_set: StackSet) -> AveragingRule:
         """Allocate the rule's state for a set of stacks."""

@@ -53,6 +53,11 @@ class ScheduleFree:
         check_range(owner, "step_power", self.step_power, low=0.0)
         check_choice(owner, "decay_at", self.decay_at, DECAY_PLACES)
 
+    @property
+    def averages(self) -> bool:
+        """See `AveragingConfig`."""
+        return True
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _ScheduleFreeRule(self, stack_set)
@@ -86,6 +91,11 @@ class PrimalAveraging:
         )
         check_range(owner, "interpolation", self.interpolation, low=0.0, high=1.0, low_open=True)
         check_choice(owner, "decay_at", self.decay_at, DECAY_PLACES)
+
+    @property
+    def averages(self) -> bool:
+        """See `AveragingConfig`."""
+        return True
 
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""

@@ -45,6 +45,11 @@ class HeavyBall:
         check_range("HeavyBall", "momentum", self.momentum, low=0.0, high=1.0, high_open=True)
         check_range("HeavyBall", "dampening", self.dampening, low=0.0, high=1.0)
 
+    @property
+    def averages(self) -> bool:
+        """See `AveragingConfig`."""
+        return False
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _HeavyBallRule(self, stack_set)

@@ -44,6 +44,11 @@ class WeightEMA:
         check_range("WeightEMA", "decay", self.decay, low=0.0, high=1.0, high_open=True)
         check_count("WeightEMA", "interval", self.interval)
 
+    @property
+    def averages(self) -> bool:
+        """See `AveragingConfig`."""
+        return True
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _WeightEMARule(self, stack_set)
@@ -103,6 +108,11 @@ class LatestWeightAverage:
     def __post_init__(self) -> None:
         check_count("LatestWeightAverage", "length", self.length)
         check_count("LatestWeightAverage", "interval", self.interval)
+
+    @property
+    def averages(self) -> bool:
+        """See `AveragingConfig`."""
+        return True
 
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""

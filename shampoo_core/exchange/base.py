@@ -1,26 +1,100 @@
-"""How blocks get to the ranks that work on them, and results to everyone who holds the parameter."""
+"""How blocks get to the ranks that work on them, and results to everyone who holds the parameter.
+
+An exchange has three verbs:
+
+    divide    which blocks are mine
+    collect   bring gradients, and weights where a step reads them, to the owners of their blocks
+    deliver   bring the owners' updates to everyone who holds a part of the parameter
+
+Whoever holds a weight adds the same bits to it, the owner of its block too, so that copies of a weight
+stay equal bit by bit. `collect` and `deliver` are called by all ranks, with the same divisions in the
+same order, also by those that own nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from shampoo_core.blocking import Tile
+from shampoo_core.averaging import TrainingWeights
+from shampoo_core.blocking import Shape
+from shampoo_core.exchange.division import Division
 from shampoo_core.stacks import StackSet
+
+
+class Request(NamedTuple):
+    """What is to be collected for one division."""
+
+    division: Division
+    parameters: Sequence[Tensor]
+    gradients: Sequence[Tensor | None] | None
+    """By parameter; None where weights alone are asked for."""
+    reads_weights: bool
+
+
+class Collected(NamedTuple):
+    """What arrived."""
+
+    gradients: list[Tensor]
+    """As stacks of the rank's own blocks; zero where there is none."""
+    weights: TrainingWeights
+    """Of the rank's own blocks; only if they were asked for."""
+
+
+class Result(NamedTuple):
+    """What is to be delivered for one division."""
+
+    division: Division
+    updates: Sequence[Tensor] | None
+    """To be added to the parameters: stacks of the rank's own blocks, None for zero."""
+    parameters: Sequence[Tensor]
 
 
 class Exchange(Protocol):
     """Three verbs; the optimizer knows nothing else about ranks."""
 
-    def owned(self, tiles: Sequence[Tile]) -> list[Tile]:
-        """The tiles this rank works on."""
+    def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
+        """Decide who owns which blocks, the same on every rank.
 
-    def collect(self, stack_set: StackSet, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Bring parameter-shaped tensors into this rank's stacks."""
+        Args:
+            whole: Geometry of all blocks.
+            cost_of: Modelled cost of a block by its shape.
+        """
 
-    def deliver(
-        self, stack_set: StackSet, updates: Sequence[Tensor], parameters: Sequence[Tensor]
-    ) -> None:
-        """Add this rank's updates to the parameters, wherever these are held."""
+    def collect(self, requests: Sequence[Request]) -> Iterator[Collected]:
+        """Bring tensors to the owners of their blocks, one answer per request, maybe on demand."""
+
+    def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
+        """Add updates to the parameters, wherever these are held.
+
+        Args:
+            results: Consumed one after the other.
+            exact: Whether to send them as they are, whatever the communication dtype.
+        """
+
+
+@dataclass(frozen=True)
+class WeightSlices:
+    """Weights that this rank holds in full, see `TrainingWeights`."""
+
+    stack_set: StackSet
+    parameters: Sequence[Tensor]
+
+    def add_to(self, stacks: list[Tensor], scale: float) -> None:
+        """See `TrainingWeights`."""
+        self.stack_set.add_from(stacks, self.parameters, scale)
+
+    def stacks(self) -> list[Tensor]:
+        """See `TrainingWeights`."""
+        return self.stack_set.gather(self.parameters)
+
+
+def slices(request: Request) -> Collected:
+    """Collect from parameters that this rank holds in full."""
+    own = request.division.own
+    wanted = request.gradients is not None and any(g is not None for g in request.gradients)
+    gradients = own.gather(request.gradients) if wanted and request.gradients else []
+    return Collected(gradients, WeightSlices(own, request.parameters))

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from torch import Tensor
-
-from shampoo_core.blocking import Tile
+from shampoo_core.blocking import Shape
+from shampoo_core.exchange.base import Collected, Request, Result, slices
+from shampoo_core.exchange.division import Division
 from shampoo_core.stacks import StackSet
 
 
 class LocalExchange:
     """Needs no process group and sends nothing."""
 
-    def owned(self, tiles: Sequence[Tile]) -> list[Tile]:
-        """All of them."""
-        return list(tiles)
+    def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
+        """Everything is this rank's."""
+        del cost_of
+        return Division((whole,), rank=0)
 
-    def collect(self, stack_set: StackSet, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Copy blocks into stacks."""
-        return stack_set.gather(tensors)
+    def collect(self, requests: Sequence[Request]) -> Iterator[Collected]:
+        """Copy blocks into stacks, one request at a time."""
+        return map(slices, requests)
 
-    def deliver(
-        self, stack_set: StackSet, updates: Sequence[Tensor], parameters: Sequence[Tensor]
-    ) -> None:
-        """Add blocks to parameters."""
-        stack_set.add_to(parameters, updates)
+    def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
+        """Add blocks to parameters as they come."""
+        del exact
+        for division, updates, parameters in results:
+            if updates is not None:
+                division.own.add_to(parameters, updates)

@@ -1,0 +1,79 @@
+"""Do all ranks mean the same? Asked where a difference would be a hang or a silent drift later."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def check_agreement(owner: str, facts: Mapping[str, str], group: dist.ProcessGroup) -> None:
+    """Raise on every rank unless all ranks bring the same facts.
+
+    Args:
+        owner: For the message.
+        facts: Name and value of each.
+        group: Ranks that are asked; all have to call this.
+
+    Raises:
+        ValueError: Two ranks differ; the message names the fact, the ranks and both values.
+    """
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    if len(set(_from_all(digest, group))) == 1:
+        return
+    everyone: list[Mapping[str, str]] = _from_all(dict(facts), group)
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        for name in [*first, *(name for name in other if name not in first)]:
+            mine, theirs = first.get(name, "absent"), other.get(name, "absent")
+            if mine != theirs:
+                raise ValueError(
+                    f"{owner}: ranks 0 and {rank} of the process group differ: {name} is {mine} on "
+                    f"rank 0 and {theirs} on rank {rank}. Ranks that share the work need the same "
+                    "model and options; distributed=None makes every rank work for itself"
+                )
+
+
+def check_replicas(owner: str, parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Raise on every rank unless all ranks hold the same weights, bit by bit.
+
+    Waits for the device, once: updates are sent instead of weights, so that weights that differ at
+    first would differ for good.
+
+    Args:
+        owner: For the message.
+        parameters: Held in full by every rank.
+        group: Ranks that are asked; all have to call this.
+
+    Raises:
+        ValueError: Two ranks differ; the message names the parameter.
+    """
+    if not parameters:
+        return
+    sums = torch.stack([_sum_of_bits(parameter).cpu() for parameter in parameters])
+    for rank, other in enumerate(_from_all(sums.tolist(), group)):
+        for index, (mine, theirs) in enumerate(zip(sums.tolist(), other, strict=True)):
+            if mine != theirs:
+                raise ValueError(
+                    f"{owner}: parameter {index} of shape {tuple(parameters[index].shape)} has other "
+                    f"values on rank {rank} of the process group than on rank {dist.get_rank(group)}; "
+                    "broadcast the model before the first step, as DistributedDataParallel does, or "
+                    "pass distributed=None where ranks train models of their own"
+                )
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    """Sum of all numbers, read as integers: differs for almost all different tensors, NaN or not."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().reshape(-1).view(integers[tensor.element_size()])
+    return bits.sum(dtype=torch.int64)
+
+
+def _from_all(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    box: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(box, value, group=group)
+    return box

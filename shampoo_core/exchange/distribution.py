@@ -1,0 +1,80 @@
+"""How the work is shared among ranks: what a user may choose, and what follows from where we run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from shampoo_core.config import check_choice, check_count
+
+COMMUNICATION_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How ranks share the work of an optimizer.
+
+    Args:
+        communication_dtype: In which updates (and gradients of sharded parameters) are sent: float32,
+            bfloat16 or float16; None sends them as they are computed. Owners add what the others
+            receive, so that parameters stay equal on all ranks whatever the rounding.
+        ranks_per_group: Neighbouring ranks that share the work, such as those of one machine; the
+            other groups do the same work again and nothing is sent between groups. None means all
+            ranks.
+        overlap: Send the updates of every device, dtype and parameter group as soon as they are
+            there, while the next are computed, instead of all together.
+        process_group: Ranks that share the work; None means all.
+
+    Raises:
+        TypeError: A number is of the wrong type.
+        ValueError: An argument is out of range.
+    """
+
+    communication_dtype: torch.dtype | None = None
+    ranks_per_group: int | None = None
+    overlap: bool = False
+    process_group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        owner = "Distribution"
+        check_choice(owner, "communication_dtype", self.communication_dtype, COMMUNICATION_DTYPES)
+        check_count(owner, "ranks_per_group", self.ranks_per_group)
+        if self.ranks_per_group is not None and self.process_group is not None:
+            raise ValueError(
+                f"{owner}: ranks_per_group={self.ranks_per_group} together with a process_group: "
+                "give one of them; a process_group can be a part of all ranks already"
+            )
+
+
+def process_group_of(distribution: Distribution) -> dist.ProcessGroup | None:
+    """All ranks that train together, or None where there is only one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if distribution.process_group is None else distribution.process_group
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def sharing_group(distribution: Distribution, group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks that share the work with this one; a collective of all ranks.
+
+    Raises:
+        ValueError: ``ranks_per_group`` does not divide the number of ranks.
+    """
+    size, ranks_per_group = dist.get_world_size(group), distribution.ranks_per_group
+    if ranks_per_group is None or ranks_per_group == size:
+        return group
+    if size % ranks_per_group != 0:
+        raise ValueError(
+            f"Distribution: ranks_per_group must divide the number of ranks, {size}; "
+            f"got {ranks_per_group}"
+        )
+    rank = dist.get_rank(group)
+    mine = group
+    for start in range(0, size, ranks_per_group):
+        # Every rank has to take part in making every group.
+        made = dist.new_group(list(range(start, start + ranks_per_group)))
+        if start <= rank < start + ranks_per_group:
+            mine = made
+    return mine

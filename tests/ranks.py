@@ -1,0 +1,56 @@
+"""Several processes on this machine, joined in a gloo group: how the distributed tests run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, multiprocessing
+
+from workloads_smoke.distributed import leave_process_group
+
+Job = Callable[..., Any]
+"""A function at the top level of a module; what it returns is saved by `torch.save`."""
+
+
+def on_ranks(num_ranks: int, folder: Path, job: Job, *arguments: Any) -> list[Any]:
+    """Run ``job(*arguments)`` on every rank of a new group and return what each returned.
+
+    Args:
+        num_ranks: Processes.
+        folder: Empty, for the store and the answers.
+        job: What to run.
+        arguments: For it; have to be picklable.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    multiprocessing.spawn(_process, (num_ranks, str(folder), job, arguments), nprocs=num_ranks)
+    return [torch.load(folder / f"answer_{rank}", weights_only=False) for rank in range(num_ranks)]
+
+
+def _process(rank: int, num_ranks: int, folder: str, job: Job, arguments: tuple[Any, ...]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timedelta(seconds=120),
+    )
+    answer = job(*arguments)
+    torch.save(answer, Path(folder) / f"answer_{rank}")
+    leave_process_group()
+
+
+def assert_equal_on_ranks(tensors: list[Tensor], what: str) -> None:
+    """Raise unless all ranks hold the same bits."""
+    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, flat)
+    for rank, other in enumerate(everyone):
+        assert torch.equal(flat.view(torch.int64), other.view(torch.int64)), (what, rank)
