@@ -24,6 +24,9 @@ from .hyperparameters import Hyperparameters
 from .pace import Pace
 from .routing import Kind, Route, routed
 
+#: Tables are cut into so many rows at a time.
+TABLE_BLOCK_ROWS = 8192
+
 
 def build_optimizer(
     model: nn.Module,
@@ -66,6 +69,9 @@ def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
         return {**options, "preconditioner": _preconditioner(hyperparameters)}
     # An elementwise method needs no blocks: one vector per parameter.
     options.update(preconditioner=AdamConfig(), target_order=1)
+    if chosen.kind is Kind.TABLE:
+        # But ranks share the work by blocks, and a table can be most of a model.
+        options["max_block_size"] = TABLE_BLOCK_ROWS
     if chosen.kind is Kind.TABLE and hyperparameters.averaging == "weight_ema":
         # An average and, during evaluation, the training weights would be two more copies of what
         # fills the memory already; a row moves seldom, so that there is little to average.

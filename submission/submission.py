@@ -22,6 +22,7 @@ from .metrics import is_due, report, report_choices
 from .objective import in_step_with_others, logits_of, make_dense, mean_loss
 from .pace import pace
 from .refresh_cost import RefreshCost
+from .saving import checkpoints_are_saved
 
 OptimizerState = dict[str, Any]
 UpdateReturn = tuple[OptimizerState, nn.Module, Any]
@@ -117,7 +118,11 @@ def prepare_for_eval(
     is resumed from a checkpoint taken during evaluation goes on from them.
     """
     del current_params_types, loss_type, eval_results, global_step
-    optimizer_state["optimizer"].eval()
+    optimizer = optimizer_state["optimizer"]
+    optimizer.eval()
+    if checkpoints_are_saved():
+        # Rank 0 saves after this evaluation, alone: it needs the other ranks' state, too.
+        optimizer.gather_state()
     batches = optimizer_state["recent_batches"].in_turn()
     dropout_rate = Hyperparameters.from_namespace(hyperparameters).dropout_rate
     model_state = refresh(
