@@ -1,0 +1,183 @@
+"""Checkpoints of shared state: complete on rank 0, for any number of ranks, refused if they do not fit."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import CASES, STEPS, Case, assert_close, build, tolerance_of, trajectory
+from distributed_cases import run as run_case
+from quadratic import gradient
+from ranks import assert_equal_on_ranks, on_ranks
+from torch import Tensor
+
+from shampoo_core import DistributedShampoo
+from shampoo_core.exchange import gathering
+
+NAMES = (
+    "staggered",
+    "eigenvalue-corrected, lagged",
+    "kl-soap",
+    "schedule-free",
+    "weight average",
+    "two groups, missing",
+    "frozen",
+    "momentum",
+)
+STOP = 4  # where weights are evaluated too: half way through every interval
+
+
+def to_file(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def from_file(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def saved_and_finished(names: tuple[str, ...]) -> dict[str, Any]:
+    """On each rank: save at `STOP`, evaluated; go on; resume a new optimizer and compare bitwise."""
+    gathering.MESSAGE_BYTES = 2000  # so that states go in several messages
+    return {name: _saved_and_finished(CASES[name]) for name in names}
+
+
+def _saved_and_finished(case: Case) -> dict[str, Any]:
+    params, optimizer = build(case)
+    run_case(case, params, optimizer, range(1, STOP + 1), lambda *_: None)
+    optimizer.eval()
+    own = state_bytes(optimizer)
+    sent = optimizer.gather_state()
+    file = to_file({"weights": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
+    complete = optimizer.state_dict()["complete"]
+    optimizer.train()
+    run_case(case, params, optimizer, range(STOP + 1, STEPS + 1), lambda *_: None)
+
+    box = [file]
+    dist.broadcast_object_list(box, src=0)  # every rank restores what rank 0 saved
+    again, resumed = restored(case, from_file(box[0]))
+    run_case(case, again, resumed, range(STOP + 1, STEPS + 1), lambda *_: None)
+    for a, b in zip(params, again, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(params, again, strict=True):
+        for name, entry in optimizer.state[a].items():
+            assert torch.equal(entry, resumed.state[b][name]), name
+    assert_equal_on_ranks(list(again), "resumed")
+    return {
+        "file": box[0],
+        "final": [p.detach() for p in params],
+        "own": own,
+        "sent": sent,
+        "complete": complete,
+    }
+
+
+def restored(
+    case: Case, content: dict[str, Any]
+) -> tuple[list[torch.nn.Parameter], DistributedShampoo]:
+    params, optimizer = build(case)
+    if case.frozen_until and case.frozen_until <= STOP:
+        for index in (1, 3):
+            params[index].requires_grad_(True)
+    for parameter, weights in zip(params, content["weights"], strict=True):
+        parameter.data.copy_(weights)
+    optimizer.load_state_dict(content["optimizer"])
+    optimizer.train()
+    return params, optimizer
+
+
+def finished(files: dict[str, bytes]) -> dict[str, list[Tensor]]:
+    """On each rank: go on from files of another number of ranks."""
+    found = {}
+    for name, file in files.items():
+        params, optimizer = restored(CASES[name], from_file(file))
+        run_case(CASES[name], params, optimizer, range(STOP + 1, STEPS + 1), lambda *_: None)
+        found[name] = [p.detach() for p in params]
+    return found
+
+
+def state_bytes(optimizer: DistributedShampoo) -> int:
+    return sum(
+        tensor.nbytes
+        for entries in optimizer.state.values()
+        for name, tensor in entries.items()
+        if name.startswith("block.")
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(2, tmp_path_factory.mktemp("two"), saved_and_finished, NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rank_zero_saves_what_one_process_would(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    """The same entries, up to rounding the same numbers; resumed bitwise on two ranks (see above)."""
+    case = CASES[name]
+    params, optimizer = build(case)
+    run_case(case, params, optimizer, range(1, STOP + 1), lambda *_: None)
+    optimizer.eval()
+    expected = optimizer.state_dict()
+    first, second = two_ranks[0][name], two_ranks[1][name]
+    assert first["complete"]
+    assert not second["complete"]
+    actual = from_file(first["file"])["optimizer"]
+    assert actual["param_groups"] == expected["param_groups"]
+    assert set(actual["state"]) == set(expected["state"])
+    for index, entries in expected["state"].items():
+        assert set(actual["state"][index]) == set(entries)
+        for key, entry in entries.items():
+            assert actual["state"][index][key].dtype == entry.dtype
+            torch.testing.assert_close(
+                actual["state"][index][key], entry, rtol=1e-9, atol=1e-11, msg=key
+            )
+    # The price: the state of the other rank, once.
+    assert first["sent"] == second["own"] > 0
+    assert second["sent"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_process_goes_on_from_two(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    final = finished({name: two_ranks[0][name]["file"]})[name]
+    assert_close(name, [final], [trajectory(CASES[name])[-1]], tolerance_of(CASES[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_other_numbers_go_on(
+    num_ranks: int, tmp_path: Path, two_ranks: list[dict[str, Any]]
+) -> None:
+    files = {name: two_ranks[0][name]["file"] for name in NAMES}
+    for found in on_ranks(num_ranks, tmp_path, finished, files):
+        for name, final in found.items():
+            expected = two_ranks[0][name]["final"]
+            assert_close(name, [final], [expected], tolerance_of(CASES[name]))
+
+
+def test_state_of_one_rank_alone_is_refused(two_ranks: list[dict[str, Any]]) -> None:
+    """As where `gather_state` was forgotten."""
+    content = from_file(two_ranks[1]["staggered"]["file"])["optimizer"]
+    state = {
+        index: {key: entry for key, entry in entries.items() if not key.startswith("block.0.0.")}
+        for index, entries in content["state"].items()
+    }
+    params, optimizer = build(CASES["staggered"])
+    weights = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match=r"saved by one rank of several.*gather_state"):
+        optimizer.load_state_dict({**content, "state": state, "complete": False})
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+
+
+def test_a_step_makes_gathered_state_old() -> None:
+    """One process: always complete, and gathering costs nothing."""
+    params, optimizer = build(CASES["staggered"])
+    for index, parameter in enumerate(params):
+        parameter.grad = gradient(parameter, 1, index)
+    optimizer.step()
+    assert optimizer.gather_state() == 0
+    assert optimizer.state_dict()["complete"]
