@@ -25,6 +25,10 @@ REFRESHES_PER_RUN = 25
 #: of two, but not below this side: a refresh costs the cube of the side and a short run has fewer steps
 #: to earn it back; nor do its gradients fill a factor of a thousand directions.
 SMALLEST_LARGEST_BLOCK = 128
+#: Budget of a self-tuned run, in step hints; under the external ruleset it is one.
+SELF_TUNING_BUDGET = 1.5
+#: A run whose schedule ends with at least this share of it left in the budget has a second course.
+SHORTEST_SECOND_COURSE = 0.25
 #: Second moments forget within one part in this many of the run.
 MEMORIES_PER_RUN = 20
 #: The window of averaged weights, as a share of the run (Ajroldi et al. 2025, arXiv 2502.06761).
@@ -55,12 +59,13 @@ class Pace:
     average_interval: int
 
 
-def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
+def pace(hyperparameters: Hyperparameters, step_hint: int, budget: float = 1.0) -> Pace:
     """Return the time scales for a run of about `step_hint` steps.
 
     Args:
         hyperparameters: The setting.
         step_hint: The workload's estimate of the steps in its budget, >= 1.
+        budget: How much longer than that the ruleset lets the run go on, as a multiple.
 
     Raises:
         ValueError: `step_hint` is below 1.
@@ -68,6 +73,8 @@ def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
     if step_hint < 1:
         raise ValueError(f"step_hint must be at least 1, got {step_hint!r}")
     total = max(1, round(step_hint * hyperparameters.step_hint_factor))
+    end = round(step_hint * budget)
+    has_second = end - total >= max(1.0, SHORTEST_SECOND_COURSE * total)
     forget = max(hyperparameters.one_minus_beta2, min(MEMORIES_PER_RUN / total, 0.1))
     # The window of an exponential average is its interval over one minus its decay.
     window = max(1.0, AVERAGE_WINDOW * total)
@@ -78,6 +85,7 @@ def pace(hyperparameters: Hyperparameters, step_hint: int) -> Pace:
             peak=hyperparameters.learning_rate * math.sqrt(max(1.0, LONG_RUN / total)),
             total_steps=total,
             warmup_steps=min(round(total * hyperparameters.warmup_factor), total - 1),
+            second_end=end if has_second else None,
         ),
         max_block_size=_max_block_size(hyperparameters.max_block_size, total),
         refresh_interval=max(1, min(hyperparameters.refresh_interval, total // REFRESHES_PER_RUN)),

@@ -20,7 +20,7 @@ from .construction import build_optimizer
 from .hyperparameters import Hyperparameters
 from .metrics import is_due, report, report_choices
 from .objective import in_step_with_others, logits_of, make_dense, mean_loss
-from .pace import pace
+from .pace import SELF_TUNING_BUDGET, Pace, pace
 from .refresh_cost import RefreshCost
 from .saving import checkpoints_are_saved
 
@@ -39,7 +39,7 @@ def init_optimizer_state(
     """Build the optimizer for a model. `hyperparameters` None asks for the built-in setting."""
     del model_state, rng
     setting = Hyperparameters.from_namespace(hyperparameters)
-    scales = pace(setting, workload.step_hint)
+    scales = _pace(workload, hyperparameters)
     device = next(model_params.parameters()).device
     cost = RefreshCost(scales.refresh_interval, scales.schedule.total_steps, device)
     optimizer = build_optimizer(
@@ -89,7 +89,7 @@ def update_params(
     if reported or setting.grad_clip is not None:
         limit = math.inf if setting.grad_clip is None else setting.grad_clip
         gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    learning_rate = pace(setting, workload.step_hint).schedule(global_step + 1)
+    learning_rate = _pace(workload, hyperparameters).schedule(global_step + 1)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     cost.begin_update(global_step + 1)
@@ -145,3 +145,8 @@ def data_selection(
     del workload, optimizer_state, current_param_container, model_state, hyperparameters
     del global_step, rng
     return next(input_queue)
+
+
+def _pace(workload: Any, hyperparameters: Any) -> Pace:
+    budget = SELF_TUNING_BUDGET if hyperparameters is None else 1.0
+    return pace(Hyperparameters.from_namespace(hyperparameters), workload.step_hint, budget)

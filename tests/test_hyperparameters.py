@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from submission.hyperparameters import SELF_TUNING, Hyperparameters
-from submission.pace import AVERAGE_WINDOW, LONG_RUN, REFRESHES_PER_RUN, pace
+from submission.pace import (
+    AVERAGE_WINDOW,
+    LONG_RUN,
+    REFRESHES_PER_RUN,
+    SELF_TUNING_BUDGET,
+    pace,
+)
 
 TUNING_SEARCH_SPACE = Path(__file__).parents[1] / "tuning_search_space.json"
 GOOD: dict[str, Any] = dataclasses.asdict(SELF_TUNING)
@@ -148,3 +154,13 @@ def test_short_runs_cut_smaller_blocks_and_long_runs_the_largest_asked_for() -> 
     assert pace(setting, LONG_RUN // 4).max_block_size == 512
     assert pace(setting, LONG_RUN).max_block_size == 1024
     assert pace(dataclasses.replace(setting, max_block_size=100), 600).max_block_size == 100
+
+
+def test_a_short_schedule_leaves_time_for_a_second_course() -> None:
+    setting = dataclasses.replace(SELF_TUNING, step_hint_factor=0.6)
+    assert pace(setting, 1000).schedule.second_end == 1000
+    assert pace(setting, 1000, SELF_TUNING_BUDGET).schedule.second_end == 1500
+    setting = dataclasses.replace(SELF_TUNING, step_hint_factor=0.9)
+    assert pace(setting, 1000).schedule.second_end is None
+    assert pace(setting, 1000, SELF_TUNING_BUDGET).schedule.second_end == 1500
+    assert pace(setting, 1).schedule.second_end is None

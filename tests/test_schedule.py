@@ -98,3 +98,33 @@ def test_refuses(change: dict[str, object], message: str) -> None:
 def test_refuses_step_zero() -> None:
     with pytest.raises(ValueError, match="step counts from 1, got 0"):
         Schedule(shape="cosine", peak=1.0, total_steps=10)(0)
+
+
+def test_a_run_that_outlives_its_schedule_has_a_second_course() -> None:
+    first = Schedule(shape="cosine", peak=2.0, total_steps=100, warmup_steps=10)
+    both = Schedule(shape="cosine", peak=2.0, total_steps=100, warmup_steps=10, second_end=300)
+    assert [both(step) for step in range(1, 101)] == [first(step) for step in range(1, 101)]
+    stretched = Schedule(shape="cosine", peak=2.0, total_steps=200, warmup_steps=20)
+    assert [both(100 + step) for step in range(1, 300)] == [
+        stretched(step) for step in range(1, 300)
+    ]
+
+
+def test_a_second_course_that_ends_before_it_begins_is_refused() -> None:
+    with pytest.raises(ValueError, match="second_end must be above total_steps = 100, got 100"):
+        Schedule(shape="linear", peak=1.0, total_steps=100, second_end=100)
+
+
+@given(st.sampled_from(SHAPES), st.integers(1, 300), st.integers(1, 300), st.floats(0, 0.99))
+def test_every_step_of_both_courses_has_a_rate(
+    shape: str, total: int, further: int, warmup: float
+) -> None:
+    steps = total + further
+    schedule = Schedule(
+        shape=shape,
+        peak=1.0,
+        total_steps=total,
+        warmup_steps=min(round(total * warmup), total - 1),
+        second_end=steps,
+    )
+    assert all(0.0 < schedule(step) <= 1.0 + 1e-12 for step in range(1, steps + 10))
