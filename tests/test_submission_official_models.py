@@ -88,18 +88,23 @@ def take_two_steps(workload: str, setting: str) -> None:
     model, optimizer = optimizer_for(workload, setting, "cpu")
     generator = torch.Generator().manual_seed(2)
     for step in range(2):
-        before = [weight.detach().clone() for weight in model.parameters()]
+        before = [sample(weight) for weight in model.parameters()]
         for weight in model.parameters():
             weight.grad = torch.empty_like(weight).normal_(std=1e-3, generator=generator)
         optimizer.step()
         for (name, weight), old in zip(model.named_parameters(), before, strict=True):
-            moved = (weight.detach() - old).abs()
+            moved = (sample(weight) - old).abs()
             assert torch.isfinite(weight).all(), (name, step)
             assert moved.max() > 0.0, (name, step)
             # Nobody's first steps may be longer than a few of Adam's at the peak.
-            longest = 10.0 * optimizer.param_groups[0]["peak_lr"] * math.sqrt(weight.numel())
+            longest = 10.0 * optimizer.param_groups[0]["peak_lr"] * math.sqrt(moved.numel())
             assert moved.norm() <= longest, (name, step)
     assert all(optimizer.state[weight] for weight in model.parameters())
+
+
+def sample(weight: torch.Tensor) -> torch.Tensor:
+    """A million numbers of a parameter: whole copies of the largest ones would not fit."""
+    return weight.detach().flatten()[:: 1 + weight.numel() // 2**20].clone()
 
 
 @pytest.mark.parametrize(("workload", "setting"), QUICK)
