@@ -92,7 +92,7 @@ class VisionTransformer(nn.Module):
     positions: Tensor
 
     def __init__(
-        self, width: int = 48, depth: int = 3, num_heads: int = 3, hidden: int = 144
+        self, width: int = 48, depth: int = 2, num_heads: int = 3, hidden: int = 144
     ) -> None:
         super().__init__()
         self.pre_logits = nn.Linear(width, width)
@@ -151,7 +151,7 @@ class ImagenetVitWorkload(ImagenetResNetWorkload):
         max_allowed_runtime_sec=400,
         eval_period_time_sec=2,
     )
-    smoke_batch_size = 64
+    smoke_batch_size = 128
     output_parameters = ("head.weight", "head.bias")
 
     def _build_model(self) -> nn.Module:
