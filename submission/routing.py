@@ -7,6 +7,8 @@
     an embedding                      matrix, in blocks not much longer than an embedded vector: a
                                       longer factor over rows that meet in no product would cost its
                                       cube and tell little
+    fused query, key and value        matrix, in blocks that each lie within one of the three (of the
+                                      two, without query): they are different layers
     everything else                   matrix, in the largest blocks allowed
 
 The type is the benchmark's `ParameterType`, known here by its name so that nothing of the harness
@@ -31,6 +33,7 @@ TABLE_ASPECT = 256
 #: Blocks of an embedding may be this long even where its vectors are shorter.
 EMBEDDING_BLOCK_SIZE = 128
 _EMBEDDING = "EMBEDDING"
+_NUM_FUSED = {"ATTENTION_QKV": 3, "ATTENTION_KV": 2}
 _WRAPPERS = ("_orig_mod.", "module.")
 
 
@@ -65,6 +68,9 @@ def route(shape: Iterable[int], parameter_type: str | None, max_block_size: int)
         return Route(Kind.TABLE)
     if parameter_type == _EMBEDDING:
         max_block_size = min(max_block_size, max(EMBEDDING_BLOCK_SIZE, min(sides)))
+    elif parameter_type in _NUM_FUSED and sides[0] == _NUM_FUSED[parameter_type] * sides[1]:
+        # Rows are cut into equal lengths, so that these fit a whole number of times.
+        max_block_size = -(-sides[1] // -(-sides[1] // max_block_size))
     return Route(Kind.MATRIX, max_block_size)
 
 

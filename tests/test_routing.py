@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from shampoo_core.blocking import tiles_of
 from submission.routing import TABLE_ROWS, Kind, Route, bare_name, route, routed
 
 
@@ -44,6 +45,39 @@ def test_blocks_of_an_embedding_are_about_as_long_as_its_vectors(
 ) -> None:
     assert route(shape, "EMBEDDING", 1024) == Route(Kind.MATRIX, block_size)
     assert route(shape, "EMBEDDING", 100) == Route(Kind.MATRIX, 100)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "longest", "block_size"),
+    [
+        ((1536, 512), "ATTENTION_QKV", 1024, 512),
+        ((3072, 1024), "ATTENTION_QKV", 1024, 1024),
+        ((3072, 1024), "ATTENTION_QKV", 600, 512),
+        ((2304, 768), "ATTENTION_QKV", 512, 384),
+        ((2048, 1024), "ATTENTION_KV", 1024, 1024),
+        ((192, 64), "ATTENTION_QKV", 128, 64),
+        ((1536, 512), "WEIGHT", 1024, 1024),
+        ((1536, 512), "ATTENTION_KV", 1024, 1024),
+        ((512, 512), "ATTENTION_QKV", 1024, 1024),
+    ],
+)
+def test_no_block_reaches_over_query_key_and_value(
+    shape: tuple[int, int], kind: str, longest: int, block_size: int
+) -> None:
+    assert route(shape, kind, longest) == Route(Kind.MATRIX, block_size)
+
+
+def test_fused_weights_are_cut_where_they_were_joined() -> None:
+    """By the library, at that block size: no block has rows of two of the three."""
+    for width, longest in ((64, 128), (768, 512), (512, 1024), (384, 100)):
+        block_size = route((3 * width, width), "ATTENTION_QKV", longest).max_block_size
+        tiles = tiles_of(0, (3 * width, width), block_size)
+        rows = [
+            (tile.starts[0] + i * tile.sizes[0], tile.starts[0] + (i + 1) * tile.sizes[0] - 1)
+            for tile in tiles
+            for i in range(tile.counts[0])
+        ]
+        assert all(first // width == last // width for first, last in rows), (width, longest)
 
 
 def test_every_trainable_parameter_is_routed_exactly_once() -> None:
