@@ -15,7 +15,7 @@ from workloads_smoke.baselines.muon.optimizer import Muon, orthogonalised
 from workloads_smoke.baselines.muon.submission import is_for_muon
 from workloads_smoke.baselines.nadamw.optimizer import NAdamW
 from workloads_smoke.baselines.schedule_free_adamw.optimizer import ScheduleFreeAdamW
-from workloads_smoke.baselines.training import warmup_then_cosine
+from workloads_smoke.baselines.training import short_run_factor, warmup_then_cosine
 
 BASELINES = ("nadamw", "schedule_free_adamw", "muon")
 FUNCTIONS = (
@@ -181,3 +181,8 @@ def test_optimizers_resume_exactly(name: str) -> None:
     step(model, optimizers)
     for ours, theirs in zip(resumed_model.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_short_runs_take_larger_steps_and_official_ones_the_published() -> None:
+    assert short_run_factor(400) == pytest.approx(5.0)
+    assert short_run_factor(10_666) == short_run_factor(195_999) == 1.0

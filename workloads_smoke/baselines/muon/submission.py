@@ -14,6 +14,7 @@ from workloads_smoke.baselines.training import (
     forward,
     mean_loss,
     set_learning_rate,
+    short_run_factor,
     warmup_then_cosine,
 )
 
@@ -107,8 +108,9 @@ def update_params(
     )
     mean_loss(workload, batch, logits, setting.label_smoothing).backward()
     factor = warmup_then_cosine(global_step, workload.step_hint, setting.warmup_factor)
+    peak = setting.learning_rate * short_run_factor(workload.step_hint)
     for optimizer in optimizer_state.values():
-        set_learning_rate(optimizer, setting.learning_rate * factor)
+        set_learning_rate(optimizer, peak * factor)
         optimizer.step()
     return optimizer_state, model, model_state
 

@@ -14,6 +14,7 @@ from workloads_smoke.baselines.training import (
     forward,
     mean_loss,
     set_learning_rate,
+    short_run_factor,
     warmup_then_cosine,
 )
 
@@ -79,7 +80,8 @@ def update_params(
     if grad_clip is not None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     factor = warmup_then_cosine(global_step, workload.step_hint, setting.warmup_factor)
-    set_learning_rate(optimizer, setting.learning_rate * factor)
+    peak = setting.learning_rate * short_run_factor(workload.step_hint)
+    set_learning_rate(optimizer, peak * factor)
     optimizer.step()
     return optimizer_state, model, model_state
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from workloads_smoke.baselines.training import batch_size, forward, mean_loss
+from workloads_smoke.baselines.training import batch_size, forward, mean_loss, short_run_factor
 
 from .optimizer import ScheduleFreeAdamW
 
@@ -40,7 +40,7 @@ def init_optimizer_state(
     setting = hyperparameters or SELF_TUNING
     optimizer = ScheduleFreeAdamW(
         model_params.parameters(),
-        lr=setting.learning_rate,
+        lr=setting.learning_rate * short_run_factor(workload.step_hint),
         betas=(1.0 - setting.one_minus_beta1, setting.beta2),
         weight_decay=setting.weight_decay,
         warmup_steps=int(setting.warmup_factor * workload.step_hint),
