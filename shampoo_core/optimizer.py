@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shampoo_core.averaging import AveragingConfig
 from shampoo_core.blocking import Cut, MergeDirection, Tile, merge_dimensions, tiles_of
@@ -23,7 +24,7 @@ from shampoo_core.checkpoint import (
 from shampoo_core.config import MomentumNormaliser
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.base import Exchange, Request, Result
-from shampoo_core.exchange.choice import Exchanges
+from shampoo_core.exchange.choice import Exchanges, placed_like
 from shampoo_core.exchange.distribution import Distribution
 from shampoo_core.exchange.gathering import gather
 from shampoo_core.grafting import GraftingConfig
@@ -180,7 +181,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         """Allocate state for some parameters of a group, one engine per device and dtype."""
         group = self.param_groups[group_index]
         assert self._exchanges is not None
-        tiles: dict[tuple[Exchange, torch.device, torch.dtype], list[Tile]] = {}
+        tiles: dict[tuple[torch.device, torch.dtype], dict[Exchange, list[Tile]]] = {}
         for index in indices:
             parameter = group["params"][index]
             merged = merge_dimensions(
@@ -189,29 +190,38 @@ class DistributedShampoo(torch.optim.Optimizer):
                 target_order=group["target_order"],
                 direction=group["merge_direction"],
             )
-            key = (self._exchanges.of(parameter), parameter.device, state_dtype(parameter))
-            tiles.setdefault(key, []).extend(
-                tiles_of(index, merged, group["max_block_size"], group["cut"])
-            )
+            found = tiles_of(index, merged, group["max_block_size"], group["cut"])
+            if found:
+                key = (parameter.device, state_dtype(parameter))
+                by_exchange = tiles.setdefault(key, {})
+                by_exchange.setdefault(self._exchanges.of(parameter), []).extend(found)
+        for (device, dtype), by_exchange in tiles.items():
+            everything = [tile for some in by_exchange.values() for tile in some]
+            stack_set = partial(StackSet, dtype=dtype, device=device)
+            # Schedules are made for all together, however their parameters are distributed.
+            together = stack_set(sorted(everything, key=lambda tile: tile.parameter))
+            for exchange, some in by_exchange.items():
+                whole = together if len(by_exchange) == 1 else stack_set(some, whole=together)
+                self._add_engine(group_index, exchange, whole)
+
+    def _add_engine(self, group_index: int, exchange: Exchange, whole: StackSet) -> None:
+        """Allocate this rank's share of the state of some blocks."""
+        group = self.param_groups[group_index]
         method, refresh = group["preconditioner"], group["refresh"]
-        for (exchange, device, dtype), group_tiles in tiles.items():
-            if not group_tiles:
-                continue
-            division = exchange.divide(
-                StackSet(group_tiles, dtype=dtype, device=device),
-                partial(method.block_flops, refresh_interval=refresh.interval),
-            )
-            create = partial(
-                method.create,
-                options=constant_options(group),
-                grafting=grafting_of(group),
-                refresh=refresh,
-            )
-            engine = Engine(exchange, division, create, group["averaging"])
-            self._engines[group_index].append(engine)
-            views = block_views(engine)
-            for index in division.whole.parameters:
-                self.state[group["params"][index]].update(views.get(index, {}))
+        division = exchange.divide(
+            whole, partial(method.block_flops, refresh_interval=refresh.interval)
+        )
+        create = partial(
+            method.create,
+            options=constant_options(group),
+            grafting=grafting_of(group),
+            refresh=refresh,
+        )
+        engine = Engine(exchange, division, create, group["averaging"])
+        self._engines[group_index].append(engine)
+        views = block_views(engine)
+        for index in division.whole.parameters:
+            self.state[group["params"][index]].update(views.get(index, {}))
 
     def _allocate_newcomers(self, group_index: int, gradients: list[Tensor | None]) -> None:
         """Allocate state for parameters that have a gradient for the first time."""
@@ -327,7 +337,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         Returns:
             Bytes that were sent to rank 0; 0 on other ranks.
         """
-        group = None if self._exchanges is None else self._exchanges.sharing
+        group = None if self._exchanges is None else self._exchanges.group
         if group is None:
             return 0
         own = {
@@ -335,8 +345,17 @@ class DistributedShampoo(torch.optim.Optimizer):
             for index, parameter in enumerate(self._parameters())
             for name, tensor in _without_training_weights(self.state.get(parameter, {})).items()
         }
-        self._gathered = gather(own, group)
-        return sum(tensor.nbytes for tensor in self._gathered.values())
+        gathered = gather(own, group)
+        num_bytes = sum(tensor.nbytes for tensor in gathered.values())
+        for index, parameter in enumerate(self._parameters()):
+            training = self.state.get(parameter, {}).get(TRAINING_WEIGHTS)
+            if isinstance(training, DTensor):
+                whole = training.full_tensor()
+                if dist.get_rank(group) == 0:
+                    gathered[index, TRAINING_WEIGHTS] = whole.cpu()
+                    num_bytes += whole.nbytes
+        self._gathered = gathered
+        return num_bytes
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain tensors (views of the live ones) and numbers, without a collective.
@@ -365,7 +384,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         return state_dict
 
     def _is_complete(self) -> bool:
-        group = None if self._exchanges is None else self._exchanges.sharing
+        group = None if self._exchanges is None else self._exchanges.group
         return group is None or (self._gathered is not None and dist.get_rank(group) == 0)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -405,7 +424,7 @@ class DistributedShampoo(torch.optim.Optimizer):
                 )
                 pairs.extend((own[name], rest[name]) for name in own)
                 if entries and TRAINING_WEIGHTS in entries:
-                    kept_aside[parameter] = entries[TRAINING_WEIGHTS].to(parameter, copy=True)
+                    kept_aside[parameter] = placed_like(parameter, entries[TRAINING_WEIGHTS])
         with torch.no_grad():
             for target, source in pairs:
                 target.copy_(source)

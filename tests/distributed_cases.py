@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from quadratic import SHAPES, gradient, parameters
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shampoo_core import (
     AdamConfig,
@@ -152,11 +153,27 @@ CASES |= HALF_PRECISION
 AfterStep = Callable[[int, list[torch.nn.Parameter]], None]
 
 
-def build(case: Case) -> tuple[list[torch.nn.Parameter], DistributedShampoo]:
-    """Parameters and optimizer of a case."""
+MAIN = (
+    "staggered",
+    "eigenvalue-corrected",
+    "kl-shampoo, lagged",
+    "weight average",
+    "missing gradients",
+    "two groups",
+)
+"""A method, policy, averaging and event of every kind, for many ranks on few cores."""
+
+Parameters = list[torch.nn.Parameter]
+
+
+def build(
+    case: Case, distribute: Callable[[Parameters], Parameters] = lambda params: params
+) -> tuple[Parameters, DistributedShampoo]:
+    """Parameters, as DTensors where these are asked for, and optimizer of a case."""
     params = parameters(dtype=case.dtype)
     for index in (1, 3):
         params[index].requires_grad_(case.frozen_until == 0)
+    params = distribute(params)
     options = {"lr": 0.01, "max_block_size": 16, "weight_decay": 0.01, **case.options}
     if case.split_at is None:
         return params, DistributedShampoo(params, **options)
@@ -170,7 +187,6 @@ def run(
     optimizer: DistributedShampoo,
     steps: range,
     after_step: AfterStep,
-    wrap_gradient: Callable[[Tensor, Tensor], Tensor] = lambda parameter, grad: grad,
 ) -> None:
     """Step; evaluate now and then."""
     for step in steps:
@@ -190,10 +206,13 @@ def run(
 
 
 def gradient_of(case: Case, parameter: Tensor, step: int, index: int) -> Tensor:
-    """The gradient, with a bad number where the case wants one."""
-    result = gradient(parameter, step, index)
+    """The gradient, with a bad number where the case wants one; placed as the parameter is."""
+    sharded = isinstance(parameter, DTensor)
+    result = gradient(parameter.detach().full_tensor() if sharded else parameter, step, index)
     if case.poisoned.get(step) == index:
         result.view(-1)[0] = float("nan")
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(result, parameter.device_mesh, parameter.placements)
     return result
 
 

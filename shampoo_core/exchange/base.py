@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shampoo_core.averaging import TrainingWeights
 from shampoo_core.blocking import Shape
@@ -95,6 +96,12 @@ class WeightSlices:
 def slices(request: Request) -> Collected:
     """Collect from parameters that this rank holds in full."""
     own = request.division.own
-    wanted = request.gradients is not None and any(g is not None for g in request.gradients)
-    gradients = own.gather(request.gradients) if wanted and request.gradients else []
-    return Collected(gradients, WeightSlices(own, request.parameters))
+    gradients: list[Tensor] = []
+    if request.gradients is not None and any(g is not None for g in request.gradients):
+        gradients = own.gather([None if g is None else local_of(g) for g in request.gradients])
+    return Collected(gradients, WeightSlices(own, [local_of(p) for p in request.parameters]))
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: a part of a DTensor, all of a plain one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

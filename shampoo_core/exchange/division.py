@@ -15,6 +15,8 @@ from shampoo_core.stacks import StackSet
 class Division:
     """What every rank knows about who owns which of the blocks that are stepped together."""
 
+    whole: StackSet
+    """Geometry of all blocks."""
     by_rank: tuple[StackSet, ...]
     """Geometry of the blocks that each rank owns."""
     rank: int
@@ -24,11 +26,6 @@ class Division:
     def own(self) -> StackSet:
         """Geometry of this rank's blocks; may be none."""
         return self.by_rank[self.rank]
-
-    @property
-    def whole(self) -> StackSet:
-        """Geometry of all blocks."""
-        return self.own.whole
 
 
 def divide(
@@ -52,7 +49,11 @@ def divide(
         for owner, part in _parts(tile, list(itertools.islice(remaining, tile.num_blocks))):
             tiles[owner].append(part)
     return Division(
-        tuple(StackSet(own, dtype=whole.dtype, device=whole.device, whole=whole) for own in tiles),
+        whole,
+        tuple(
+            StackSet(own, dtype=whole.dtype, device=whole.device, whole=whole.whole)
+            for own in tiles
+        ),
         rank,
     )
 

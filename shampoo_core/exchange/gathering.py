@@ -29,10 +29,10 @@ def gather(own: Mapping[Key, Tensor], group: dist.ProcessGroup) -> dict[Key, Ten
 
     Args:
         own: Entries of this rank, all on one kind of device.
-        group: Ranks that have the state together.
+        group: Ranks that have the state together, some of it maybe twice.
 
     Returns:
-        On the first rank the entries of all others, copied to the host; nothing on the others.
+        On the first rank the entries that it lacked, copied to the host; nothing on the others.
     """
     num_ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     listed = [_Entry(key, tuple(tensor.shape), tensor.dtype) for key, tensor in own.items()]
@@ -41,8 +41,12 @@ def gather(own: Mapping[Key, Tensor], group: dist.ProcessGroup) -> dict[Key, Ten
     first = dist.get_global_rank(group, 0)
     device = _device_of(group)
     gathered: dict[Key, Tensor] = {}
+    known = {entry.key for entry in everyone[0]}
     for sender in range(1, num_ranks):
-        for message in _messages(everyone[sender]):
+        # Groups of ranks that do the same work have the same state.
+        new = [entry for entry in everyone[sender] if entry.key not in known]
+        known.update(entry.key for entry in new)
+        for message in _messages(new):
             if rank == sender:
                 parts = [own[entry.key].detach().to(device).reshape(-1) for entry in message]
                 dist.send(torch.cat(parts), first, group=group)

@@ -16,7 +16,7 @@ class LocalExchange:
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """Everything is this rank's."""
         del cost_of
-        return Division((whole,), rank=0)
+        return Division(whole, (whole,), rank=0)
 
     def collect(self, requests: Sequence[Request]) -> Iterator[Collected]:
         """Copy blocks into stacks, one request at a time."""
