@@ -15,10 +15,10 @@ from typing import Any
 from benchmarks.models import state_bytes, workload_parameters
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
+from shampoo_core.config import STORAGES
 from shampoo_core.counting import OperationCounter
 from shampoo_core.model_shapes import official_workloads
 from shampoo_core.preconditioners.base import PreconditionerConfig
-from shampoo_core.storage import STORAGES
 
 PEERS = json.loads(Path(__file__).with_name("peers_measured.json").read_text(encoding="utf-8"))
 THEIRS = "facebookresearch Distributed Shampoo"

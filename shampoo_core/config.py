@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 MomentumNormaliser = Literal["exact", "algoperf_v05"]
+Storage = Literal["dense", "packed", "8bit", "4bit"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class GroupOptions:
     eps: float
     bias_correction: bool
     momentum_normaliser: MomentumNormaliser
+    storage: Storage = "dense"
+    """How moments are kept; set by the preconditioner."""
 
 
 def check_range(

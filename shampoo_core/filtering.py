@@ -52,7 +52,10 @@ class GradientFilter:
         self.moment: MovingAverage | None = None
         if options.betas[0] > 0.0:
             self.moment = MovingAverage(
-                stack_set, options.betas[0], bias_correction=options.bias_correction
+                stack_set,
+                options.betas[0],
+                bias_correction=options.bias_correction,
+                storage=options.storage,
             )
 
     def filter(self, gradients: StackedGradients) -> Direction:

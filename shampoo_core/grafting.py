@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shampoo_core.config import GroupOptions, check_range
+from shampoo_core.config import GroupOptions, Storage, check_range
 from shampoo_core.filtering import Direction
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.moments import MovingAverage
@@ -73,6 +73,7 @@ class SecondMomentScaling:
         *,
         bias_correction: bool,
         exponent: float = 0.5,
+        storage: Storage = "dense",
     ) -> None:
         """Start from zero.
 
@@ -82,11 +83,14 @@ class SecondMomentScaling:
             eps: Positive.
             bias_correction: Whether V is divided by its weight.
             exponent: Positive; 1/2 is the root of Adam.
+            storage: How V is kept.
         """
         self._stack_set = stack_set
         self._eps = eps
         self._exponent = exponent
-        self._average = MovingAverage(stack_set, decay, bias_correction=bias_correction)
+        self._average = MovingAverage(
+            stack_set, decay, bias_correction=bias_correction, storage=storage, curve="fourth_root"
+        )
 
     @property
     def second_moment(self) -> MovingAverage:
@@ -143,7 +147,9 @@ class AdaGradGrafting:
     def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         """Allocate the sum of squares."""
         eps = _or(self.eps, options.eps)
-        return SecondMomentScaling(stack_set, 1.0, eps, bias_correction=False)
+        return SecondMomentScaling(
+            stack_set, 1.0, eps, bias_correction=False, storage=options.storage
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,9 @@ class RMSpropGrafting:
         """Allocate the average of squares."""
         beta2 = _or(self.beta2, options.betas[1])
         eps = _or(self.eps, options.eps)
-        return SecondMomentScaling(stack_set, beta2, eps, bias_correction=False)
+        return SecondMomentScaling(
+            stack_set, beta2, eps, bias_correction=False, storage=options.storage
+        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,13 @@ class AdamGrafting:
         """Allocate the average of squares."""
         beta2 = _or(self.beta2, options.betas[1])
         eps = _or(self.eps, options.eps)
-        return SecondMomentScaling(stack_set, beta2, eps, bias_correction=options.bias_correction)
+        return SecondMomentScaling(
+            stack_set,
+            beta2,
+            eps,
+            bias_correction=options.bias_correction,
+            storage=options.storage,
+        )
 
 
 def lend_length(stack_set: StackSet, borrower: list[Tensor], lender: Direction) -> Direction:

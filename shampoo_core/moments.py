@@ -14,9 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shampoo_core.config import Storage
 from shampoo_core.gradients import StackedGradients
+from shampoo_core.quantization import Curve
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
+from shampoo_core.storage import stack_store
 
 SMALLEST_WEIGHT = 1e-12
 """Below any real weight: the first gradient already brings 1 - decay."""
@@ -25,22 +28,45 @@ SMALLEST_WEIGHT = 1e-12
 class MovingAverage:
     """``average <- decay * average + (1 - decay) * value``, or a sum when ``decay`` is 1."""
 
-    def __init__(self, stack_set: StackSet, decay: float, *, bias_correction: bool = True) -> None:
+    def __init__(
+        self,
+        stack_set: StackSet,
+        decay: float,
+        *,
+        bias_correction: bool = True,
+        storage: Storage = "dense",
+        curve: Curve = "root",
+    ) -> None:
         """Start from zero.
 
         Args:
             stack_set: Geometry of the averaged stacks.
             decay: In [0, 1]; 1 sums instead of averaging, as AdaGrad does.
             bias_correction: Whether `weight` reports the true weight; when off it is always 1.
+            storage: How the average is kept.
+            curve: On which levels, if in few bits; ``"fourth_root"`` for averages of squares.
         """
         self._stack_set = stack_set
         self.decay = decay
         self.gain = 1.0 if decay == 1.0 else 1.0 - decay
         """Factor on each new value."""
-        self.average = stack_set.zeros()
+        self._store = stack_store(stack_set.zeros(), storage, curve)
         self._corrects = bias_correction and decay < 1.0
         self.raw_weight = stack_set.block_vector()
         """Block vector: the weight of what the average holds; 0 before the first gradient."""
+
+    @property
+    def average(self) -> list[Tensor]:
+        """The average, not divided by its weight: what is kept itself, or copies; not to be changed."""
+        return self._store.load()
+
+    def blocks(self, stack: int, start: int, stop: int) -> Tensor:
+        """Blocks ``start`` to ``stop`` (exclusive) of the average of a stack; not to be changed."""
+        return self._store.load_blocks(stack, start, stop)
+
+    def replace_blocks(self, stack: int, start: int, stop: int, blocks: Tensor) -> None:
+        """Put blocks into the place of those that `blocks` gives."""
+        self._store.save_blocks(stack, start, stop, blocks)
 
     @property
     def weight(self) -> Tensor:
@@ -51,29 +77,34 @@ class MovingAverage:
 
     def absorb(self, gradients: StackedGradients) -> None:
         """Average in the gradients themselves."""
+        average = self.average
         if gradients.presence is None and self.decay < 1.0:
-            torch._foreach_lerp_(self.average, gradients.stacks, self.gain)
+            torch._foreach_lerp_(average, gradients.stacks, self.gain)
         else:
-            self._decay(gradients)
-            torch._foreach_add_(self.average, gradients.stacks, alpha=self.gain)
+            self._decay(average, gradients)
+            torch._foreach_add_(average, gradients.stacks, alpha=self.gain)
+        self._store.save(average)
         self._absorb_weight(gradients)
 
     def absorb_squares(self, gradients: StackedGradients) -> None:
         """Average in the elementwise squares of the gradients."""
-        self._decay(gradients)
-        torch._foreach_addcmul_(self.average, gradients.stacks, gradients.stacks, value=self.gain)
+        average = self.average
+        self._decay(average, gradients)
+        torch._foreach_addcmul_(average, gradients.stacks, gradients.stacks, value=self.gain)
+        self._store.save(average)
         self._absorb_weight(gradients)
 
-    def _decay(self, gradients: StackedGradients) -> None:
-        decay_stacks(self._stack_set, self.average, self.decay, gradients.presence)
+    def _decay(self, average: list[Tensor], gradients: StackedGradients) -> None:
+        decay_stacks(self._stack_set, average, self.decay, gradients.presence)
 
     def _absorb_weight(self, gradients: StackedGradients) -> None:
         absorb_weight(self.raw_weight, self.decay, self.gain, gradients)
 
     def state(self) -> StackState:
         """The average and its weight."""
+        kept = {f"average{part}": stacks for part, stacks in self._store.tensors.items()}
         weights = self.raw_weight.split(self._stack_set.sizes)
-        return stacked_state(len(self._stack_set), {"average": self.average, "weight": weights})
+        return stacked_state(len(self._stack_set), {**kept, "weight": weights})
 
 
 def decay_stacks(

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from shampoo_core.blocking import Shape
+from shampoo_core.config import Storage
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.moments import MovingAverage, absorb_weight, nonzero_weight
 from shampoo_core.refresh import FactorSlice, FactorStackSize, RefreshPolicy
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
-from shampoo_core.storage import Storage, matrix_store
+from shampoo_core.storage import MatrixStore, matrix_store
 
 
 class FactorAxis(NamedTuple):
@@ -76,7 +77,7 @@ class KroneckerFactors:
             )
             for size in self.sizes
         )  # fmt: skip
-        self._store = matrix_store(zeros, storage)
+        self._store = matrix_store(zeros, storage, "factors")
         self._stack_set = stack_set
         self._interval = interval
         self._decay = decay**interval
@@ -120,10 +121,11 @@ class KroneckerFactors:
         """The factors of this set that a policy, asked about the whole set, makes due."""
         return self._due.at(policy, step)
 
-    @property
-    def factors(self) -> list[Tensor]:
-        """What is kept, not bias-corrected: (N, d, d) per factor stack if the storage is dense."""
-        return self._store.tensors
+    def turn(self, where: FactorSlice, turn: Tensor) -> None:
+        """``A <- S^T A S`` for factors that are kept in a basis which has turned by S, (K, d, d)."""
+        (old,) = self._store.read([where])
+        turned = torch.bmm(turn.mT, torch.bmm(old, turn))
+        self._store.blend([where], [turned], [torch.ones_like(turned[:, 0, 0])])
 
     def corrected(self, where: Sequence[FactorSlice]) -> list[Tensor]:
         """Bias-corrected copies of some slices of factors, (K, d, d) each."""
@@ -164,7 +166,12 @@ class KroneckerFactors:
         per_stack = {}
         if self._companion is None:
             per_stack["weight"] = self._own_weight.split(self._stack_set.sizes)
-        return by_axis(len(self._stack_set), self.axes, "axis", self.factors, **per_stack)
+        count = len(self._stack_set)
+        matrices = matrices_by_axis(count, self.axes, "axis", self._store)
+        state = stacked_state(count, per_stack)
+        for stack, entries in zip(state, matrices, strict=True):
+            stack.update(entries)
+        return state
 
     def _decay_present(self, presence: Tensor) -> None:
         per_stack = (1.0 - (1.0 - self._decay) * presence).split(self._stack_set.sizes)
@@ -227,12 +234,23 @@ def by_axis(
     axes: Sequence[FactorAxis],
     name: str,
     per_axis: Sequence[Tensor],
-    **per_stack: Sequence[Tensor],
 ) -> StackState:
     """State of tensors that exist once per preconditioned axis, named ``<name><axis>``."""
-    state = stacked_state(num_stacks, per_stack)
+    state: StackState = [{} for _ in range(num_stacks)]
     for axis, tensor in zip(axes, per_axis, strict=True):
         state[axis.stack][f"{name}{axis.axis}"] = tensor
+    return state
+
+
+def matrices_by_axis(
+    num_stacks: int, axes: Sequence[FactorAxis], name: str, store: MatrixStore
+) -> StackState:
+    """State of matrices that exist once per preconditioned axis: ``<name><axis>[.<part>]``."""
+    state: StackState = [{} for _ in range(num_stacks)]
+    for axis, parts in zip(axes, store.tensors, strict=True):
+        for part, tensor in parts.items():
+            suffix = f".{part}" if part else ""
+            state[axis.stack][f"{name}{axis.axis}{suffix}"] = tensor
     return state
 
 

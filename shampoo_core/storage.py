@@ -1,8 +1,21 @@
-"""How the matrices that belong to factors are kept between steps: dense, or packed.
+"""How the matrices that belong to factors, and moments, are kept between steps.
 
-Packed keeps the upper triangle of a symmetric matrix, d (d + 1) / 2 of d^2 numbers, without loss. It
-costs passes over memory: a Gram matrix is formed densely before its triangle is added, and a matrix is
-unfolded whenever it is read.
+"dense" keeps all numbers. "packed" keeps the upper triangle of a symmetric matrix, d (d + 1) / 2 of d^2
+numbers, without loss. "8bit" and "4bit" round, see `shampoo_core.quantization`; in bits per number, the
+error of rounding included:
+
+    ==========================  ========  ========
+    what is kept                 "8bit"    "4bit"
+    ==========================  ========  ========
+    factors, half of them        8 + 8     4 + 8
+    inverse roots, half of them  8         4
+    eigenbases                   8         8
+    first moments                8 + 8     4 + 8
+    second moments               8 + 8     8 + 8
+    ==========================  ========  ========
+
+All but "dense" cost passes over memory: a Gram matrix is formed densely before it is added, and a matrix
+is unfolded whenever it is read.
 
 One object keeps one (N, d, d) stack per preconditioned axis, so that what touches many stacks is one
 operation.
@@ -12,29 +25,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from shampoo_core.config import Storage
+from shampoo_core.quantization import CodedSymmetric, CodedTensors, Curve, Format
 from shampoo_core.refresh import FactorSlice
 
-Storage = Literal["dense", "packed"]
-STORAGES: tuple[Storage, ...] = get_args(Storage)
+CODE_BITS = {"8bit": 8, "4bit": 4}
+BASIS_BITS = 8
+"""Of eigenbases in either: what four bits leave would have to be made orthogonal again at every use."""
+SECOND_MOMENT_BITS = 8
+"""Of second moments in either: with four, one with beta2 = 0.999 would stand still."""
+
+MatrixKind = Literal["factors", "roots", "bases"]
+"""Symmetric and accumulated; symmetric and replaced; replaced."""
 
 
 class MatrixStore(Protocol):
     """One stack of (d, d) matrices per preconditioned axis, d differing between stacks."""
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """What is kept, per stack, one entry of the first dimension per matrix."""
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """What is kept, per stack by name, one entry of the first dimension per matrix."""
 
     def read(self, where: Sequence[FactorSlice]) -> list[Tensor]:
         """Dense (K, d, d) matrices of some slices; maybe views, so not to be written to."""
-
-    def read_all(self) -> list[Tensor]:
-        """Dense (N, d, d) matrices of every stack; maybe views, so not to be written to."""
 
     def blend(
         self, where: Sequence[FactorSlice], new: Sequence[Tensor], weights: Sequence[Tensor]
@@ -62,17 +80,13 @@ class DenseMatrices:
         self._matrices = list(initial)
 
     @property
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[dict[str, Tensor]]:
         """See `MatrixStore`."""
-        return self._matrices
+        return [{"": matrices} for matrices in self._matrices]
 
     def read(self, where: Sequence[FactorSlice]) -> list[Tensor]:
         """See `MatrixStore`; views."""
         return [self._matrices[item.stack][item.start : item.stop] for item in where]
-
-    def read_all(self) -> list[Tensor]:
-        """See `MatrixStore`; the tensors themselves."""
-        return self._matrices
 
     def blend(
         self, where: Sequence[FactorSlice], new: Sequence[Tensor], weights: Sequence[Tensor]
@@ -101,9 +115,9 @@ class PackedMatrices:
             self._triangles.append(_pack(matrices))
 
     @property
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[dict[str, Tensor]]:
         """See `MatrixStore`; (N, d (d + 1) / 2) each."""
-        return self._triangles
+        return [{"": triangles} for triangles in self._triangles]
 
     def read(self, where: Sequence[FactorSlice]) -> list[Tensor]:
         """See `MatrixStore`; copies."""
@@ -112,13 +126,6 @@ class PackedMatrices:
                 self._triangles[item.stack][item.start : item.stop], self._dimensions[item.stack]
             )
             for item in where
-        ]
-
-    def read_all(self) -> list[Tensor]:
-        """See `MatrixStore`; copies."""
-        return [
-            _unpack(triangles, dimension)
-            for triangles, dimension in zip(self._triangles, self._dimensions, strict=True)
         ]
 
     def blend(
@@ -138,9 +145,146 @@ class PackedMatrices:
         self._triangles[stack].mul_(decay).add_(gram, alpha=gain)
 
 
-def matrix_store(initial: Iterable[Tensor], storage: Storage) -> MatrixStore:
-    """Keep (N, d, d) tensors in the given way."""
-    return PackedMatrices(initial) if storage == "packed" else DenseMatrices(initial)
+class CodedMatrices:
+    """Few bits per number; see `shampoo_core.quantization`."""
+
+    def __init__(self, initial: Iterable[Tensor], form: Format, *, symmetric: bool) -> None:
+        """Code (N, d, d) tensors, one dense stack at a time."""
+        kind = CodedSymmetric if symmetric else CodedTensors
+        self._stacks: list[CodedSymmetric | CodedTensors] = []
+        self._counts: list[int] = []
+        for matrices in initial:
+            self._stacks.append(kind(matrices, form))
+            self._counts.append(len(matrices))
+
+    @property
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """See `MatrixStore`."""
+        return [stack.tensors for stack in self._stacks]
+
+    def read(self, where: Sequence[FactorSlice]) -> list[Tensor]:
+        """See `MatrixStore`; copies."""
+        return [self._stacks[item.stack].read(item.start, item.stop) for item in where]
+
+    def blend(
+        self, where: Sequence[FactorSlice], new: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> None:
+        """See `MatrixStore`; weights are 0 or 1."""
+        for item, matrices, weight in zip(where, new, weights, strict=True):
+            self._stacks[item.stack].write(item.start, item.stop, matrices, weight > 0)
+
+    def scale(self, stack: int, factors: Tensor) -> None:
+        """See `MatrixStore`; for symmetric matrices."""
+        matrices = self._stacks[stack]
+        assert isinstance(matrices, CodedSymmetric)
+        matrices.scale(factors)
+
+    def add_gram(self, stack: int, rows: Tensor, *, decay: float, gain: float) -> None:
+        """See `MatrixStore`."""
+        count = self._counts[stack]
+        matrices = self._stacks[stack].read(0, count)
+        matrices.baddbmm_(rows, rows.mT, beta=decay, alpha=gain)
+        self._stacks[stack].write(0, count, matrices)
+
+
+class StackStore(Protocol):
+    """One (N, *block shape) tensor per stack, such as a moment."""
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What is kept, by name one tensor per stack."""
+
+    def load(self) -> list[Tensor]:
+        """The stacks: what is kept itself, or copies; changes to them count once saved."""
+
+    def save(self, stacks: Sequence[Tensor]) -> None:
+        """Keep what `load` gave, changed."""
+
+    def load_blocks(self, stack: int, start: int, stop: int) -> Tensor:
+        """Blocks ``start`` to ``stop`` (exclusive) of one stack, as of `load`."""
+
+    def save_blocks(self, stack: int, start: int, stop: int, blocks: Tensor) -> None:
+        """Put blocks into the place of old ones."""
+
+
+class DenseStacks:
+    """All numbers."""
+
+    def __init__(self, initial: Sequence[Tensor]) -> None:
+        """Keep the tensors as they are."""
+        self._stacks = list(initial)
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """See `StackStore`."""
+        return {"": self._stacks}
+
+    def load(self) -> list[Tensor]:
+        """See `StackStore`; the tensors themselves."""
+        return self._stacks
+
+    def save(self, stacks: Sequence[Tensor]) -> None:
+        """See `StackStore`; they are here already."""
+
+    def load_blocks(self, stack: int, start: int, stop: int) -> Tensor:
+        """See `StackStore`; a view."""
+        return self._stacks[stack][start:stop]
+
+    def save_blocks(self, stack: int, start: int, stop: int, blocks: Tensor) -> None:
+        """See `StackStore`."""
+        self._stacks[stack][start:stop].copy_(blocks)
+
+
+class CodedStacks:
+    """Few bits per number; see `shampoo_core.quantization`."""
+
+    def __init__(self, initial: Sequence[Tensor], form: Format) -> None:
+        """Code (N, *block shape) tensors."""
+        self._stacks = [CodedTensors(stack, form) for stack in initial]
+        self._counts = [len(stack) for stack in initial]
+
+    @property
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """See `StackStore`."""
+        per_stack = [stack.tensors for stack in self._stacks]
+        names = per_stack[0] if per_stack else {}
+        return {f".{name}": [tensors[name] for tensors in per_stack] for name in names}
+
+    def load(self) -> list[Tensor]:
+        """See `StackStore`; copies."""
+        return [s.read(0, count) for s, count in zip(self._stacks, self._counts, strict=True)]
+
+    def save(self, stacks: Sequence[Tensor]) -> None:
+        """See `StackStore`."""
+        for kept, count, stack in zip(self._stacks, self._counts, stacks, strict=True):
+            kept.write(0, count, stack)
+
+    def load_blocks(self, stack: int, start: int, stop: int) -> Tensor:
+        """See `StackStore`; a copy."""
+        return self._stacks[stack].read(start, stop)
+
+    def save_blocks(self, stack: int, start: int, stop: int, blocks: Tensor) -> None:
+        """See `StackStore`."""
+        self._stacks[stack].write(start, stop, blocks)
+
+
+def matrix_store(initial: Iterable[Tensor], storage: Storage, kind: MatrixKind) -> MatrixStore:
+    """Keep (N, d, d) tensors in the given way; eigenbases are never packed."""
+    if storage in CODE_BITS:
+        if kind == "bases":
+            return CodedMatrices(initial, Format(BASIS_BITS, keeps_error=False), symmetric=False)
+        form = Format(CODE_BITS[storage], keeps_error=kind == "factors")
+        return CodedMatrices(initial, form, symmetric=True)
+    packs = storage == "packed" and kind != "bases"
+    return PackedMatrices(initial) if packs else DenseMatrices(initial)
+
+
+def stack_store(initial: Sequence[Tensor], storage: Storage, curve: Curve) -> StackStore:
+    """Keep (N, *block shape) tensors in the given way; "packed" is for matrices, and dense here."""
+    if storage in CODE_BITS:
+        bits = SECOND_MOMENT_BITS if curve == "fourth_root" else CODE_BITS[storage]
+        return CodedStacks(initial, Format(bits, keeps_error=True, curve=curve))
+    return DenseStacks(initial)
 
 
 def _pack(matrices: Tensor) -> Tensor:

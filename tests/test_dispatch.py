@@ -111,6 +111,8 @@ def test_state_is_small(workload: str, dense: float, packed: float) -> None:
     [
         ShampooConfig(),
         ShampooConfig(storage="packed", statistics_interval=2),
+        ShampooConfig(storage="4bit"),
+        EigenvalueCorrectedConfig(storage="8bit"),
         EigenvalueCorrectedConfig(),
         KLShampooConfig(),
     ],

@@ -69,6 +69,18 @@ METHODS: dict[str, dict[str, Any]] = {
         ),
     },
     "kl-soap": {"refresh": AdaptiveRefresh(2), "preconditioner": KLSOAPConfig()},
+    "four bits": {
+        "refresh": StaggeredRefresh(4),
+        "preconditioner": ShampooConfig(storage="4bit"),
+    },
+    "eigenvalue-corrected in eight bits": {
+        "refresh": AdaptiveRefresh(2),
+        "preconditioner": EigenvalueCorrectedConfig(storage="8bit"),
+    },
+    "kl-soap in four bits": {
+        "refresh": FixedRefresh(4, 1),
+        "preconditioner": KLSOAPConfig(storage="4bit"),
+    },
     "spectral": {"preconditioner": SpectralConfig()},
     "adam": {"preconditioner": AdamConfig()},
     "row-wise adagrad": {"preconditioner": RowWiseAdaGradConfig(decay=0.9)},

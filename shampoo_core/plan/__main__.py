@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from shampoo_core.config import STORAGES
 from shampoo_core.model_shapes import (
     REFERENCE_STEP_MS,
     TRANSFORMERS,
@@ -28,7 +29,6 @@ from shampoo_core.preconditioners.kl_soap import KLSOAPConfig
 from shampoo_core.preconditioners.per_factor import PerFactorCorrectedConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.preconditioners.spectral import SpectralConfig
-from shampoo_core.storage import STORAGES
 
 METHODS: dict[str, type] = {
     "shampoo": ShampooConfig,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from shampoo_core.config import STORAGES
 from shampoo_core.plan.layout import Placement
 from shampoo_core.plan.planning import Plan, Request, make_plan
-from shampoo_core.storage import STORAGES
 
 
 @dataclass(frozen=True)

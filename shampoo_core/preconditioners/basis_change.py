@@ -18,43 +18,52 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from shampoo_core.moments import MovingAverage
 from shampoo_core.preconditioners.factor_matrices import Replacement
-from shampoo_core.statistics import multiply_along_axis
+from shampoo_core.statistics import FactorAxis, multiply_along_axis
 
 SecondMoments = Literal["transport", "permute", "keep"]
 SECOND_MOMENTS: tuple[SecondMoments, ...] = get_args(SecondMoments)
 
 
-def turn_first_moment(average: Tensor, axis: int, change: Replacement) -> None:
-    """Carry a first moment into the new basis, in place.
+def turn_first_moment(moment: MovingAverage, axis: FactorAxis, change: Replacement) -> None:
+    """Carry a first moment into the new basis.
 
     Args:
-        average: (N, d_0, ..., d_k), a whole stack.
-        axis: The axis of its blocks whose basis has turned.
+        moment: Of all stacks.
+        axis: Whose basis has turned.
         change: Old and new bases of some of its blocks.
     """
-    blocks = average[change.where.start : change.where.stop]
+    place = axis.stack, change.where.start, change.where.stop
     turn = torch.bmm(change.old.mT, change.new)
-    blocks.copy_(multiply_along_axis(blocks, axis, turn))
+    moment.replace_blocks(*place, multiply_along_axis(moment.blocks(*place), axis.axis, turn))
 
 
 def turn_second_moment(
-    average: Tensor, axis: int, change: Replacement, rule: SecondMoments
+    moment: MovingAverage, axis: FactorAxis, change: Replacement, rule: SecondMoments
 ) -> None:
-    """Carry a second moment into the new basis, in place.
+    """Carry a second moment into the new basis; arguments as of `turn_first_moment`, and `turned`'s."""
+    place = axis.stack, change.where.start, change.where.stop
+    blocks = turned(moment.blocks(*place), axis.axis, change, rule)
+    if blocks is not None:
+        moment.replace_blocks(*place, blocks)
+
+
+def turned(blocks: Tensor, axis: int, change: Replacement, rule: SecondMoments) -> Tensor | None:
+    """Second moments in the new basis; None where they stay as they are.
 
     Args:
-        average: (N, d_0, ..., d_k), a whole stack.
-        axis: The axis of its blocks whose basis has turned.
-        change: Old and new bases of some of its blocks.
+        blocks: (K, d_0, ..., d_k).
+        axis: The axis of blocks whose basis has turned.
+        change: Its K old and new bases.
         rule: See the module. Where a solver made a basis from scratch there is no order of its
             columns to follow, and "permute" keeps.
     """
-    blocks = average[change.where.start : change.where.stop]
     if rule == "transport":
         turn = torch.bmm(change.old.mT, change.new)
-        blocks.copy_(multiply_along_axis(blocks, axis, turn.square()))
-    elif rule == "permute" and change.order is not None:
+        return multiply_along_axis(blocks, axis, turn.square())
+    if rule == "permute" and change.order is not None:
         shape = [1] * blocks.dim()
         shape[0], shape[axis + 1] = change.order.shape
-        blocks.copy_(blocks.gather(axis + 1, change.order.view(shape).expand_as(blocks)))
+        return blocks.gather(axis + 1, change.order.view(shape).expand_as(blocks))
+    return None

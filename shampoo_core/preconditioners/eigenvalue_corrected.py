@@ -19,7 +19,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from shampoo_core.blocking import Shape
-from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.config import (
+    STORAGES,
+    GroupOptions,
+    Storage,
+    check_choice,
+    check_count,
+    check_range,
+)
 from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
@@ -42,7 +49,6 @@ from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
 from shampoo_core.statistics import KroneckerFactors
-from shampoo_core.storage import STORAGES, Storage
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,9 @@ class EigenvalueCorrectedConfig:
         sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its
             ``"first"`` or ``"last"``.
         max_factor_dimension: Longer axes get no factor; for ``max_block_size=None``.
-        storage: How the factors are kept: ``"dense"``, or ``"packed"`` in half the memory for more
-            passes over it. Bases are not symmetric and stay dense.
+        storage: How factors, bases and moments are kept: ``"dense"``; ``"packed"``, symmetric matrices in
+            half the memory without loss; ``"8bit"`` or ``"4bit"``, rounded; see
+            `shampoo_core.storage`.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -159,14 +166,17 @@ class EigenvalueCorrected:
             storage=config.storage,
             all_axes=axes_of(stack_set.whole),
         )
-        self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
-        self.filter = GradientFilter(stack_set, options)
+        self.bases = FactorMatrices(
+            stack_set, self.factors, [1.0] * len(axes), kind="bases", storage=config.storage
+        )
+        self.filter = GradientFilter(stack_set, replace(options, storage=config.storage))
         self.scaling = SecondMomentScaling(
             stack_set,
             options.betas[1],
             options.eps,
             bias_correction=options.bias_correction,
             exponent=config.exponent,
+            storage=config.storage,
         )
 
     def step(self, gradients: StackedGradients, step: int) -> Direction | None:
@@ -192,17 +202,17 @@ class EigenvalueCorrected:
     def _refresh_bases(self, gradients: StackedGradients, step: int) -> None:
         self.factors.absorb(gradients, step)
         due = self.factors.due(self._refresh, step)
-        stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
+        stale = self.bases.stale(due, self._refresh.tolerance)
         self._turn(stale, continued=self._config.lagged or step > self._refresh.settled_step)
 
     def _turn(self, due: Sequence[FactorSlice], *, continued: bool) -> None:
         """Recompute bases and carry the moments into them."""
         solve = eigenbases(self._config.solver, continued=continued)
         for change in self.bases.continue_from_old(due, solve):
-            stack, axis = self.factors.axes[change.where.stack][:2]
+            axis = self.factors.axes[change.where.stack]
             if self.filter.moment is not None:
-                turn_first_moment(self.filter.moment.average[stack], axis, change)
-            second_moment = self.scaling.second_moment.average[stack]
+                turn_first_moment(self.filter.moment, axis, change)
+            second_moment = self.scaling.second_moment
             turn_second_moment(second_moment, axis, change, self._config.second_moments)
 
     def state(self) -> StackState:

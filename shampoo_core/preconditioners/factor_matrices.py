@@ -13,12 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo_core.config import Storage
 from shampoo_core.refresh import FactorSlice
 from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import KroneckerFactors, by_axis, multiply_along_axes
-from shampoo_core.storage import Storage, matrix_store
+from shampoo_core.statistics import (
+    KroneckerFactors,
+    by_axis,
+    matrices_by_axis,
+    multiply_along_axes,
+)
+from shampoo_core.storage import MatrixKind, matrix_store
 
 
 class Solution(NamedTuple):
@@ -65,6 +71,7 @@ class FactorMatrices:
         factors: KroneckerFactors,
         exponents: Sequence[float],
         *,
+        kind: MatrixKind,
         storage: Storage = "dense",
     ) -> None:
         """Allocate one identity per factor.
@@ -74,7 +81,8 @@ class FactorMatrices:
             factors: What the matrices are computed from.
             exponents: Per preconditioned axis; handed to the solver, factors of one size and
                 exponent are solved together.
-            storage: How the matrices are kept; packed is for symmetric ones.
+            kind: Of the matrices, ``"roots"`` or ``"bases"``.
+            storage: How the matrices are kept.
         """
         self._stack_set = stack_set
         self._factors = factors
@@ -85,16 +93,19 @@ class FactorMatrices:
             )
             for size in factors.sizes
         )
-        self._store = matrix_store(identities, storage)
+        self._store = matrix_store(identities, storage, kind)
         self.num_refreshes = self._counters()
         """Per factor, how many refreshes gave it a new matrix."""
         self.num_failures = self._counters()
         """Per factor, how many refreshes kept the old matrix because the new one was no good."""
 
-    @property
-    def matrices(self) -> list[Tensor]:
-        """What is kept: (N, d, d) per factor stack if the storage is dense."""
-        return self._store.tensors
+    def read(self, stack: int) -> Tensor:
+        """The matrices of a factor stack, (N, d, d); maybe a view, so not to be written to."""
+        return self.read_slice(FactorSlice(stack, 0, self._factors.sizes[stack].num_factors))
+
+    def read_slice(self, where: FactorSlice) -> Tensor:
+        """Some matrices of a factor stack, (K, d, d); maybe a view, so not to be written to."""
+        return self._store.read([where])[0]
 
     @torch.compiler.disable
     def refresh(self, due: Sequence[FactorSlice], solve: Solve) -> None:
@@ -118,7 +129,7 @@ class FactorMatrices:
         for group, batch, solution in self._replace(groups, solve, give_old=True):
             assert batch.old is not None
             counts = [item.stop - item.start for item in group]
-            new = torch.where(solution.accepted.view(-1, 1, 1), solution.matrices, batch.old)
+            new = torch.cat(self._store.read(group))  # what was accepted, as it is kept
             order = solution.order
             orders = [None] * len(group) if order is None else order.split(counts)
             replacements += [
@@ -162,23 +173,25 @@ class FactorMatrices:
 
     @torch.compiler.disable
     def stale(
-        self, due: Sequence[FactorSlice], bases: Sequence[Tensor], tolerance: float
+        self,
+        due: Sequence[FactorSlice],
+        tolerance: float,
+        basis_of: Callable[[FactorSlice], Tensor] | None = None,
     ) -> list[FactorSlice]:
         """The due factors that their bases no longer diagonalise; one host synchronisation.
 
         Args:
             due: Slices to test.
-            bases: (N, d, d) per factor stack.
             tolerance: Largest relative off-diagonal norm of Q^T A Q that passes; 0 passes nothing,
                 and needs no test.
+            basis_of: (K, d, d) bases of a slice; None takes the matrices themselves.
         """
         if tolerance <= 0.0 or not due:
             return list(due)
+        bases = map(basis_of or self.read_slice, due)
         ratios = [
             off_diagonal_ratio(factors, basis)
-            for factors, basis in zip(
-                self._factors.corrected(due), _slices(bases, due), strict=True
-            )
+            for factors, basis in zip(self._factors.corrected(due), bases, strict=True)
         ]
         exceeds = (~(torch.cat(ratios) <= tolerance)).tolist()
         candidates = [
@@ -194,11 +207,20 @@ class FactorMatrices:
             per_stack[axis.stack].mul_(count > 0)
         return ready
 
-    def per_stack(self) -> dict[int, list[Tensor | None]]:
-        """Per stack that has factors: its matrices, one entry per axis of its blocks."""
-        matrices: dict[int, list[Tensor | None]] = {}
-        for axis, matrix in zip(self._factors.axes, self._store.read_all(), strict=True):
-            matrices.setdefault(axis.stack, [None] * axis.order)[axis.axis] = matrix
+    def stacks(self) -> list[int]:
+        """The stacks that have factors, ascending."""
+        return sorted({axis.stack for axis in self._factors.axes})
+
+    def of_stack(self, stack: int) -> list[Tensor | None]:
+        """Matrices of a stack that has factors, one entry per axis of its blocks.
+
+        Read when they are used: what is not kept densely should not be dense all at once.
+        """
+        matrices: list[Tensor | None] = []
+        for index, axis in enumerate(self._factors.axes):
+            if axis.stack == stack:
+                matrices = matrices or [None] * axis.order
+                matrices[axis.axis] = self.read(index)
         return matrices
 
     def multiply(self, stacks: Sequence[Tensor], *, transposed: bool = False) -> list[Tensor]:
@@ -208,7 +230,8 @@ class FactorMatrices:
         returned as they are.
         """
         result = list(stacks)
-        for index, matrices in self.per_stack().items():
+        for index in self.stacks():
+            matrices = self.of_stack(index)
             if transposed:
                 matrices = [None if matrix is None else matrix.mT for matrix in matrices]
             result[index] = multiply_along_axes(result[index], matrices)
@@ -220,7 +243,7 @@ class FactorMatrices:
         return merge_states(
             count,
             {
-                name: by_axis(count, axes, "axis", self._store.tensors),
+                name: matrices_by_axis(count, axes, "axis", self._store),
                 "refreshes": by_axis(count, axes, "axis", self.num_refreshes),
                 "failures": by_axis(count, axes, "axis", self.num_failures),
             },

@@ -21,7 +21,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from shampoo_core.blocking import Shape
-from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.config import (
+    STORAGES,
+    GroupOptions,
+    Storage,
+    check_choice,
+    check_count,
+    check_range,
+)
 from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
@@ -41,6 +48,7 @@ from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, OrthogonalIterationSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
+from shampoo_core.statistics import FactorAxis
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,9 @@ class KLShampooConfig:
         factor_decay: Decay of factors and eigenvalues per step, 1 sums; None takes ``betas[1]``.
         statistics_interval: Steps from one update of factors and eigenvalues to the next.
         precondition_vectors: Whether blocks with one axis get a factor too.
+        storage: How factors, bases and moments are kept: ``"dense"``; ``"packed"``, symmetric matrices in
+            half the memory without loss; ``"8bit"`` or ``"4bit"``, rounded; see
+            `shampoo_core.storage`.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -74,6 +85,7 @@ class KLShampooConfig:
     factor_decay: float | None = None
     statistics_interval: int = 1
     precondition_vectors: bool = False
+    storage: Storage = "dense"
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -87,6 +99,7 @@ class KLShampooConfig:
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)
+        check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
     def default_grafting(self) -> GraftingConfig | None:
@@ -157,8 +170,9 @@ class KLShampoo:
             largest_scale=config.largest_scale,
             second_moments=config.second_moments,
             solver=config.solver,
+            storage=config.storage,
         )
-        self.filter = GradientFilter(stack_set, options)
+        self.filter = GradientFilter(stack_set, replace(options, storage=config.storage))
 
     def step(self, gradients: StackedGradients, step: int) -> Direction | None:
         """See `Preconditioner`."""
@@ -187,13 +201,12 @@ class KLShampoo:
         """Recompute bases, carry over what is kept in them, and say whether any has turned."""
         changes = self.factors.refresh(due, self._refresh.tolerance, first=first) if due else []
         for change in changes:
-            stack, axis = self.factors.factors.axes[change.where.stack][:2]
-            self._carry_over(stack, axis, change)
+            self._carry_over(self.factors.factors.axes[change.where.stack], change)
         return bool(changes)
 
-    def _carry_over(self, stack: int, axis: int, change: Replacement) -> None:
+    def _carry_over(self, axis: FactorAxis, change: Replacement) -> None:
         if self.filter.moment is not None:
-            turn_first_moment(self.filter.moment.average[stack], axis, change)
+            turn_first_moment(self.filter.moment, axis, change)
 
     def _direction(self, rotated: StackedGradients) -> Direction:
         scaled = self._scaled(self.filter.filter(rotated), rotated)

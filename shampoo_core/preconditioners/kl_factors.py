@@ -27,8 +27,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from shampoo_core.config import Storage
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.preconditioners.basis_change import SecondMoments, turn_second_moment
+from shampoo_core.preconditioners.basis_change import SecondMoments, turned
 from shampoo_core.preconditioners.factor_matrices import (
     Batch,
     FactorMatrices,
@@ -59,6 +60,7 @@ class KLFactors:
         largest_scale: float | None,
         second_moments: SecondMoments,
         solver: BasisSolver,
+        storage: Storage = "dense",
     ) -> None:
         """Start with factors zero and bases the identity.
 
@@ -72,6 +74,7 @@ class KLFactors:
             largest_scale: What lambda^(-1/2) may be; None means max(10, min(d, 4000)).
             second_moments: What becomes of eigenvalues when their basis turns.
             solver: Computes the eigenbases.
+            storage: How factors and bases are kept.
         """
         self._stack_set = stack_set
         self._solver = solver
@@ -86,9 +89,17 @@ class KLFactors:
         ]
         # No bias correction: a basis does not depend on the scale of its factor.
         self.factors = KroneckerFactors(
-            stack_set, axes, decay, bias_correction=False, interval=interval, all_axes=all_axes
+            stack_set,
+            axes,
+            decay,
+            bias_correction=False,
+            interval=interval,
+            storage=storage,
+            all_axes=all_axes,
         )
-        self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
+        self.bases = FactorMatrices(
+            stack_set, self.factors, [1.0] * len(axes), kind="bases", storage=storage
+        )
         # One until the first gradient has come, which is therefore not whitened.
         self.eigenvalues = [
             torch.ones(
@@ -162,18 +173,20 @@ class KLFactors:
             The old and the new bases, for what else is kept in them.
         """
         # In the coordinates that factors are kept in, their old basis is the identity.
-        identities = [_identity_like(factor) for factor in self.factors.factors]
-        stale = self.bases.stale(due, identities, tolerance)
+        stale = self.bases.stale(due, tolerance, self._identities)
         with full_precision(self._stack_set.device):
             changes = self.bases.continue_from_old(stale, partial(self._rotate_bases, first=first))
             for change in changes:
-                factors = self.factors.factors[change.where.stack]
-                kept = factors[change.where.start : change.where.stop]
-                turn = torch.bmm(change.old.mT, change.new)
-                kept.copy_(torch.bmm(turn.mT, torch.bmm(kept, turn)))
-                eigenvalues = self.eigenvalues[change.where.stack]
-                turn_second_moment(eigenvalues, 0, change, self._second_moments)
+                where = change.where
+                self.factors.turn(where, torch.bmm(change.old.mT, change.new))
+                eigenvalues = self.eigenvalues[where.stack][where.start : where.stop]
+                moved = turned(eigenvalues, 0, change, self._second_moments)
+                if moved is not None:
+                    eigenvalues.copy_(moved)
         return changes
+
+    def _identities(self, where: FactorSlice) -> Tensor:
+        return _identity_like(self.bases.read_slice(where))
 
     def _rotate_bases(self, batches: list[Batch], *, first: bool) -> list[Solution]:
         rotations = eigenbases(self._solver, continued=not first)(

@@ -24,6 +24,7 @@ from shampoo_core.preconditioners.kl import KLShampoo, KLShampooConfig
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
+from shampoo_core.statistics import FactorAxis
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class KLSOAPConfig(KLShampooConfig):
         factor_decay: Decay of factors and eigenvalues per step, 1 sums; None takes ``betas[1]``.
         statistics_interval: Steps from one update of factors and eigenvalues to the next.
         precondition_vectors: Whether blocks with one axis get a factor too.
+        storage: How factors, bases and moments are kept.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -70,16 +72,16 @@ class KLSOAP(KLShampoo):
             options.betas[1],
             options.eps,
             bias_correction=options.bias_correction,
+            storage=config.storage,
         )
 
     def _scaled(self, filtered: Direction, rotated: StackedGradients) -> Direction:
         self.scaling.absorb(rotated)
         return self.scaling.direction(filtered)
 
-    def _carry_over(self, stack: int, axis: int, change: Replacement) -> None:
-        super()._carry_over(stack, axis, change)
-        average = self.scaling.second_moment.average[stack]
-        turn_second_moment(average, axis, change, self._second_moments)
+    def _carry_over(self, axis: FactorAxis, change: Replacement) -> None:
+        super()._carry_over(axis, change)
+        turn_second_moment(self.scaling.second_moment, axis, change, self._second_moments)
 
     def state(self) -> StackState:
         """See `Preconditioner`."""

@@ -16,13 +16,20 @@ Source: the observation that stale eigenvalues hurt more than stale bases is tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from shampoo_core.blocking import Shape
-from shampoo_core.config import GroupOptions, check_count, check_range
+from shampoo_core.config import (
+    STORAGES,
+    GroupOptions,
+    Storage,
+    check_choice,
+    check_count,
+    check_range,
+)
 from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter, blend
 from shampoo_core.gradients import StackedGradients
@@ -60,6 +67,9 @@ class PerFactorCorrectedConfig:
         statistics_interval: Steps from one update of the factors to the next.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
+        storage: How factors, bases and moments are kept: ``"dense"``; ``"packed"``, symmetric matrices in
+            half the memory without loss; ``"8bit"`` or ``"4bit"``, rounded; see
+            `shampoo_core.storage`.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -74,6 +84,7 @@ class PerFactorCorrectedConfig:
     factor_decay: float | None = None
     statistics_interval: int = 1
     precondition_vectors: bool = False
+    storage: Storage = "dense"
 
     def __post_init__(self) -> None:
         owner = "PerFactorCorrectedConfig"
@@ -91,6 +102,7 @@ class PerFactorCorrectedConfig:
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)
+        check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
     def default_grafting(self) -> GraftingConfig | None:
@@ -130,6 +142,7 @@ class PerFactorCorrected:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
+        options = replace(options, storage=config.storage)
         vectors = config.precondition_vectors
         axes = preconditioned_axes(stack_set, precondition_vectors=vectors)
         self.filter = GradientFilter(stack_set, options)
@@ -141,9 +154,12 @@ class PerFactorCorrected:
             bias_correction=options.bias_correction,
             interval=config.statistics_interval,
             companion=None if self.grafting is None else self.grafting.second_moment,
+            storage=config.storage,
             all_axes=preconditioned_axes(stack_set.whole, precondition_vectors=vectors),
         )
-        self.bases = FactorMatrices(stack_set, self.factors, [1.0] * len(axes))
+        self.bases = FactorMatrices(
+            stack_set, self.factors, [1.0] * len(axes), kind="bases", storage=config.storage
+        )
         self._exponents = self._per_factor(inverse_exponents(stack_set, axes, config.exponent))
         sides = self._per_factor([float(axis.dimension) for axis in axes])
         default_tolerance = sides * torch.finfo(stack_set.dtype).eps
@@ -175,34 +191,36 @@ class PerFactorCorrected:
         due = self.factors.due(self._refresh, step)
         if not due:
             return
-        stale = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
+        stale = self.bases.stale(due, self._refresh.tolerance)
         continued = step > self._refresh.settled_step
         self.bases.continue_from_old(stale, eigenbases(self._config.solver, continued=continued))
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
-        scaled = self._scaled_bases()
-        for index, bases in self.bases.per_stack().items():
+        powers = self._inverse_powers()
+        for index in self.bases.stacks():
+            bases = self.bases.of_stack(index)
             rotated = multiply_along_axes(filtered.stacks[index], bases)
-            stacks[index] = multiply_along_axes(rotated, scaled[index])
+            stacks[index] = multiply_along_axes(rotated, self._scaled(index, bases, powers))
         if self.grafting is None:
             return Direction(stacks, filtered.scale)
         return lend_length(self._stack_set, stacks, grafted)
 
-    def _scaled_bases(self) -> dict[int, list[Tensor | None]]:
-        """``diag(lambda_i^(-e)) Q_i^T`` per stack and axis: scales in the eigenbasis and rotates back."""
-        scaled: dict[int, list[Tensor | None]] = {}
-        for axis, basis, powers in zip(
-            self.factors.axes, self.bases.matrices, self._inverse_powers(), strict=True
-        ):
-            matrices = scaled.setdefault(axis.stack, [None] * axis.order)
-            matrices[axis.axis] = (basis * powers[:, None, :]).mT
+    def _scaled(
+        self, stack: int, bases: list[Tensor | None], powers: list[Tensor]
+    ) -> list[Tensor | None]:
+        """``diag(lambda_i^(-e)) Q_i^T`` per axis of a stack: scales in the eigenbasis and rotates back."""
+        scaled: list[Tensor | None] = [None] * len(bases)
+        for axis, power in zip(self.factors.axes, powers, strict=True):
+            basis = bases[axis.axis] if axis.stack == stack else None
+            if basis is not None:
+                scaled[axis.axis] = (basis * power[:, None, :]).mT
         return scaled
 
     def _inverse_powers(self) -> list[Tensor]:
         """``lambda^(-e)``, (N, d) per preconditioned axis, one for factors that hold nothing yet."""
         diagonals = [
-            self.factors.diagonals(i, basis) for i, basis in enumerate(self.bases.matrices)
+            self.factors.diagonals(i, self.bases.read(i)) for i in range(len(self.factors.axes))
         ]
         if not diagonals:
             return []

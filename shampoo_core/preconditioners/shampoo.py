@@ -17,7 +17,7 @@ Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from shampoo_core.blocking import Shape
-from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.config import (
+    STORAGES,
+    GroupOptions,
+    Storage,
+    check_choice,
+    check_count,
+    check_range,
+)
 from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter, blend
 from shampoo_core.gradients import StackedGradients
@@ -45,7 +52,6 @@ from shampoo_core.solvers import EighSolver, RootResult, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
 from shampoo_core.statistics import FactorAxis, KroneckerFactors, multiply_along_axes, unfold
-from shampoo_core.storage import STORAGES, Storage
 
 Statistics = Literal["gram", "whitened", "whitened_mean"]
 
@@ -74,8 +80,9 @@ class ShampooConfig:
         sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its
             ``"first"`` or ``"last"``.
         max_factor_dimension: Longer axes get no factor; for ``max_block_size=None``.
-        storage: How factors and roots are kept: ``"dense"``, or ``"packed"`` in half the memory for
-            more passes over it.
+        storage: How factors, roots and moments are kept: ``"dense"``; ``"packed"``, symmetric matrices in
+            half the memory without loss; ``"8bit"`` or ``"4bit"``, rounded; see
+            `shampoo_core.storage`.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -160,6 +167,7 @@ class Shampoo:
             max_factor_dimension=config.max_factor_dimension,
         )
         axes = axes_of(stack_set)
+        options = replace(options, storage=config.storage)
         self.filter = GradientFilter(stack_set, options)
         self.grafting = None if grafting is None else grafting.create(stack_set, options)
         self.factors = KroneckerFactors(
@@ -173,12 +181,16 @@ class Shampoo:
             all_axes=axes_of(stack_set.whole),
         )
         exponents = inverse_exponents(stack_set, axes, config.exponent)
-        self.roots = FactorMatrices(stack_set, self.factors, exponents, storage=config.storage)
+        self.roots = FactorMatrices(
+            stack_set, self.factors, exponents, kind="roots", storage=config.storage
+        )
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver
         continues from it."""
         if refresh.tolerance > 0.0 or config.solver.warm_starts:
-            self.bases = FactorMatrices(stack_set, self.factors, exponents)
+            self.bases = FactorMatrices(
+                stack_set, self.factors, exponents, kind="bases", storage=config.storage
+            )
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
@@ -187,7 +199,7 @@ class Shampoo:
             self.grafting.absorb(gradients)
         due = self.factors.due(self._refresh, step)
         if self.bases is not None:
-            due = self.bases.stale(due, self.bases.matrices, self._refresh.tolerance)
+            due = self.bases.stale(due, self._refresh.tolerance)
         if due:
             self._refresh_roots(due, first=step <= self._refresh.settled_step)
         filtered = self.filter.filter(gradients)
@@ -204,10 +216,10 @@ class Shampoo:
         """What the factors are measured on; None for the gradients themselves."""
         if self._config.statistics == "gram":
             return None
-        roots = self.roots.per_stack()
 
         def whitened_rows(axis: FactorAxis) -> Tensor:
-            others = [root if i != axis.axis else None for i, root in enumerate(roots[axis.stack])]
+            others = self.roots.of_stack(axis.stack)
+            others[axis.axis] = None
             rows = unfold(multiply_along_axes(gradients.stacks[axis.stack], others), axis.axis)
             means = self._config.statistics == "whitened_mean"
             return rows * rows.shape[-1] ** -0.5 if means else rows
@@ -216,8 +228,8 @@ class Shampoo:
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
-        for index, per_axis in self.roots.per_stack().items():
-            stacks[index] = multiply_along_axes(filtered.stacks[index], per_axis)
+        for index in self.roots.stacks():
+            stacks[index] = multiply_along_axes(filtered.stacks[index], self.roots.of_stack(index))
         if self.grafting is None:
             return Direction(stacks, filtered.scale)
         return lend_length(self._stack_set, stacks, grafted)
