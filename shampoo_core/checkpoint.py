@@ -21,6 +21,9 @@ from shampoo_core.groups import CHANGEABLE
 
 FORMAT_VERSION = 1
 
+TRAINING_WEIGHTS = "training_weights"
+"""State entry that holds a parameter's training weights while it shows those to evaluate."""
+
 
 def block_views(engine: Engine) -> dict[int, dict[str, Tensor]]:
     """Views of an engine's state by parameter index and block."""
@@ -121,15 +124,20 @@ def block_names(engines: Sequence[Engine], parameter: int) -> set[str]:
     }
 
 
-def check_entries(
+def without_training_weights(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of blocks alone."""
+    return {name: tensor for name, tensor in entries.items() if name != TRAINING_WEIGHTS}
+
+
+def matching_entries(
     owner: str,
     own: Mapping[str, Tensor],
     saved: Mapping[str, Tensor],
     all_blocks: Collection[str],
     *,
     is_complete: bool,
-) -> None:
-    """Raise unless the saved state of a parameter fits.
+) -> list[tuple[Tensor, Tensor]]:
+    """Pair the state of a parameter's blocks with the saved one, or raise unless that fits.
 
     Args:
         owner: For the message.
@@ -138,9 +146,13 @@ def check_entries(
         all_blocks: Prefixes of all blocks, owned or not.
         is_complete: Whether the checkpoint says that it has the state of all blocks.
 
+    Returns:
+        Own and saved tensor of every entry.
+
     Raises:
         ValueError: A name is missing, unknown, or of another shape; the message names it.
     """
+    own, saved = without_training_weights(own), without_training_weights(saved)
     own_blocks = {_block_of(name) for name in own}
     missing = sorted(set(own) - set(saved))
     unknown = sorted(
@@ -166,3 +178,4 @@ def check_entries(
                 f"{owner}: {name} has shape {tuple(saved[name].shape)} in the checkpoint "
                 f"and {tuple(tensor.shape)} here"
             )
+    return [(tensor, saved[name]) for name, tensor in own.items()]

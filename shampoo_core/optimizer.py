@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shampoo_core.allocation import make_engines
 from shampoo_core.averaging import AveragingConfig
-from shampoo_core.blocking import Cut, MergeDirection, Tile, merge_dimensions, tiles_of
+from shampoo_core.blocking import Cut, MergeDirection
 from shampoo_core.checkpoint import (
     FORMAT_VERSION,
+    TRAINING_WEIGHTS,
     block_names,
     block_views,
-    check_entries,
     check_groups,
     describe,
+    matching_entries,
+    without_training_weights,
 )
 from shampoo_core.config import MomentumNormaliser
 from shampoo_core.engine import Engine
-from shampoo_core.exchange.base import Exchange, Request, Result
 from shampoo_core.exchange.choice import Exchanges, placed_like
 from shampoo_core.exchange.distribution import Distribution
 from shampoo_core.exchange.gathering import gather
@@ -33,20 +34,13 @@ from shampoo_core.groups import (
     OWNER,
     check_group,
     check_parameters,
-    constant_options,
     facts,
-    grafting_of,
-    state_dtype,
-    step_options,
 )
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.refresh import FixedRefresh, RefreshPolicy
-from shampoo_core.stacks import StackSet
+from shampoo_core.stepping import Task, deliver, evaluation_shifts, updates
 from shampoo_core.weight_decay import WeightDecayKind
-
-TRAINING_WEIGHTS = "training_weights"
-"""State entry that holds a parameter's training weights while it shows those to evaluate."""
 
 
 class DistributedShampoo(torch.optim.Optimizer):
@@ -177,51 +171,15 @@ class DistributedShampoo(torch.optim.Optimizer):
         parameters = self.param_groups[group_index]["params"]
         self._allocate(group_index, [i for i, p in enumerate(parameters) if p.requires_grad])
 
-    def _allocate(self, group_index: int, indices: Iterable[int]) -> None:
-        """Allocate state for some parameters of a group, one engine per device and dtype."""
-        group = self.param_groups[group_index]
+    def _allocate(self, group_index: int, indices: Sequence[int]) -> None:
+        """Allocate this rank's share of the state of some parameters of a group."""
         assert self._exchanges is not None
-        tiles: dict[tuple[torch.device, torch.dtype], dict[Exchange, list[Tile]]] = {}
-        for index in indices:
-            parameter = group["params"][index]
-            merged = merge_dimensions(
-                tuple(parameter.shape),
-                group["max_block_size"] or parameter.numel(),
-                target_order=group["target_order"],
-                direction=group["merge_direction"],
-            )
-            found = tiles_of(index, merged, group["max_block_size"], group["cut"])
-            if found:
-                key = (parameter.device, state_dtype(parameter))
-                by_exchange = tiles.setdefault(key, {})
-                by_exchange.setdefault(self._exchanges.of(parameter), []).extend(found)
-        for (device, dtype), by_exchange in tiles.items():
-            everything = [tile for some in by_exchange.values() for tile in some]
-            stack_set = partial(StackSet, dtype=dtype, device=device)
-            # Schedules are made for all together, however their parameters are distributed.
-            together = stack_set(sorted(everything, key=lambda tile: tile.parameter))
-            for exchange, some in by_exchange.items():
-                whole = together if len(by_exchange) == 1 else stack_set(some, whole=together)
-                self._add_engine(group_index, exchange, whole)
-
-    def _add_engine(self, group_index: int, exchange: Exchange, whole: StackSet) -> None:
-        """Allocate this rank's share of the state of some blocks."""
         group = self.param_groups[group_index]
-        method, refresh = group["preconditioner"], group["refresh"]
-        division = exchange.divide(
-            whole, partial(method.block_flops, refresh_interval=refresh.interval)
-        )
-        create = partial(
-            method.create,
-            options=constant_options(group),
-            grafting=grafting_of(group),
-            refresh=refresh,
-        )
-        engine = Engine(exchange, division, create, group["averaging"])
-        self._engines[group_index].append(engine)
-        views = block_views(engine)
-        for index in division.whole.parameters:
-            self.state[group["params"][index]].update(views.get(index, {}))
+        for engine in make_engines(group, indices, self._exchanges):
+            self._engines[group_index].append(engine)
+            views = block_views(engine)
+            for index in engine.division.whole.parameters:
+                self.state[group["params"][index]].update(views.get(index, {}))
 
     def _allocate_newcomers(self, group_index: int, gradients: list[Tensor | None]) -> None:
         """Allocate state for parameters that have a gradient for the first time."""
@@ -268,16 +226,14 @@ class DistributedShampoo(torch.optim.Optimizer):
                 loss = closure()
         self._check_replicas()
         self._gathered = None
-        tasks: list[_Task] = []
+        tasks: list[Task] = []
         for group_index, group in enumerate(self.param_groups):
             gradients = [parameter.grad for parameter in group["params"]]
             if any(gradient is not None for gradient in gradients):
                 self._allocate_newcomers(group_index, gradients)
                 group["step"] += 1
-            tasks += [_Task(engine, group, gradients) for engine in self._engines[group_index]]
-        for exchange in dict.fromkeys(task.engine.exchange for task in tasks):
-            mine = [task for task in tasks if task.engine.exchange is exchange]
-            exchange.deliver(_updates(exchange, mine))
+            tasks += [Task(engine, group, gradients) for engine in self._engines[group_index]]
+        deliver(tasks, updates)
         return loss
 
     def _check_replicas(self) -> None:
@@ -298,7 +254,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             return
         self._evaluates = True
         tasks = [
-            _Task(engine, group, [])
+            Task(engine, group, [])
             for group, engines in zip(self.param_groups, self._engines, strict=True)
             for engine in engines
             if engine.averages
@@ -307,9 +263,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             for index in engine.division.whole.parameters:
                 parameter = group["params"][index]
                 self.state[parameter][TRAINING_WEIGHTS] = parameter.detach().clone()
-        for exchange in dict.fromkeys(task.engine.exchange for task in tasks):
-            mine = [task for task in tasks if task.engine.exchange is exchange]
-            exchange.deliver(_evaluation_shifts(exchange, mine), exact=True)
+        deliver(tasks, evaluation_shifts, exact=True)
 
     @torch.no_grad()
     def train(self) -> None:
@@ -343,7 +297,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         own = {
             (index, name): tensor
             for index, parameter in enumerate(self._parameters())
-            for name, tensor in _without_training_weights(self.state.get(parameter, {})).items()
+            for name, tensor in without_training_weights(self.state.get(parameter, {})).items()
         }
         gathered = gather(own, group)
         num_bytes = sum(tensor.nbytes for tensor in gathered.values())
@@ -407,24 +361,20 @@ class DistributedShampoo(torch.optim.Optimizer):
         for index, (group, saved) in enumerate(
             zip(self.param_groups, state_dict["param_groups"], strict=True)
         ):
-            states = [state_dict["state"].get(key) for key in saved["params"]]
-            known = [p in self.state for p in group["params"]]
+            states = [state_dict["state"].get(key, {}) for key in saved["params"]]
+            known = [parameter in self.state for parameter in group["params"]]
             self._allocate(index, [i for i, s in enumerate(states) if s and not known[i]])
-            for position, (parameter, entries) in enumerate(
-                zip(group["params"], states, strict=True)
-            ):
-                own = _without_training_weights(self.state.get(parameter, {}))
-                rest = _without_training_weights(entries or {})
-                check_entries(
+            for position, parameter in enumerate(group["params"]):
+                own, rest = self.state.get(parameter, {}), states[position]
+                pairs += matching_entries(
                     f"{OWNER}: group {index}, parameter {position}",
                     own,
                     rest,
                     block_names(self._engines[index], position),
                     is_complete=state_dict.get("complete", True),
                 )
-                pairs.extend((own[name], rest[name]) for name in own)
-                if entries and TRAINING_WEIGHTS in entries:
-                    kept_aside[parameter] = placed_like(parameter, entries[TRAINING_WEIGHTS])
+                if TRAINING_WEIGHTS in rest:
+                    kept_aside[parameter] = placed_like(parameter, rest[TRAINING_WEIGHTS])
         with torch.no_grad():
             for target, source in pairs:
                 target.copy_(source)
@@ -441,43 +391,3 @@ class DistributedShampoo(torch.optim.Optimizer):
     def _parameters(self) -> list[Tensor]:
         """All parameters, in the order in which `state_dict` numbers them."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
-
-
-class _Task(NamedTuple):
-    """An engine's part of a step."""
-
-    engine: Engine
-    group: dict[str, Any]
-    gradients: list[Tensor | None]
-    """By parameter; none where all are missing, and the group does not step."""
-
-
-def _updates(exchange: Exchange, tasks: Sequence[_Task]) -> Iterator[Result]:
-    """Step engines one after the other."""
-    requests = [
-        Request(
-            task.engine.division,
-            task.group["params"],
-            task.gradients,
-            task.engine.reads_weights(step_options(task.group)),
-        )
-        for task in tasks
-    ]
-    for (engine, group, gradients), collected in zip(
-        tasks, exchange.collect(requests), strict=True
-    ):
-        updates = None
-        if any(gradient is not None for gradient in gradients):
-            updates = engine.step(collected, gradients, group["step"], step_options(group))
-        yield Result(engine.division, updates, group["params"])
-
-
-def _evaluation_shifts(exchange: Exchange, tasks: Sequence[_Task]) -> Iterator[Result]:
-    """What brings training weights to those to evaluate."""
-    requests = [Request(engine.division, group["params"], None, True) for engine, group, _ in tasks]
-    for (engine, group, _), collected in zip(tasks, exchange.collect(requests), strict=True):
-        yield Result(engine.division, engine.evaluation_shift(collected.weights), group["params"])
-
-
-def _without_training_weights(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in entries.items() if name != TRAINING_WEIGHTS}

@@ -1,0 +1,60 @@
+"""The engines of an optimizer side by side: one step, or one look at the weights to evaluate, of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from shampoo_core.engine import Engine
+from shampoo_core.exchange.base import Exchange, Request, Result
+from shampoo_core.groups import step_options
+
+
+class Task(NamedTuple):
+    """An engine's part of what all engines do."""
+
+    engine: Engine
+    group: dict[str, Any]
+    """Its parameter group."""
+    gradients: Sequence[Tensor | None]
+    """By parameter of the group; where there are none at all, nothing steps."""
+
+
+Results = Callable[[Exchange, list[Task]], Iterator[Result]]
+
+
+def deliver(tasks: Sequence[Task], results: Results, *, exact: bool = False) -> None:
+    """Let engines work one after the other and exchanges deliver the results, all they have at once."""
+    by_exchange: dict[Exchange, list[Task]] = {}
+    for task in tasks:
+        by_exchange.setdefault(task.engine.exchange, []).append(task)
+    for exchange, mine in by_exchange.items():
+        exchange.deliver(results(exchange, mine), exact=exact)
+
+
+def updates(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:
+    """One step of every engine whose group has a gradient."""
+    requests = [
+        Request(
+            task.engine.division,
+            task.group["params"],
+            task.gradients,
+            task.engine.reads_weights(step_options(task.group)),
+        )
+        for task in tasks
+    ]
+    for task, collected in zip(tasks, exchange.collect(requests), strict=True):
+        engine, group, gradients = task
+        update = None
+        if any(gradient is not None for gradient in gradients):
+            update = engine.step(collected, gradients, group["step"], step_options(group))
+        yield Result(engine.division, update, group["params"])
+
+
+def evaluation_shifts(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:
+    """What brings training weights to those to evaluate."""
+    requests = [Request(engine.division, group["params"], None, True) for engine, group, _ in tasks]
+    for (engine, group, _), collected in zip(tasks, exchange.collect(requests), strict=True):
+        yield Result(engine.division, engine.evaluation_shift(collected.weights), group["params"])
