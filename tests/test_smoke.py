@@ -16,6 +16,7 @@ from hand_made_logs import write_missing, write_reaching
 from workloads_smoke import smoke
 from workloads_smoke.contenders import known_contenders, read_contenders
 from workloads_smoke.errors import UserError
+from workloads_smoke.registry import load_workload
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -115,6 +116,14 @@ def test_everybody_gets_the_same_trials_seeds_and_evaluations(runner: StandInRun
 
 
 @pytest.mark.usefixtures("no_report")
+def test_self_tuning_has_no_points_and_half_as_much_budget_again(runner: StandInRunner) -> None:
+    assert smoke.main(["--workloads=mnist", "--tuning_ruleset=self"]) == 0
+    for command in runner.commands:
+        assert "--tuning_ruleset=self" in command and "--step_budget=1.5" in command
+        assert not any(part.startswith("--tuning_search_space") for part in command)
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_rerun_makes_a_new_folder(runner: StandInRunner) -> None:
     for _ in range(2):
         assert smoke.main(["--workloads=mnist", "--submissions=nadamw"]) == 0
@@ -203,6 +212,7 @@ def test_any_submission_file_takes_part(tmp_path: Path) -> None:
         (["--submissions=x=none.py"], "submission 'x': no such file none.py"),
         (["--submissions=a/b=none.py"], "the name of a submission is one folder name, got 'a/b'"),
         (["--submissions=nadamw", "--trials=99"], "nadamw has 5 points in "),
+        (["--tuning_ruleset=self", "--trials=5"], "one trial a study, got --trials=5"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_made(
@@ -238,7 +248,8 @@ def test_the_real_runner_does_the_job(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     trials = pd.read_csv(tmp_path / "smoke-001" / "trials.csv")
     assert sorted(trials["submission"]) == ["nadamw", "shampoo"]
-    assert (trials["last_step"] == 60).all() and (trials["num_evaluations"] == 3).all()
+    assert (trials["last_step"] == load_workload("mnist").step_hint // 10).all()
+    assert (trials["num_evaluations"] == 3).all()
     logs = tmp_path / "smoke-001" / "logs" / "shampoo" / "study_0" / "mnist_pytorch" / "trial_1"
     point = json.loads((logs / "hparams.json").read_text())
     assert point == json.loads((REPOSITORY / "tuning_search_space.json").read_text())[0]
