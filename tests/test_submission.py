@@ -1,5 +1,6 @@
 """The submission's five functions on a toy workload, as the harness would call them."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -147,3 +148,27 @@ def test_sparse_gradients_train_like_dense_ones() -> None:
     sparse.train(3)
     dense.train(3)
     assert_equal(sparse.weights(), dense.weights())
+
+
+def test_a_compiled_model_trains_like_the_plain_one() -> None:
+    """The harness compiles after it has made the optimizer's parameters; names get a prefix."""
+    plain, compiled = Run(namespace(max_block_size=8)), Run(namespace(max_block_size=8))
+    compiled.model = torch.compile(compiled.model, backend="eager")
+    compiled.state = submission.init_optimizer_state(
+        compiled.workload, compiled.model, None, compiled.hyperparameters, rng=None
+    )
+    for run in (plain, compiled):
+        run.train(3)
+        run.prepare_for_eval()
+        run.train(2)
+    assert_equal(plain.weights(), compiled.weights())
+    options = ("max_block_size", "preconditioner", "target_order")
+    for mine, theirs in zip(
+        plain.state["optimizer"].param_groups, compiled.state["optimizer"].param_groups, strict=True
+    ):
+        assert [mine[name] for name in options] == [theirs[name] for name in options]
+
+
+def test_the_harness_may_or_may_not_pass_the_train_state() -> None:
+    """It does where the signature names it, and older ones never did."""
+    assert inspect.signature(submission.update_params).parameters["train_state"].default is None

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from toy_workload import Run, ToyWorkload, namespace
 
+from shampoo_core.refresh import FactorStackSize
 from submission.objective import averaged_over_ranks, in_step_with_others, mean_loss
+from submission.refresh_cost import RefreshCost
 from workloads_smoke.distributed import leave_process_group
 
 NUM_RANKS = 2
@@ -34,6 +37,19 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
 
 
+def measured_interval(refresh_seconds: float) -> int:
+    """What a rank decides on that sees each of eight shares of a refresh take so long."""
+    now, sizes = 0.0, (FactorStackSize(8, 4),)
+    cost = RefreshCost(8, 10_000, torch.device("cpu"))
+    with mock.patch("submission.refresh_cost.time.perf_counter", lambda: now):
+        for step in range(1, 60):
+            cost.begin(step)
+            cost.begin_update(step)
+            now += 1.0 + (refresh_seconds if cost.policy.due(step, sizes) else 0.0)
+            cost.end(step)
+    return cost.policy.interval
+
+
 def on_each_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -49,6 +65,8 @@ def on_each_rank(rank: int, folder: Path) -> None:
     loss.backward()
     outcome["gradients"] = gradients(model)
     outcome["loss"] = averaged_over_ranks(loss.detach())
+
+    outcome["interval"] = measured_interval(refresh_seconds=0.04 if rank == 0 else 0.3)
 
     run = Run(namespace(averaging="weight_ema"), step_hint=40)
     run.queue = run.workload.batches(seed=rank + 10)
@@ -83,6 +101,12 @@ def test_gradient_is_that_of_the_mean_over_all_valid_examples(
 
 def test_a_bare_module_is_wrapped_once(outcomes: list[dict[str, Any]]) -> None:
     assert all(outcome["is_wrapped"] and outcome["is_wrapped_once"] for outcome in outcomes)
+
+
+def test_ranks_refresh_alike_though_they_measure_otherwise(outcomes: list[dict[str, Any]]) -> None:
+    """The slowest is who all wait for; the other one, alone, would have halved the interval."""
+    assert [outcome["interval"] for outcome in outcomes] == [16, 16]
+    assert measured_interval(refresh_seconds=0.04) == 4
 
 
 @pytest.mark.parametrize("weights", ["trained", "evaluated"])
