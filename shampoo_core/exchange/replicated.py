@@ -57,6 +57,10 @@ class ReplicatedExchange:
         """See `Exchange`; balances what it is asked about on top of what it was asked before."""
         return divide(whole, cost_of, self._loads, self._rank)
 
+    def __deepcopy__(self, memo: object) -> ReplicatedExchange:
+        """Copies of an optimizer use the same process group."""
+        return self
+
     def collect(self, requests: Sequence[Request]) -> Iterator[Collected]:
         """See `Exchange`; slices, one request at a time."""
         return map(slices, requests)

@@ -52,6 +52,10 @@ class ShardedExchange:
         """See `Exchange`; balances what it is asked about on top of what it was asked before."""
         return divide(whole, cost_of, self._loads, self._rank)
 
+    def __deepcopy__(self, memo: object) -> ShardedExchange:
+        """Copies of an optimizer use the same process group."""
+        return self
+
     def collect(self, requests: Sequence[Request]) -> Iterator[Collected]:
         """See `Exchange`; one all-to-all per device and dtype, in which nothing is rounded."""
         shipments = _Shipments(self._num_ranks)

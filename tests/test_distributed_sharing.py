@@ -1,0 +1,356 @@
+"""What ranks send, how it is rounded, what they have to agree on, and what happens where they do not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import METHODS
+from quadratic import SHAPES, gradient, parameters
+from ranks import assert_equal_on_ranks, on_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from shampoo_core import AdamConfig, DistributedShampoo, Distribution, FixedRefresh, WeightEMA
+from shampoo_core.exchange.pieces import pieces_of
+from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
+
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
+@contextmanager
+def counted() -> Iterator[list[tuple[str, torch.dtype, int]]]:
+    """Collectives of tensors while this is open: name, dtype, bytes that this rank sends to others."""
+    calls: list[tuple[str, torch.dtype, int]] = []
+    gather, to_all = getattr(dist, ALL_GATHER), dist.all_to_all_single
+
+    def counting_gather(output: Tensor, message: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(("all-gather", message.dtype, output.nbytes - message.nbytes))
+        return gather(output, message, *args, **kwargs)
+
+    def counting_to_all(output: Tensor, message: Tensor, into: Any, out: Any, group: Any) -> Any:
+        kept = out[dist.get_rank(group)] * message.itemsize
+        calls.append(("all-to-all", message.dtype, message.nbytes - kept))
+        return to_all(output, message, into, out, group=group)
+
+    setattr(dist, ALL_GATHER, counting_gather)
+    dist.all_to_all_single = counting_to_all
+    try:
+        yield calls
+    finally:
+        setattr(dist, ALL_GATHER, gather)
+        dist.all_to_all_single = to_all
+
+
+def stepped(
+    params: list[torch.nn.Parameter], optimizer: DistributedShampoo, steps: int = 1
+) -> None:
+    for step in range(1, steps + 1):
+        for index, parameter in enumerate(params):
+            whole = parameter.detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            grad = gradient(whole, step, index)
+            if isinstance(parameter, DTensor):
+                grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements)
+            parameter.grad = grad
+        optimizer.step()
+
+
+def optimizer_of(params: Any, **options: Any) -> DistributedShampoo:
+    return DistributedShampoo(params, **{"lr": 0.01, "max_block_size": 16, **options})
+
+
+def error_of(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+# --- on each rank ---------------------------------------------------------------------------------
+
+
+def everything() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "replicated traffic": replicated_traffic(),
+        "sharded traffic": sharded_traffic(),
+        "rounded": {dtype: rounded(dtype) for dtype in (torch.bfloat16, torch.float16, None)},
+        "mistakes": mistakes(),
+        "alone": alone(),
+        "uneven gradients": uneven_gradients(),
+        "copy": has_a_copy_of_its_own(),
+    }
+
+
+def replicated_traffic() -> dict[str, Any]:
+    """A step and an evaluation: one all-gather each, of what the model says."""
+    found: dict[str, Any] = {}
+    for dtype in (None, torch.bfloat16):
+        params = parameters(dtype=torch.float32)
+        groups = [{"params": params[:3]}, {"params": params[3:], "preconditioner": AdamConfig()}]
+        optimizer = optimizer_of(
+            groups, averaging=WeightEMA(), distributed=Distribution(communication_dtype=dtype)
+        )
+        stepped(params, optimizer)
+        with counted() as step:
+            stepped(params, optimizer)
+        with counted() as evaluation:
+            optimizer.eval()
+        engines = list(itertools.chain.from_iterable(optimizer._engines))
+        numbers = [
+            sum(engine.division.by_rank[rank].numel for engine in engines)
+            for rank in range(dist.get_world_size())
+        ]
+        found[str(dtype)] = {
+            "step": step,
+            "evaluation": evaluation,
+            "modelled": all_gather_bytes(numbers, 4 if dtype is None else 2),
+            "numbers": numbers,
+        }
+    return found
+
+
+def sharded_traffic() -> dict[str, Any]:
+    """With weights (decay) and without."""
+    found: dict[str, Any] = {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for decay in (0.0, 0.1):
+        params = [
+            torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+            for p in parameters([(20, 30), (7,), (33, 9)], dtype=torch.float32)
+        ]
+        optimizer = optimizer_of(params, weight_decay=decay)
+        stepped(params, optimizer)
+        with counted() as calls:
+            stepped(params, optimizer)
+        (engine,) = optimizer._engines[0]
+        shapes = {index: tuple(p.shape) for index, p in enumerate(params)}
+        pieces: dict[tuple[int, int], int] = {}
+        for piece in pieces_of(engine.division, shapes):
+            way = piece.holder, piece.owner
+            pieces[way] = pieces.get(way, 0) + piece.numel
+        there, back = all_to_all_bytes(pieces, dist.get_rank(), 4)
+        found[str(decay)] = {"calls": calls, "there": there, "back": back}
+    return found
+
+
+def rounded(dtype: torch.dtype | None) -> list[Tensor]:
+    params = parameters()  # in double precision, which resolves such small changes
+    distributed = Distribution(communication_dtype=dtype)
+    optimizer = optimizer_of(params, refresh=FixedRefresh(2), distributed=distributed, lr=1e-6)
+    before = [p.detach().clone() for p in params]
+    stepped(params, optimizer, 3)
+    assert_equal_on_ranks(list(params), str(dtype))
+    return [p.detach() - old for p, old in zip(params, before, strict=True)]
+
+
+def mistakes() -> dict[str, str]:
+    """Errors of ranks that differ; every rank gets each of them."""
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def spread(placement: Placement) -> torch.nn.Parameter:
+        return torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [placement]))
+
+    found = {
+        "rate": error_of(lambda: optimizer_of(parameters(), lr=0.01 * (rank + 1))),
+        "refresh": error_of(lambda: optimizer_of(parameters(), refresh=FixedRefresh(2 + rank))),
+        "shape": error_of(lambda: optimizer_of(parameters([(4, 4 + rank)]))),
+        "number": error_of(lambda: optimizer_of(parameters([(4, 4)] * (rank + 1)))),
+        "groups": error_of(
+            lambda: optimizer_of([{"params": [p]} for p in parameters([(4, 4)] * (rank + 1))])
+        ),
+        "columns": error_of(lambda: optimizer_of([spread(Shard(1))])),
+        "alone": error_of(lambda: optimizer_of([spread(Replicate())], distributed=None)),
+        "part": error_of(
+            lambda: optimizer_of(parameters(), distributed=Distribution(ranks_per_group=3))
+        ),
+    }
+    params = parameters([(4, 4), (3, 3)])
+    params[1].data.add_(rank)
+    optimizer = optimizer_of(params)
+    found["values"] = error_of(lambda: stepped(params, optimizer))
+    late = optimizer_of(parameters([(4, 4)]))
+    new = parameters([(3, 3 + rank)])
+    found["late"] = error_of(lambda: late.add_param_group({"params": new}))
+    return found
+
+
+def alone() -> list[Tensor]:
+    """Ranks that train models of their own, though there is a group."""
+    params = parameters([(6, 5)], seed=dist.get_rank())
+    stepped(params, optimizer_of(params, distributed=None), 2)
+    return [p.detach() for p in params]
+
+
+def uneven_gradients() -> tuple[list[Tensor], list[Tensor]]:
+    """A gradient that is missing, or not finite, on one rank alone: nobody hangs, all agree."""
+    params = parameters([(20, 30), (7,), (9, 9)])
+    optimizer = optimizer_of(params)
+    stepped(params, optimizer, 2)
+    before = [p.detach().clone() for p in params]
+    for index, parameter in enumerate(params):
+        parameter.grad = gradient(parameter, 3, index)
+    if dist.get_rank() == 1:
+        params[0].grad = torch.full_like(params[0], torch.inf)
+        params[2].grad = None
+    optimizer.step()
+    assert_equal_on_ranks(list(params), "uneven gradients")
+    if dist.get_rank() == 1:
+        for parameter in params:
+            parameter.grad = None
+    optimizer.step()  # rank 1 has none at all
+    assert_equal_on_ranks(list(params), "no gradients")
+    return before, [p.detach() for p in params]
+
+
+def has_a_copy_of_its_own() -> bool:
+    params = parameters()
+    optimizer = optimizer_of(params)
+    stepped(params, optimizer, 2)
+    other_params, other = copy.deepcopy((params, optimizer))
+    stepped(params, optimizer, 1)
+    stepped(other_params, other, 1)
+    return all(torch.equal(a, b) for a, b in zip(params, other_params, strict=True))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(2, tmp_path_factory.mktemp("two"), everything)
+
+
+# --- what was seen --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_replicated_parameters_take_one_all_gather_a_step(
+    dtype: torch.dtype | None, two_ranks: list[dict[str, Any]]
+) -> None:
+    for found in two_ranks:
+        of_dtype = found["replicated traffic"][str(dtype)]
+        wire = dtype or torch.float32
+        assert of_dtype["step"] == [("all-gather", wire, of_dtype["modelled"])]
+        assert sum(of_dtype["numbers"]) == sum(p.numel() for p in parameters())
+        # Weights to evaluate are sent as they are.
+        factor = wire.itemsize // 4 if dtype is None else 2
+        assert of_dtype["evaluation"] == [
+            ("all-gather", torch.float32, of_dtype["modelled"] * max(factor, 1))
+        ]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_sharded_parameters_take_one_all_to_all_each_way(
+    decay: float, two_ranks: list[dict[str, Any]]
+) -> None:
+    for found in two_ranks:
+        seen = found["sharded traffic"][str(decay)]
+        tensors = 2 if decay else 1  # decay has to see the weights
+        assert seen["calls"] == [
+            ("all-to-all", torch.float32, tensors * seen["there"]),
+            ("all-to-all", torch.float32, seen["back"]),
+        ]
+        assert seen["there"] > 0 < seen["back"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_can_be_sent_in_half_precision(
+    dtype: torch.dtype, two_ranks: list[dict[str, Any]]
+) -> None:
+    """At a rate that float16 could not hold; ranks agree bitwise (seen on the ranks)."""
+    exact, close = two_ranks[0]["rounded"][None], two_ranks[0]["rounded"][dtype]
+    for a, b in zip(close, exact, strict=True):
+        moved = b.abs().max()
+        assert moved > 0
+        assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps * moved
+
+
+MESSAGES = {
+    "rate": "ranks 0 and 1 of the process group differ: lr of group 0 is 0.01 on rank 0 and 0.02",
+    "refresh": "refresh of group 0 is FixedRefresh(interval=2, start=None) on rank 0",
+    "shape": "parameter 0 of group 0 is (4, 4) torch.float64 on rank 0 and (4, 5) torch.float64",
+    "number": "number of parameters of group 0 is 1 on rank 0 and 2 on rank 1",
+    "groups": "number of parameter groups is 1 on rank 0 and 2 on rank 1",
+    "columns": "has placements (Shard(dim=1),)",
+    "alone": "distributed must not be None for parameters that are DTensors",
+    "part": "ranks_per_group must divide the number of ranks, 2; got 3",
+    "values": "parameter 1 of shape (3, 3) has other values on rank",
+    "late": "parameter 0 of group 1 is (3, 3) torch.float64 on rank 0 and (3, 4)",
+}
+
+
+@pytest.mark.parametrize("mistake", MESSAGES)
+def test_every_rank_hears_how_ranks_differ(mistake: str, two_ranks: list[dict[str, Any]]) -> None:
+    for found in two_ranks:
+        assert MESSAGES[mistake] in found["mistakes"][mistake]
+
+
+def test_ranks_can_train_models_of_their_own(two_ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(two_ranks):
+        params = parameters([(6, 5)], seed=rank)
+        stepped(params, optimizer_of(params), 2)
+        assert torch.equal(found["alone"][0], params[0])
+
+
+def test_gradients_of_one_rank_alone_do_not_part_the_ranks(
+    two_ranks: list[dict[str, Any]],
+) -> None:
+    """The owner of a block decides for all. Equality was seen on the ranks."""
+    before, after = two_ranks[0]["uneven gradients"]
+    assert all(torch.isfinite(p).all() for p in after)
+    moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert moved[0] and moved[1]
+
+
+def test_copies_share_the_group(two_ranks: list[dict[str, Any]]) -> None:
+    assert all(found["copy"] for found in two_ranks)
+
+
+# --- groups of ranks ------------------------------------------------------------------------------
+
+
+def in_pairs() -> dict[str, Any]:
+    """Four ranks, of which two and two share the work."""
+    params = parameters()
+    options = {**METHODS["staggered"], "averaging": WeightEMA(0.9)}
+    optimizer = optimizer_of(params, **options, distributed=Distribution(ranks_per_group=2))
+    with counted() as calls:
+        stepped(params, optimizer, 5)
+    assert_equal_on_ranks(list(params), "pairs")
+    (engine,) = optimizer._engines[0]
+    sent = optimizer.gather_state()
+    return {
+        "weights": [p.detach() for p in params],
+        "blocks": [own.num_blocks for own in engine.division.by_rank],
+        "bytes": calls[-1][2],
+        "modelled": all_gather_bytes([own.numel for own in engine.division.by_rank], 8),
+        "keys": {index: set(e) for index, e in optimizer.state_dict()["state"].items()},
+        "sent": sent,
+    }
+
+
+@pytest.mark.slow
+def test_groups_of_ranks_share_the_work(tmp_path: Path) -> None:
+    params = parameters()
+    optimizer = optimizer_of(params, **METHODS["staggered"], averaging=WeightEMA(0.9))
+    stepped(params, optimizer, 5)
+    found = on_ranks(4, tmp_path, in_pairs)
+    for of_rank in found:
+        for a, b in zip(of_rank["weights"], params, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-12)
+        assert len(of_rank["blocks"]) == 2
+        assert of_rank["bytes"] == of_rank["modelled"]
+    expected = {index: set(e) for index, e in optimizer.state_dict()["state"].items()}
+    assert found[0]["keys"] == expected
+    assert found[0]["sent"] > 0
+    assert len(SHAPES) == len(expected)
