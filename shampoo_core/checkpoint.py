@@ -85,6 +85,26 @@ def differences(
     return found
 
 
+def check_format(owner: str, state_dict: Mapping[str, Any]) -> None:
+    """Raise unless a state is of this kind and version.
+
+    Raises:
+        ValueError: It is not; the message says what it lacks.
+    """
+    wanted = ("state", "param_groups", "evaluates", "format_version")
+    missing = [name for name in wanted if name not in state_dict]
+    if missing:
+        raise ValueError(
+            f"{owner}: not a state of this optimizer: it has no {', '.join(missing)}; "
+            f"it has {', '.join(map(str, state_dict)) or 'nothing'}"
+        )
+    if state_dict["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{owner}: the checkpoint has format version {state_dict['format_version']}, this release "
+            f"reads {FORMAT_VERSION}"
+        )
+
+
 def check_groups(
     owner: str, own_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> None:

@@ -18,6 +18,7 @@ from shampoo_core.checkpoint import (
     TRAINING_WEIGHTS,
     block_names,
     block_views,
+    check_format,
     check_groups,
     describe,
     matching_entries,
@@ -355,6 +356,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             ValueError: It is of another configuration or model, or incomplete; the message names the
                 difference.
         """
+        check_format(OWNER, state_dict)
         check_groups(OWNER, self.state_dict()["param_groups"], state_dict["param_groups"])
         pairs: list[tuple[Tensor, Tensor]] = []
         kept_aside: dict[Tensor, Tensor] = {}
@@ -375,6 +377,12 @@ class DistributedShampoo(torch.optim.Optimizer):
                 )
                 if TRAINING_WEIGHTS in rest:
                     kept_aside[parameter] = placed_like(parameter, rest[TRAINING_WEIGHTS])
+        averaged = any(engine.averages for engines in self._engines for engine in engines)
+        if state_dict["evaluates"] and averaged and not kept_aside:
+            raise ValueError(
+                f"{OWNER}: the checkpoint was saved while the parameters held the weights to evaluate, "
+                "and has no training weights; call train() before saving"
+            )
         with torch.no_grad():
             for target, source in pairs:
                 target.copy_(source)
