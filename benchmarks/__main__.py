@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import counts
+from benchmarks import counts, timing
 from benchmarks.tables import DEFAULT_FOLDER
 from shampoo_core.model_shapes import official_workloads
 
 SECTIONS: dict[str, Callable[[Sequence[str], Path], None]] = {
     "counts": counts.run,
+    "time": timing.run_affordable,
 }
 """By name: prints tables for some workloads and writes them to a folder."""
 

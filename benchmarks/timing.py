@@ -1,0 +1,182 @@
+"""Seconds of a step on the shapes of real models, beside AdamW's and beside the products alone.
+
+The floor is as many operations as the step's matrix products, as products of square matrices: what is
+left when everything else costs nothing. Candidates take turns, the floor among them, so that a machine that
+slows down slows them all; compared are the shortest times, which other work distorts least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.counts import count_steps
+from benchmarks.models import workload_parameters
+from benchmarks.peers import available
+from benchmarks.tables import DEFAULT_FOLDER, publish
+from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
+from shampoo_core.model_shapes import official_workloads
+
+WORKLOADS = ("imagenet_resnet", "imagenet_vit", "librispeech_conformer", "ogbg")
+INTERVALS = (20, 100)
+RATE_SIDE = 1024
+LIMIT_TO_FLOOR = 1.15
+FLOOR = "products alone"
+BETAS = (0.9, 0.99)
+
+CYCLE = 4
+"""Every so many steps is a refresh where refreshes are measured; the first cycle is not looked at."""
+
+Step = Callable[[], object]
+
+
+def products(flops: float) -> Step:
+    """A step of nothing but float32 products of square matrices, as near to ``flops`` as can be."""
+    side = RATE_SIDE
+    while 2.0 * side**3 > flops / 8:
+        side //= 2
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    result = torch.empty(side, side)
+    count = round(flops / (2.0 * side**3))
+
+    def step() -> None:
+        for _ in range(count):
+            torch.mm(left, right, out=result)
+
+    return step
+
+
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, the candidates taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(_seconds(step))
+    return seconds
+
+
+def candidates(workload: str, *, refresh: bool) -> dict[str, Step]:
+    """Steps of AdamW, of ours, and of the peers at hand where refreshes are measured."""
+    adamw = torch.optim.AdamW(workload_parameters(workload, "cpu"), betas=BETAS, foreach=True)
+    interval = CYCLE if refresh else 10**9
+    optimizer = DistributedShampoo(
+        workload_parameters(workload, "cpu"),
+        betas=BETAS,
+        preconditioner=ShampooConfig(),
+        refresh=FixedRefresh(interval, start=CYCLE),
+    )
+    if not refresh:
+        # Past the first refresh, which is left out: identities take as long to multiply with.
+        optimizer.param_groups[0]["step"] = CYCLE
+    floor = products(count_steps(workload, ShampooConfig())[0].flops)
+    steps: dict[str, Step] = {"AdamW": adamw.step, FLOOR: floor, "ours": optimizer.step}
+    if refresh:
+        for name, make in available()[0].items():
+            steps[name] = make(workload_parameters(workload, "cpu"), CYCLE).step
+    return steps
+
+
+def time_workload(workload: str, cycles: int, *, refresh: bool) -> list[dict[str, Any]]:
+    """Rows of one workload: AdamW, ours, and the peers at hand.
+
+    Args:
+        workload: Official.
+        cycles: How often three plain steps, and a refresh, are measured.
+        refresh: Whether to measure steps that refresh everything: on a CPU these take seconds.
+    """
+    rounds = interleaved(candidates(workload, refresh=refresh), CYCLE * (1 + cycles))
+    plain = {name: _shortest(seconds, plain=True) for name, seconds in rounds.items()}
+    rows = []
+    for name, seconds in plain.items():
+        row: dict[str, Any] = {
+            "workload": workload,
+            "optimizer": name,
+            "plain_ms": 1e3 * seconds,
+            "to_adamw": seconds / plain["AdamW"],
+            "to_floor": seconds / plain[FLOOR],
+            "limit": LIMIT_TO_FLOOR if name == "ours" else None,
+        }
+        if refresh and name not in ("AdamW", FLOOR):
+            refreshed = _shortest(rounds[name], plain=False)
+            row["refresh_ms"] = 1e3 * refreshed
+            for interval in INTERVALS:
+                mean = seconds + (refreshed - seconds) / interval
+                row[f"mean_{interval}_ms"] = 1e3 * mean
+        rows.append(row)
+    return rows
+
+
+def _shortest(seconds: Sequence[float], *, plain: bool) -> float:
+    """Of the plain steps, or of those that refresh, after the first cycle."""
+    return min(
+        duration
+        for number, duration in enumerate(seconds, start=1)
+        if number > CYCLE and (number % CYCLE != 0) == plain
+    )
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+COLUMNS = {
+    "workload": "workload",
+    "optimizer": "optimizer",
+    "plain_ms": "plain ms",
+    "to_adamw": "to AdamW",
+    "to_floor": "to floor",
+    "limit": "limit",
+    "refresh_ms": "refresh ms",
+    **{f"mean_{interval}_ms": f"mean at {interval}" for interval in INTERVALS},
+}
+
+
+def run(
+    workloads: Sequence[str],
+    folder: Path = DEFAULT_FOLDER,
+    *,
+    cycles: int = 2,
+    refresh: bool = False,
+) -> None:
+    """Print the table and write its JSON."""
+    rows = [row for name in workloads for row in time_workload(name, cycles, refresh=refresh)]
+    missing = (
+        available()[1] if refresh else ["refreshes and peers: not measured (ask for --refresh)"]
+    )
+    publish(
+        "Time: of a step with the default options, the shortest of candidates that take turns",
+        rows,
+        COLUMNS,
+        folder,
+        "\n".join(missing),
+    )
+
+
+def run_affordable(workloads: Sequence[str], folder: Path) -> None:
+    """The table of plain steps for those of some workloads whose targets are stated."""
+    run([name for name in workloads if name in WORKLOADS], folder, cycles=1)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", action="append", choices=official_workloads())
+    parser.add_argument(
+        "--cycles", type=int, default=2, help="three plain steps and a refresh each"
+    )
+    parser.add_argument("--refresh", action="store_true", help="refreshes and peers, too: minutes")
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
+    options = parser.parse_args()
+    workloads = options.workload or WORKLOADS
+    run(workloads, options.out, cycles=options.cycles, refresh=options.refresh)
+
+
+if __name__ == "__main__":
+    main()
