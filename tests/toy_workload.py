@@ -120,8 +120,13 @@ class ToyWorkload:
 class Run:
     """One run on the toy workload, driven like the harness drives it."""
 
-    def __init__(self, hyperparameters: Any = None, step_hint: int = 20) -> None:
-        self.workload = ToyWorkload(step_hint)
+    def __init__(
+        self,
+        hyperparameters: Any = None,
+        step_hint: int = 20,
+        workload: ToyWorkload | None = None,
+    ) -> None:
+        self.workload = ToyWorkload(step_hint) if workload is None else workload
         self.hyperparameters = hyperparameters
         self.model: nn.Module
         self.model, self.model_state = self.workload.init_model_fn()
