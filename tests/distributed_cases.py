@@ -160,6 +160,8 @@ MAIN = (
     "weight average",
     "missing gradients",
     "two groups",
+    "not finite",
+    "staggered, float32",
 )
 """A method, policy, averaging and event of every kind, for many ranks on few cores."""
 

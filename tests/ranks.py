@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
 from workloads_smoke.distributed import leave_process_group
+
+set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.tensor", "shampoo_core"])
 
 Job = Callable[..., Any]
 """A function at the top level of a module; what it returns is saved by `torch.save`."""
@@ -28,7 +31,13 @@ def on_ranks(num_ranks: int, folder: Path, job: Job, *arguments: Any) -> list[An
         arguments: For it; have to be picklable.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    multiprocessing.spawn(_process, (num_ranks, str(folder), job, arguments), nprocs=num_ranks)
+    multiprocessing.start_processes(
+        _process,
+        (num_ranks, str(folder), job, arguments),
+        nprocs=num_ranks,
+        # Starts from one process that has imported these already, and has no threads yet.
+        start_method="forkserver",
+    )
     return [torch.load(folder / f"answer_{rank}", weights_only=False) for rank in range(num_ranks)]
 
 

@@ -43,7 +43,7 @@ def from_file(content: bytes) -> Any:
 
 def saved_and_finished(names: tuple[str, ...]) -> dict[str, Any]:
     """On each rank: save at `STOP`, evaluated; go on; resume a new optimizer and compare bitwise."""
-    gathering.MESSAGE_BYTES = 2000  # so that states go in several messages
+    gathering.MESSAGE_BYTES = 20_000  # so that states go in several messages
     return {name: _saved_and_finished(CASES[name]) for name in names}
 
 

@@ -11,6 +11,9 @@ from distributed_cases import run as run_case
 from ranks import assert_equal_on_ranks, on_ranks
 from torch import Tensor
 
+QUICK = [*MAIN, "frozen", "l2", "kl-soap", "schedule-free", "momentum", "overlap"]
+"""For every run of the tests; the others are slow ones."""
+
 
 def follow_all(names: list[str]) -> dict[str, list[list[Tensor]]]:
     """On each rank: step every case, and compare the ranks after every step."""
@@ -31,18 +34,18 @@ def follow(name: str, case: Case) -> list[list[Tensor]]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Tensor]]]:
-    return on_ranks(2, tmp_path_factory.mktemp("two"), follow_all, list(CASES))[0]
+    return on_ranks(2, tmp_path_factory.mktemp("two"), follow_all, QUICK)[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_two_processes_follow_one(name: str, two_ranks: dict[str, list[list[Tensor]]]) -> None:
     case = CASES[name]
     assert_close(name, two_ranks[name], trajectory(case), tolerance_of(case))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [3, 4, 8])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 def test_more_processes_follow_one(num_ranks: int, tmp_path: Path) -> None:
-    names = list(CASES) if num_ranks == 3 else list(MAIN)
+    names = list(CASES) if num_ranks in (2, 3) else list(MAIN)
     for name, found in on_ranks(num_ranks, tmp_path, follow_all, names)[0].items():
         assert_close(name, found, trajectory(CASES[name]), tolerance_of(CASES[name]))
