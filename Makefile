@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv smoke bench test test-slow test-harness test-pinned lint clean
+.PHONY: help venv smoke bench test test-slow test-harness test-distributed test-pinned lint clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-17s %s\n", $$1, $$2}'
 
 # torch comes first and pinned, so that the range in pyproject.toml installs nothing newer.
 $(VENV)/.installed: pyproject.toml
@@ -34,6 +34,11 @@ test-slow: venv  ## run the checks that take minutes
 
 test-harness: venv  ## run the checks that need the official harness (skipped, loudly, without it)
 	$(BIN)/python -m pytest -m harness -rs
+
+# Many processes on few cores: one file after the other, and patience.
+test-distributed: venv  ## run all tests of several processes, 1 to 8 of them
+	$(BIN)/python -m pytest -n 0 -m "slow or not slow" tests/test_assignment.py tests/test_division.py \
+		tests/test_distributed_*.py tests/test_submission_distributed.py
 
 # A second environment; several GB where only the CUDA build of the pinned torch is to be had.
 .venv-pinned/.installed: pyproject.toml
