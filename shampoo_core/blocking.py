@@ -10,6 +10,7 @@ blocks it holds.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Tile:
     grid_starts: Shape
     """Position of the tile's first block in the grid of all blocks of the parameter."""
 
-    @property
+    @functools.cached_property
     def num_blocks(self) -> int:
         """Blocks in the tile."""
         return math.prod(self.counts)

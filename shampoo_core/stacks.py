@@ -13,8 +13,10 @@ Vocabulary used in all of ``shampoo_core``:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +33,7 @@ class StackLayout:
     block_shape: Shape
     tiles: tuple[Tile, ...]
 
-    @property
+    @functools.cached_property
     def num_blocks(self) -> int:
         """N, the length of the stack."""
         return sum(tile.num_blocks for tile in self.tiles)
@@ -40,6 +42,14 @@ class StackLayout:
     def shape(self) -> Shape:
         """(N, *block shape)."""
         return (self.num_blocks, *self.block_shape)
+
+    @functools.cached_property
+    def count_strides(self) -> tuple[Shape, ...]:
+        """Per tile, how many blocks lie between neighbours along each axis of its grid."""
+        return tuple(
+            tuple(math.prod(tile.counts[axis + 1 :]) for axis in range(len(tile.counts)))
+            for tile in self.tiles
+        )
 
     def blocks(self) -> list[tuple[int, Shape]]:
         """Parameter and grid position of each block, in the order of the stack."""
@@ -174,10 +184,13 @@ class StackSet:
 
     def add_from(self, stacks: Sequence[Tensor], tensors: Sequence[Tensor], scale: float) -> None:
         """Add ``scale`` times the blocks of parameter-shaped ``tensors`` to the stacks, in place."""
-        sources = [
-            _tile_view(tensors[tile.parameter].detach().reshape(tile.merged_shape), tile)
-            for tile in self.tiles
-        ]
+        merged: dict[int, Tensor] = {}
+        sources = []
+        for tile in self.tiles:
+            if tile.parameter not in merged:
+                tensor = tensors[tile.parameter].detach()
+                merged[tile.parameter] = tensor.reshape(tile.merged_shape)
+            sources.append(_tile_view(merged[tile.parameter], tile))
         torch._foreach_add_(self.tile_slots(stacks), sources, alpha=scale)
 
     def add_to(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor]) -> None:
@@ -188,23 +201,27 @@ class StackSet:
         """Views of the stacks, one per tile, shaped (*counts, *sizes)."""
         slots = []
         for layout, stack in zip(self.layouts, stacks, strict=True):
-            pieces = stack.split([tile.num_blocks for tile in layout.tiles])
-            for tile, piece in zip(layout.tiles, pieces, strict=True):
-                slots.append(piece.view(*tile.counts, *tile.sizes))
+            step, *inner = stack.stride()
+            place = stack.storage_offset()
+            for tile, counts in zip(layout.tiles, layout.count_strides, strict=True):
+                strides = (*(step * count for count in counts), *inner)
+                slots.append(stack.as_strided((*tile.counts, *tile.sizes), strides, place))
+                place += step * tile.num_blocks
         return slots
 
 
 def add_tiles(tensors: Sequence[Tensor], tiles: Sequence[Tile], slots: Sequence[Tensor]) -> None:
     """Add tiles, (*counts, *sizes) each, to their places in parameter-shaped tensors, in place."""
     targets = []
+    merged: dict[int, Tensor] = {}
     indirect: dict[int, Tensor] = {}
     for tile, slot in zip(tiles, slots, strict=True):
-        target = _merged_view(tensors[tile.parameter].detach(), tile.merged_shape)
-        if target is None:
-            if tile.parameter not in indirect:
-                indirect[tile.parameter] = slot.new_zeros(tile.merged_shape)
-            target = indirect[tile.parameter]
-        targets.append(_tile_view(target, tile))
+        if tile.parameter not in merged:
+            view = _merged_view(tensors[tile.parameter].detach(), tile.merged_shape)
+            if view is None:
+                view = indirect[tile.parameter] = slot.new_zeros(tile.merged_shape)
+            merged[tile.parameter] = view
+        targets.append(_tile_view(merged[tile.parameter], tile))
     torch._foreach_add_(targets, list(slots))
     for parameter, update in indirect.items():
         tensor = tensors[parameter].detach()
@@ -213,13 +230,11 @@ def add_tiles(tensors: Sequence[Tensor], tiles: Sequence[Tile], slots: Sequence[
 
 def _tile_view(merged: Tensor, tile: Tile) -> Tensor:
     """View the tile's part of a merged parameter as (*counts, *sizes)."""
-    order = len(tile.sizes)
-    view = merged
-    for axis in reversed(range(order)):
-        start, size, count = tile.starts[axis], tile.sizes[axis], tile.counts[axis]
-        view = view.narrow(axis, start, size * count).unflatten(axis, (count, size))
-    # (count_0, size_0, count_1, size_1, ...) -> (count_0, count_1, ..., size_0, size_1, ...)
-    return view.permute(*range(0, 2 * order, 2), *range(1, 2 * order, 2))
+    # One view instead of a cut and an unflattening per axis: there can be hundreds of tiles.
+    strides = merged.stride()
+    place = merged.storage_offset() + sum(map(operator.mul, tile.starts, strides))
+    between_blocks = tuple(map(operator.mul, tile.sizes, strides))
+    return merged.as_strided((*tile.counts, *tile.sizes), between_blocks + strides, place)
 
 
 def _merged_view(tensor: Tensor, merged_shape: Shape) -> Tensor | None:
