@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -172,16 +173,25 @@ def whole_stacks(sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
     return [FactorSlice(stack, 0, size.num_factors) for stack, size in enumerate(sizes)]
 
 
+SMALLEST_SHARE = 256.0**3
+"""Work of a refresh, in units of d^3, below which a `StaggeredRefresh` does not divide it further."""
+
+
 @functools.cache
 def _stagger(
     sizes: tuple[FactorStackSize, ...], interval: int
 ) -> tuple[tuple[FactorSlice, ...], ...]:
-    """Spread factors over ``interval`` phases, largest first onto the least loaded phase.
+    """Spread factors over the interval's phases, largest first onto the least loaded phase.
+
+    Of the ``interval`` phases as many are used, evenly spaced, as keep a share of `SMALLEST_SHARE`:
+    a small model's factors would otherwise be solved one by one, at the price of a batch each.
 
     Factors of one stack cost the same and are interchangeable, so that only *how many* of a stack fall
     into a phase is decided by load; which ones is chosen to make every share one contiguous slice.
     """
-    loads = [(0.0, phase) for phase in range(interval)]
+    work = sum(size.num_factors * float(size.dimension) ** 3 for size in sizes)
+    num_shares = min(interval, max(1, math.ceil(work / SMALLEST_SHARE)))
+    loads = [(0.0, share * interval // num_shares) for share in range(num_shares)]
     shares: dict[tuple[int, int], int] = {}
     by_cost = sorted(range(len(sizes)), key=lambda stack: -sizes[stack].dimension)
     for stack in by_cost:

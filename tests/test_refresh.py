@@ -24,7 +24,7 @@ from shampoo_core.blocking import merge_dimensions, tiles_of
 from shampoo_core.costs import plain_step_flops, refresh_flops
 from shampoo_core.preconditioners.axes import preconditioned_axes
 from shampoo_core.preconditioners.eigenvalue_corrected import SecondMoments
-from shampoo_core.refresh import FactorStackSize, RefreshPolicy
+from shampoo_core.refresh import SMALLEST_SHARE, FactorStackSize, RefreshPolicy
 from shampoo_core.stacks import StackSet
 
 sizes_strategy = st.lists(
@@ -56,6 +56,19 @@ def test_staggered_refreshes_every_factor_once_per_interval(
         assert set(counts) == everything
         assert set(counts.values()) == {1}
     assert policy.settled_step == start + interval - 1
+
+
+def test_staggered_solves_small_factors_together_at_evenly_spaced_steps() -> None:
+    sizes = (FactorStackSize(num_factors=96, dimension=128), FactorStackSize(96, 64))
+    shares = math.ceil(96 * (128**3 + 64**3) / SMALLEST_SHARE)
+    policy = StaggeredRefresh(interval=7 * shares)
+    busy = [step for step in range(1, 7 * shares + 1) if policy.due(step, sizes)]
+    assert busy == list(range(1, 7 * shares + 1, 7))
+    work = [
+        sum((item.stop - item.start) * sizes[item.stack].dimension ** 3 for item in due)
+        for due in (policy.due(step, sizes) for step in busy)
+    ]
+    assert max(work) < 1.2 * min(work)
 
 
 @given(sizes_strategy, st.integers(1, 20), st.integers(1, 30))
