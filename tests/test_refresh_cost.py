@@ -22,7 +22,8 @@ from submission.refresh_cost import (
 )
 
 CPU = torch.device("cpu")
-SIZES = (FactorStackSize(5, 8), FactorStackSize(2, 16))
+# Large enough that a staggered refresh takes them one by one.
+SIZES = (FactorStackSize(5, 300), FactorStackSize(2, 400))
 seconds = st.floats(0.0, 1e3)
 intervals = st.integers(1, 400)
 lengths = st.integers(1, 200_000)
