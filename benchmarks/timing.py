@@ -2,7 +2,8 @@
 
 The floor is as many operations as the step's matrix products, as products of square matrices: what is
 left when everything else costs nothing. Candidates take turns, the floor among them, so that a machine that
-slows down slows them all; compared are the shortest times, which other work distorts least.
+slows down slows them all; compared are the shortest times, in seconds of the processor on one thread, which
+other work distorts least.
 """
 
 from __future__ import annotations
@@ -121,9 +122,9 @@ def _shortest(seconds: Sequence[float], *, plain: bool) -> float:
 
 
 def _seconds(step: Step) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     step()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 COLUMNS = {
@@ -146,6 +147,7 @@ def run(
     refresh: bool = False,
 ) -> None:
     """Print the table and write its JSON."""
+    torch.set_num_threads(1)
     rows = [row for name in workloads for row in time_workload(name, cycles, refresh=refresh)]
     missing = (
         available()[1] if refresh else ["refreshes and peers: not measured (ask for --refresh)"]

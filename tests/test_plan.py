@@ -132,11 +132,13 @@ def test_pieces_of_a_matrix_by_hand() -> None:
     methods = blocks_by_method(
         parameters, ShampooConfig(), placement, max_block_size=2, refresh_interval=10
     )
-    assert methods[0].owners == [0, 1, 0, 1, 0, 1]
+    owner_of = dict(zip((t.grid_starts for t in methods[0].tiles), methods[0].owners, strict=True))
+    assert [owner_of[place] for place in sorted(owner_of)] == [0, 1, 0, 1, 0, 1]
     pieces = travelling_pieces(parameters, methods, placement)
     assert pieces == {(0, 0): 8, (0, 1): 4, (1, 1): 8, (1, 0): 4}
-    # Gradients of 4 numbers out and updates of 4 numbers back, on either rank.
-    assert sent_bytes(parameters, methods, placement) == [32, 32]
+    # Gradients and weights of 4 numbers out and updates of 4 numbers back, on either rank.
+    assert sent_bytes(parameters, methods, placement) == [48, 48]
+    assert sent_bytes(parameters, methods, placement, reads_weights=False) == [32, 32]
 
 
 def test_replicas_send_the_longest_segment_to_everyone() -> None:

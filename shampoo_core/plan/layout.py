@@ -9,13 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+
 from shampoo_core.blocking import Shape, Tile, merge_dimensions, tiles_of
 from shampoo_core.config import check_choice, check_count
-from shampoo_core.exchange.assignment import assign, imbalance
-from shampoo_core.exchange.traffic import all_gather_bytes
+from shampoo_core.exchange.assignment import imbalance
+from shampoo_core.exchange.division import divide
+from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
 from shampoo_core.model_shapes import NamedShape
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.diagonal import AdamConfig
+from shampoo_core.stacks import StackSet
 
 Sharding = Literal["ddp", "fsdp2", "hsdp"]
 TABLE_ROWS = 65_536
@@ -86,7 +90,7 @@ def blocks_by_method(
     max_block_size: int,
     refresh_interval: int,
 ) -> list[MethodBlocks]:
-    """Cut parameters into blocks, lookup tables apart, and give each an owner.
+    """Cut parameters into blocks, lookup tables apart, and give each an owner as the optimizer does.
 
     Args:
         parameters: Of the model.
@@ -102,38 +106,45 @@ def blocks_by_method(
         tiles = []
         for index, parameter in enumerate(parameters):
             if is_table[index] == tables:
-                tiles += _single_blocks(index, parameter.shape, max_block_size, whole=tables)
-        if not tiles:
-            continue
-        costs = [method.block_flops(tile.sizes, refresh_interval) for tile in tiles]
-        owners = assign(costs, placement.num_owners, loads)
-        for cost, owner in zip(costs, owners, strict=True):
-            loads[owner] += cost
-        methods.append(MethodBlocks(method, tiles, owners, costs))
+                tiles += _tiles(index, parameter.shape, max_block_size, whole=tables)
+        if tiles:
+            methods.append(_divided(method, tiles, loads, refresh_interval))
     return methods
 
 
-def _single_blocks(index: int, shape: Shape, max_block_size: int, *, whole: bool) -> list[Tile]:
-    """The blocks of one parameter as tiles of one block each."""
+def _tiles(index: int, shape: Shape, max_block_size: int, *, whole: bool) -> list[Tile]:
     if whole:
-        tiles = tiles_of(index, (math.prod(shape),), DIAGONAL_BLOCK_SIZE)
-    else:
-        tiles = tiles_of(index, merge_dimensions(shape, max_block_size), max_block_size)
-    ones = (1,) * len(tiles[0].sizes) if tiles else ()
-    return [
-        Tile(index, tile.merged_shape, starts, tile.sizes, ones, position)
-        for tile in tiles
-        for position, starts in zip(tile.grid_indices(), _starts(tile), strict=True)
+        return tiles_of(index, (math.prod(shape),), DIAGONAL_BLOCK_SIZE)
+    return tiles_of(index, merge_dimensions(shape, max_block_size), max_block_size)
+
+
+def _divided(
+    config: PreconditionerConfig, tiles: Sequence[Tile], loads: list[float], interval: int
+) -> MethodBlocks:
+    """Give the blocks to ranks with some loads, to which theirs are added."""
+    whole = StackSet(tiles, dtype=torch.float32, device=torch.device("meta"))
+    division = divide(whole, lambda shape: config.block_flops(shape, interval), loads, 0)
+    owned = [
+        (block, owner)
+        for owner, stack_set in enumerate(division.by_rank)
+        for tile in stack_set.tiles
+        for block in _single_blocks(tile)
     ]
+    costs = [config.block_flops(block.sizes, interval) for block, _ in owned]
+    return MethodBlocks(config, [block for block, _ in owned], [owner for _, owner in owned], costs)
 
 
-def _starts(tile: Tile) -> list[Shape]:
-    """First element of each block of a tile, along every axis, in the order of its grid."""
+def _single_blocks(tile: Tile) -> list[Tile]:
+    """The blocks of a tile as tiles of one block each."""
     per_axis = (
         range(start, start + size * count, size)
         for start, size, count in zip(tile.starts, tile.sizes, tile.counts, strict=True)
     )
-    return list(itertools.product(*per_axis))
+    ones = (1,) * len(tile.sizes)
+    return [
+        Tile(tile.parameter, tile.merged_shape, starts, tile.sizes, ones, position)
+        for position, starts in zip(tile.grid_indices(), itertools.product(*per_axis), strict=True)
+    ]
 
 
 def balance(methods: Sequence[MethodBlocks], placement: Placement) -> float:
@@ -152,11 +163,12 @@ def loads(methods: Sequence[MethodBlocks], placement: Placement) -> list[float]:
     return totals
 
 
-def numbers_owned(method: MethodBlocks, placement: Placement) -> list[int]:
+def numbers_owned(methods: Sequence[MethodBlocks], placement: Placement) -> list[int]:
     """Numbers in the blocks of each owner."""
     numbers = [0] * placement.num_owners
-    for tile, owner in zip(method.tiles, method.owners, strict=True):
-        numbers[owner] += math.prod(tile.sizes)
+    for method in methods:
+        for tile, owner in zip(method.tiles, method.owners, strict=True):
+            numbers[owner] += math.prod(tile.sizes)
     return numbers
 
 
@@ -164,6 +176,8 @@ def sent_bytes(
     parameters: Sequence[NamedShape],
     methods: Sequence[MethodBlocks],
     placement: Placement,
+    *,
+    reads_weights: bool = True,
     bytes_per_number: int = 4,
 ) -> list[int]:
     """Bytes that each owner puts on the wire in a step.
@@ -172,21 +186,19 @@ def sent_bytes(
         parameters: Of the model.
         methods: Their blocks.
         placement: Ranks.
+        reads_weights: Whether a step needs the weights of its blocks, as for weight decay.
         bytes_per_number: Of the communication dtype.
     """
     if placement.num_owners == 1:
         return [0]
     if placement.sharding == "ddp":
-        total = sum(
-            all_gather_bytes(numbers_owned(method, placement), bytes_per_number)
-            for method in methods
-        )
-        return [total] * placement.num_owners
-    sent = [0] * placement.num_owners
-    for (holder, owner), numbers in travelling_pieces(parameters, methods, placement).items():
-        if holder != owner:
-            sent[holder] += numbers * bytes_per_number  # gradients to the owner
-            sent[owner] += numbers * bytes_per_number  # updates back
+        numbers = numbers_owned(methods, placement)
+        return [all_gather_bytes(numbers, bytes_per_number)] * placement.num_owners
+    pieces = travelling_pieces(parameters, methods, placement)
+    sent = []
+    for rank in range(placement.num_owners):
+        there, back = all_to_all_bytes(pieces, rank, bytes_per_number)
+        sent.append(there * (2 if reads_weights else 1) + back)
     return sent
 
 

@@ -217,7 +217,7 @@ def _parameter_bytes(request: Request) -> int:
 def _buffer_bytes(methods: Sequence[MethodBlocks], placement: Placement) -> int:
     if placement.num_owners == 1:
         return 0
-    longest = sum(max(numbers_owned(method, placement)) for method in methods)
+    longest = max(numbers_owned(methods, placement))
     if placement.sharding == "ddp":  # one's own segment, and those of all
         return (placement.num_owners + 1) * longest * FLOAT32
     return 2 * longest * FLOAT32  # to send, and received

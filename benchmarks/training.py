@@ -1,0 +1,312 @@
+"""Small models trained for real: steps to target of options, and the optimizer's share of a step.
+
+The workloads are those of `workloads_smoke`, the recipe is one for all: cosine schedule, weight decay,
+blocks of 128. The target is the validation loss of the first variant after 80 % of its steps; variants see
+the same batches and start from the same weights. Times are of the processor, on one thread: other work on
+the machine does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.tables import DEFAULT_FOLDER, publish
+from shampoo_core import (
+    AdaptiveRefresh,
+    DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    KLSOAPConfig,
+    OrthogonalIterationSolver,
+    ShampooConfig,
+    StaggeredRefresh,
+    health_report,
+)
+from shampoo_core.averaging import AveragingConfig
+from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.refresh import RefreshPolicy
+from workloads_smoke import spec
+from workloads_smoke.registry import WORKLOADS, load_workload
+
+LEARNING_RATE = 0.01
+BETAS = (0.9, 0.97)
+WEIGHT_DECAY = 0.1
+BLOCK_SIZE = 128
+EVALUATIONS = 60
+TARGET_AT = 0.8
+WARMUP = 0.05
+LARGEST_SHARE = 0.25
+"""Of a training step that the optimizer should take on the smoke workloads."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to set the optimizer."""
+
+    name: str
+    config: PreconditionerConfig = field(default_factory=ShampooConfig)
+    refresh: RefreshPolicy = field(default_factory=lambda: StaggeredRefresh(20))
+    averaging: AveragingConfig | None = None
+
+
+@dataclass
+class Course:
+    """What happened in one run."""
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Validation losses after these steps."""
+    update_seconds: list[float] = field(default_factory=list)
+    other_seconds: list[float] = field(default_factory=list)
+    state_bytes: int = 0
+    refreshes: int = 0
+    factors: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of the optimizer in a median training step."""
+        update = statistics.median(self.update_seconds)
+        return update / (update + statistics.median(self.other_seconds))
+
+    def steps_to(self, target: float) -> float | None:
+        """Steps until the loss is at most ``target``, between evaluations by interpolation."""
+        for i, (step, loss) in enumerate(zip(self.steps, self.losses, strict=True)):
+            if loss <= target:
+                if i == 0:
+                    return float(step)
+                before, drop = self.steps[i - 1], self.losses[i - 1] - loss
+                return before + (step - before) * (self.losses[i - 1] - target) / drop
+        return None
+
+
+def train(workload_name: str, variant: Variant, num_steps: int, seed: int = 0) -> Course:
+    """Train one model.
+
+    Args:
+        workload_name: Of the smoke workloads.
+        variant: The optimizer.
+        num_steps: Length of the run and of its schedule.
+        seed: Of weights and batches.
+    """
+    torch.set_num_threads(1)
+    workload = load_workload(workload_name)
+    torch.manual_seed(seed)
+    model: Any = workload.init_model_fn([seed, 1])[0]
+    batches = workload._build_input_queue([seed, 2], "train", "", workload.smoke_batch_size)
+    held_out = next(
+        workload._build_input_queue([seed, 3], "validation", "", workload.eval_batch_size)
+    )
+    optimizer = DistributedShampoo(
+        model.parameters(),
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        weight_decay=WEIGHT_DECAY,
+        max_block_size=BLOCK_SIZE,
+        preconditioner=variant.config,
+        refresh=variant.refresh,
+        averaging=variant.averaging,
+    )
+    course = Course()
+    every = max(1, num_steps // EVALUATIONS)
+    for step in range(1, num_steps + 1):
+        start = time.process_time()
+        batch = next(batches)
+        optimizer.zero_grad()
+        loss_of(workload, model, batch, spec.ForwardPassMode.TRAIN).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * schedule(step / num_steps)
+        middle = time.process_time()
+        optimizer.step()
+        course.other_seconds.append(middle - start)
+        course.update_seconds.append(time.process_time() - middle)
+        if step % every == 0:
+            with torch.no_grad():
+                loss = loss_of(workload, model, held_out, spec.ForwardPassMode.EVAL)
+            course.steps.append(step)
+            course.losses.append(loss.item())
+    _summarise(course, optimizer)
+    return course
+
+
+def schedule(progress: float) -> float:
+    """Warm-up, then cosine to zero."""
+    if progress < WARMUP:
+        return progress / WARMUP
+    return 0.5 * (1.0 + math.cos(math.pi * (progress - WARMUP) / (1.0 - WARMUP)))
+
+
+def loss_of(workload: Any, model: Any, batch: Any, mode: Any) -> torch.Tensor:
+    """Mean loss of a batch."""
+    logits = workload.model_fn(
+        model, batch, None, mode, None, update_batch_norm=mode == spec.ForwardPassMode.TRAIN
+    )[0]
+    losses = workload.loss_fn(batch["targets"], logits, batch.get("weights"))
+    mean: torch.Tensor = losses["summed"] / losses["n_valid_examples"]
+    return mean
+
+
+def _summarise(course: Course, optimizer: DistributedShampoo) -> None:
+    for entries in optimizer.state.values():
+        for name, tensor in entries.items():
+            course.state_bytes += tensor.numel() * tensor.element_size()
+            course.factors += ".refreshes." in name
+    course.refreshes = health_report(optimizer).refreshes
+
+
+def compare(
+    workload: str, variants: Sequence[Variant], num_steps: int, seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Rows of one workload: each variant beside the first, means over seeds."""
+    courses = {v.name: [train(workload, v, num_steps, seed) for seed in seeds] for v in variants}
+    first = courses[variants[0].name]
+    targets = [_loss_at(course, TARGET_AT) for course in first]
+    rows: list[dict[str, Any]] = []
+    for variant in variants:
+        runs = courses[variant.name]
+        reached = [run.steps_to(target) for run, target in zip(runs, targets, strict=True)]
+        steps = [step for step in reached if step is not None]
+        whole = len(steps) == len(runs)
+        due = runs[0].factors * num_steps // variant.refresh.interval
+        rows.append(
+            {
+                "workload": workload,
+                "variant": variant.name,
+                "steps": statistics.mean(steps) if whole else None,
+                "final_loss": statistics.mean(run.losses[-1] for run in runs),
+                "state_ratio": runs[0].state_bytes / first[0].state_bytes,
+                "refreshes": statistics.mean(run.refreshes for run in runs),
+                "due": due,
+                "share": statistics.median(run.share for run in runs),
+                "update_ms": 1e3 * statistics.median(runs[0].update_seconds),
+            }
+        )
+    for row in rows:
+        if row["steps"] is not None and rows[0]["steps"]:
+            row["steps_ratio"] = row["steps"] / rows[0]["steps"]
+    return rows
+
+
+def _loss_at(course: Course, progress: float) -> float:
+    """The loss that a run has once it has come so far, and its lowest until then."""
+    index = max(1, round(progress * len(course.losses)))
+    return min(course.losses[:index])
+
+
+def storage_variants(config: Callable[..., Any]) -> list[Variant]:
+    """A method in full precision, in eight and in four bits."""
+    name = config.__name__.removesuffix("Config")
+    return [
+        Variant(f"{name} {storage}", config(storage=storage))
+        for storage in ("dense", "8bit", "4bit")
+    ]
+
+
+def refresh_variants() -> list[Variant]:
+    """Ways to spend refreshes, and what each costs and buys."""
+    config = EigenvalueCorrectedConfig()
+    iterated = EigenvalueCorrectedConfig(solver=OrthogonalIterationSolver())
+    return [
+        Variant("every 10 steps", config, FixedRefresh(10, 1)),
+        Variant("adaptive, tested every 10", config, AdaptiveRefresh(10, 1, 0.1)),
+        Variant("warm-started, every 10", iterated, FixedRefresh(10, 1)),
+        Variant("every 50 steps", config, FixedRefresh(50, 1)),
+    ]
+
+
+def statistics_variants() -> list[Variant]:
+    """Statistics of every step, and of some, with the decay adjusted."""
+    return [
+        Variant(f"statistics every {n}", ShampooConfig(statistics_interval=n)) for n in (1, 4, 10)
+    ]
+
+
+COLUMNS = {
+    "workload": "workload",
+    "variant": "variant",
+    "steps": "steps to target",
+    "steps_ratio": "ratio",
+    "final_loss": "final loss",
+    "state_ratio": "state",
+    "refreshes": "refreshes",
+    "due": "due",
+    "update_ms": "update ms",
+    "share": "share of step",
+}
+STUDIES: dict[str, Callable[[], list[Variant]]] = {
+    "storage": lambda: [
+        variant
+        for config in (ShampooConfig, EigenvalueCorrectedConfig, KLSOAPConfig)
+        for variant in storage_variants(config)
+    ],
+    "refresh": refresh_variants,
+    "statistics": statistics_variants,
+}
+
+
+def share_rows(workloads: Sequence[str], num_steps: int) -> list[dict[str, Any]]:
+    """The default optimizer's share of a training step on each smoke workload."""
+    rows = []
+    for workload in workloads:
+        course = train(workload, Variant("default", refresh=StaggeredRefresh(100)), num_steps)
+        rows.append(
+            {
+                "workload": workload,
+                "update_ms": 1e3 * statistics.median(course.update_seconds),
+                "other_ms": 1e3 * statistics.median(course.other_seconds),
+                "share": course.share,
+                "limit": LARGEST_SHARE,
+            }
+        )
+    return rows
+
+
+SHARE_COLUMNS = {
+    "workload": "workload",
+    "update_ms": "update ms",
+    "other_ms": "all else ms",
+    "share": "share",
+    "limit": "limit",
+}
+
+
+def run_share(workloads: Sequence[str], folder: Path, num_steps: int = 12) -> None:
+    """Print and write the optimizer's share on the smoke workloads of the given names."""
+    names = [name for name in workloads if name in WORKLOADS]
+    publish(
+        "Share: of the optimizer in a training step of the smoke workloads, blocks of 128",
+        share_rows(names, num_steps),
+        SHARE_COLUMNS,
+        folder,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", choices=sorted(STUDIES))
+    parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
+    options = parser.parse_args()
+    variants = STUDIES[options.study]()
+    rows = []
+    for workload in options.workload or ["mnist"]:
+        # A study of several methods compares each with its own first variant.
+        for kind in dict.fromkeys(type(variant.config) for variant in variants):
+            own = [variant for variant in variants if type(variant.config) is kind]
+            rows += compare(workload, own, options.steps, range(options.seeds))
+    publish(f"Training-{options.study}: steps to target", rows, COLUMNS, options.out)
+
+
+if __name__ == "__main__":
+    main()

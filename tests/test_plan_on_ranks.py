@@ -1,0 +1,73 @@
+"""Plans against what ranks hold and send: bytes of state and of communication on 1, 2 and 4 processes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from test_distributed_sharing import counted, stepped
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from shampoo_core import DistributedShampoo, EigenvalueCorrectedConfig, FixedRefresh, ShampooConfig
+from shampoo_core.model_shapes import NamedShape
+from shampoo_core.plan import Placement, Request, Sharding, make_plan
+
+SHAPES = ((24, 40), (24,), (6, 5, 3, 3), (33, 9), (17, 17), (64, 12))
+METHODS = {
+    "shampoo": ShampooConfig(),
+    "everything": ShampooConfig(precondition_vectors=True, storage="packed"),
+    "eigenvalue-corrected": EigenvalueCorrectedConfig(),
+    "four bits": ShampooConfig(storage="4bit"),
+}
+BLOCK_SIZE = 16
+SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2")
+
+
+def measured() -> dict[tuple[Sharding, str], tuple[int, int]]:
+    """Per sharding and method: bytes of state of this rank, and bytes that it sends in a step."""
+    torch.manual_seed(0)
+    found = {}
+    for sharding, name in itertools.product(SHARDINGS, METHODS):
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+        if sharding == "fsdp2":
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            params = [
+                torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params
+            ]
+        optimizer = DistributedShampoo(
+            params,
+            preconditioner=METHODS[name],
+            max_block_size=BLOCK_SIZE,
+            refresh=FixedRefresh(100, start=2),
+            weight_decay=0.1,
+        )
+        stepped(params, optimizer)
+        with counted() as calls:
+            stepped(params, optimizer)
+        state = sum(
+            tensor.nbytes for entries in optimizer.state.values() for tensor in entries.values()
+        )
+        found[sharding, name] = state, sum(sent for _, _, sent in calls)
+    return found
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)],
+)
+def test_bytes_are_those_of_the_ranks(ranks: int, tmp_path: Path) -> None:
+    found = on_ranks(ranks, tmp_path / "ranks", measured)
+    parameters = [NamedShape(str(i), shape) for i, shape in enumerate(SHAPES)]
+    for case in itertools.product(SHARDINGS, METHODS):
+        sharding, name = case
+        placement = Placement(ranks, sharding)
+        plan = make_plan(
+            Request(parameters, placement, config=METHODS[name], max_block_size=BLOCK_SIZE)
+        )
+        assert plan.state_bytes_per_rank == [of_rank[case][0] for of_rank in found], case
+        assert plan.sent_bytes_per_rank == [of_rank[case][1] for of_rank in found], case
