@@ -8,16 +8,23 @@ shows in it, no collective is needed to make it, and ``torch.load(weights_only=T
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shampoo_core.blocking import Shape
 from shampoo_core.engine import Engine
+from shampoo_core.exchange.gathering import gather
 from shampoo_core.groups import CHANGEABLE
+
+LOGGER = logging.getLogger("shampoo_core")
 
 FORMAT_VERSION = 1
 
@@ -83,6 +90,42 @@ def differences(
         elif name in own and own[name] != saved[name]:
             found.append(f"{name} is {own[name]!r} here and {saved[name]!r} in the checkpoint")
     return found
+
+
+def gather_states(
+    states: Sequence[Mapping[str, Tensor]], group: dist.ProcessGroup
+) -> dict[tuple[int, str], Tensor]:
+    """Bring what rank 0 lacks to its host's memory; a collective.
+
+    Args:
+        states: The state of every parameter, in the order in which `state_dict` numbers them.
+        group: All ranks.
+
+    Returns:
+        By number of the parameter and name; nothing on other ranks.
+    """
+    own = {
+        (index, name): tensor
+        for index, entries in enumerate(states)
+        for name, tensor in without_training_weights(entries).items()
+    }
+    gathered = gather(own, group)
+    for index, entries in enumerate(states):
+        training = entries.get(TRAINING_WEIGHTS)
+        if isinstance(training, DTensor):
+            whole = training.full_tensor()
+            if dist.get_rank(group) == 0:
+                gathered[index, TRAINING_WEIGHTS] = whole.cpu()
+    return gathered
+
+
+@functools.cache  # once a process
+def warn_of_incomplete_state() -> None:
+    """Warn of checkpoints that one rank writes without having everything."""
+    LOGGER.warning(
+        "state_dict() on rank 0 has the state of its own blocks alone. A file that rank 0 writes alone "
+        "needs gather_state() on all ranks before; torch.distributed.checkpoint does not"
+    )
 
 
 def check_format(owner: str, state_dict: Mapping[str, Any]) -> None:

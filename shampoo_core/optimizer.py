@@ -8,7 +8,6 @@ from typing import Any, Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo_core.allocation import make_engines
 from shampoo_core.averaging import AveragingConfig
@@ -21,14 +20,14 @@ from shampoo_core.checkpoint import (
     check_format,
     check_groups,
     describe,
+    gather_states,
     matching_entries,
-    without_training_weights,
+    warn_of_incomplete_state,
 )
 from shampoo_core.config import MomentumNormaliser
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges, placed_like
-from shampoo_core.exchange.distribution import Distribution
-from shampoo_core.exchange.gathering import gather
+from shampoo_core.exchange.distribution import Distribution, checked_distribution
 from shampoo_core.grafting import GraftingConfig
 from shampoo_core.groups import (
     CHANGEABLE,
@@ -135,7 +134,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         """State of the blocks of other ranks, on rank 0 between `gather_state` and the next step."""
         super().__init__(params, defaults)
         # Ranks that differ would wait for each other for ever: ask before anything else is sent.
-        distribution = Distribution() if distributed == "auto" else distributed
+        distribution = checked_distribution(OWNER, distributed)
         self._exchanges = Exchanges(OWNER, distribution, facts(self.param_groups))
         for group_index in range(len(self.param_groups)):
             self._start(group_index)
@@ -295,22 +294,13 @@ class DistributedShampoo(torch.optim.Optimizer):
         group = None if self._exchanges is None else self._exchanges.group
         if group is None:
             return 0
-        own = {
-            (index, name): tensor
-            for index, parameter in enumerate(self._parameters())
-            for name, tensor in without_training_weights(self.state.get(parameter, {})).items()
-        }
-        gathered = gather(own, group)
-        num_bytes = sum(tensor.nbytes for tensor in gathered.values())
-        for index, parameter in enumerate(self._parameters()):
-            training = self.state.get(parameter, {}).get(TRAINING_WEIGHTS)
-            if isinstance(training, DTensor):
-                whole = training.full_tensor()
-                if dist.get_rank(group) == 0:
-                    gathered[index, TRAINING_WEIGHTS] = whole.cpu()
-                    num_bytes += whole.nbytes
-        self._gathered = gathered
-        return num_bytes
+        states = [
+            self.state.get(parameter, {})
+            for param_group in self.param_groups
+            for parameter in param_group["params"]
+        ]
+        self._gathered = gather_states(states, group)
+        return sum(tensor.nbytes for tensor in self._gathered.values())
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain tensors (views of the live ones) and numbers, without a collective.
@@ -324,10 +314,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             ``complete``: whether the state of all blocks is there.
         """
         state_dict = super().state_dict()
-        state_dict["param_groups"] = [
-            {name: describe(value) for name, value in group.items()}
-            for group in state_dict["param_groups"]
-        ]
+        state_dict["param_groups"] = [describe(group) for group in state_dict["param_groups"]]
         state_dict["complete"] = self._is_complete()
         if self._gathered:
             merged = {index: dict(entries) for index, entries in state_dict["state"].items()}
@@ -340,7 +327,11 @@ class DistributedShampoo(torch.optim.Optimizer):
 
     def _is_complete(self) -> bool:
         group = None if self._exchanges is None else self._exchanges.group
-        return group is None or (self._gathered is not None and dist.get_rank(group) == 0)
+        if group is None:
+            return True
+        if self._gathered is None and dist.get_rank(group) == 0:
+            warn_of_incomplete_state()
+        return self._gathered is not None and dist.get_rank(group) == 0
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state; nothing is changed unless all of it fits.
@@ -357,7 +348,8 @@ class DistributedShampoo(torch.optim.Optimizer):
                 difference.
         """
         check_format(OWNER, state_dict)
-        check_groups(OWNER, self.state_dict()["param_groups"], state_dict["param_groups"])
+        own_groups = [describe(group) for group in super().state_dict()["param_groups"]]
+        check_groups(OWNER, own_groups, state_dict["param_groups"])
         pairs: list[tuple[Tensor, Tensor]] = []
         kept_aside: dict[Tensor, Tensor] = {}
         for index, (group, saved) in enumerate(
@@ -395,7 +387,3 @@ class DistributedShampoo(torch.optim.Optimizer):
         self._replicas_checked = False
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: saved[name] for name in CHANGEABLE if name in saved})
-
-    def _parameters(self) -> list[Tensor]:
-        """All parameters, in the order in which `state_dict` numbers them."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]

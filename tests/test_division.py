@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_assignment import MODELS, NAMES
 
-from shampoo_core import EigenvalueCorrectedConfig, ShampooConfig, StaggeredRefresh
+from shampoo_core import (
+    DistributedShampoo,
+    Distribution,
+    EigenvalueCorrectedConfig,
+    ShampooConfig,
+    StaggeredRefresh,
+)
 from shampoo_core.blocking import Shape, merge_dimensions, tiles_of
 from shampoo_core.config import GroupOptions
 from shampoo_core.engine import Engine
@@ -136,3 +142,17 @@ def state_bytes(method: Any, stack_set: StackSet) -> list[list[int]]:
         [sum(entry[0].nbytes for entry in entries.values())] * layout.num_blocks
         for entries, layout in zip(engine.state(), stack_set.layouts, strict=True)
     ]
+
+
+@pytest.mark.parametrize("wrong", [True, "all", 8])
+def test_distributed_is_checked(wrong: Any) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(TypeError, match="distributed must be a Distribution, 'auto' or None"):
+        DistributedShampoo([parameter], distributed=wrong)
+
+
+def test_distribution_is_checked() -> None:
+    with pytest.raises(ValueError, match="communication_dtype must be one of"):
+        Distribution(communication_dtype=torch.float64)
+    with pytest.raises(ValueError, match="ranks_per_group must be at least 1"):
+        Distribution(ranks_per_group=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,23 @@ class Distribution:
                 f"{owner}: ranks_per_group={self.ranks_per_group} together with a process_group: "
                 "give one of them; a process_group can be a part of all ranks already"
             )
+
+
+def checked_distribution(
+    owner: str, distributed: Distribution | Literal["auto"] | None
+) -> Distribution | None:
+    """What the argument ``distributed`` stands for.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if distributed == "auto":
+        return Distribution()
+    if distributed is not None and not isinstance(distributed, Distribution):
+        raise TypeError(
+            f"{owner}: distributed must be a Distribution, 'auto' or None, got {distributed!r}"
+        )
+    return distributed
 
 
 def process_group_of(distribution: Distribution) -> dist.ProcessGroup | None:
