@@ -33,6 +33,8 @@ SHORTEST_SECOND_COURSE = 0.25
 MEMORIES_PER_RUN = 20
 #: The window of averaged weights, as a share of the run (Ajroldi et al. 2025, arXiv 2502.06761).
 AVERAGE_WINDOW = 0.01
+#: But at least this many steps: below, the average differs little from the weights and costs as much.
+SHORTEST_AVERAGE_WINDOW = 20
 _AVERAGE_DECAY = 0.9
 
 
@@ -77,7 +79,7 @@ def pace(hyperparameters: Hyperparameters, step_hint: int, budget: float = 1.0) 
     has_second = end - total >= max(1.0, SHORTEST_SECOND_COURSE * total)
     forget = max(hyperparameters.one_minus_beta2, min(MEMORIES_PER_RUN / total, 0.1))
     # The window of an exponential average is its interval over one minus its decay.
-    window = max(1.0, AVERAGE_WINDOW * total)
+    window = max(float(SHORTEST_AVERAGE_WINDOW), AVERAGE_WINDOW * total)
     average_interval = max(1, round(window * (1.0 - _AVERAGE_DECAY)))
     return Pace(
         schedule=Schedule(
