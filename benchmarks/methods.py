@@ -1,0 +1,253 @@
+"""Every preconditioner, storage and solver on one model: operations, arithmetic, state, peak memory.
+
+Exact, on the "meta" device. The split is of estimated time on a stated device, by kind of operation:
+products that add to factors (statistics), other products (apply), decompositions, everything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.counts import MIB
+from benchmarks.models import state_bytes, workload_parameters
+from benchmarks.tables import DEFAULT_FOLDER, publish
+from shampoo_core import (
+    AdamConfig,
+    ChebyshevSolver,
+    CoupledNewtonSolver,
+    DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    EighSolver,
+    FixedRefresh,
+    HigherOrderNewtonSolver,
+    KLShampooConfig,
+    KLSOAPConfig,
+    NewtonDBSolver,
+    OrthogonalIterationSolver,
+    PerFactorCorrectedConfig,
+    ShampooConfig,
+    SpectralConfig,
+    StaggeredRefresh,
+)
+from shampoo_core.counting import Operation, OperationCounter
+from shampoo_core.live_memory import LiveMemory
+from shampoo_core.model_shapes import official_workloads
+from shampoo_core.plan.devices import DEVICES
+from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.refresh import RefreshPolicy
+
+DEFAULT_WORKLOAD = "imagenet_resnet"
+DEVICE = DEVICES["v100"]
+STAGGER = 100
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named configuration."""
+
+    name: str
+    config: PreconditionerConfig
+
+
+def methods() -> list[Method]:
+    """Every preconditioner with its defaults, Shampoo in every storage, and with every solver."""
+    solvers = (
+        EighSolver(double_precision=True),
+        OrthogonalIterationSolver(),
+        CoupledNewtonSolver(),
+        HigherOrderNewtonSolver(),
+        NewtonDBSolver(),
+        ChebyshevSolver(),
+    )
+    return [
+        Method("Adam", AdamConfig()),
+        Method("Shampoo", ShampooConfig()),
+        *(Method(f"Shampoo, {s}", ShampooConfig(storage=s)) for s in ("packed", "8bit", "4bit")),
+        Method("Shampoo, one-sided", ShampooConfig(sides="first")),
+        Method("eigenvalue-corrected", EigenvalueCorrectedConfig()),
+        Method(
+            "eigenvalue-corrected, QR",
+            EigenvalueCorrectedConfig(solver=OrthogonalIterationSolver()),
+        ),
+        Method("eigenvalue-corrected, 4bit", EigenvalueCorrectedConfig(storage="4bit")),
+        Method("KL-Shampoo", KLShampooConfig()),
+        Method("KL-SOAP", KLSOAPConfig()),
+        Method("per-factor corrected", PerFactorCorrectedConfig()),
+        Method("spectral", SpectralConfig()),
+        *(Method(f"Shampoo, {type(s).__name__}", _rooted_by(s)) for s in solvers),
+    ]
+
+
+def _rooted_by(solver: Any) -> ShampooConfig:
+    # One exponent that every solver can do: Newton-DB refuses the sixth root of a tensor's factors.
+    return ShampooConfig(solver=solver, exponent=0.25)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step."""
+
+    counter: OperationCounter
+    peak: int
+    """Most bytes alive beside parameters, gradients and state."""
+
+
+def measure(
+    workload: str, config: PreconditionerConfig, refresh: RefreshPolicy, steps: Sequence[int]
+) -> tuple[list[Measured], DistributedShampoo]:
+    """Take the steps of the given numbers, the first one unmeasured before them."""
+    optimizer = DistributedShampoo(
+        workload_parameters(workload), betas=(0.9, 0.99), preconditioner=config, refresh=refresh
+    )
+    with OperationCounter():  # answers what a refresh asks
+        optimizer.step()
+    measured = []
+    for number in steps:
+        for group in optimizer.param_groups:
+            group["step"] = number - 1
+        with LiveMemory() as memory, OperationCounter() as counter:
+            optimizer.step()
+        measured.append(Measured(counter, memory.peak))
+    return measured, optimizer
+
+
+def method_rows(workload: str) -> Iterator[dict[str, Any]]:
+    """One row per method."""
+    for method in methods():
+        (refresh, plain), optimizer = measure(workload, method.config, FixedRefresh(4, 1), [4, 5])
+        split = _milliseconds(plain.counter.operations)
+        yield {
+            "workload": workload,
+            "method": method.name,
+            "plain": plain.counter.num_operations,
+            "refresh": refresh.counter.num_operations,
+            "waits": refresh.counter.num_synchronisations,
+            "plain_gflop": plain.counter.flops / 1e9,
+            "refresh_gflop": refresh.counter.flops / 1e9,
+            "plain_mb_moved": plain.counter.bytes_moved / MIB,
+            "state_mb": state_bytes(optimizer) / MIB,
+            **split,
+            "refresh_ms": 1e3 * DEVICE.step_seconds(refresh.counter.operations),
+        }
+
+
+def _milliseconds(operations: Sequence[Operation]) -> dict[str, float]:
+    """Estimated time by kind of operation."""
+    split = dict.fromkeys(("statistics_ms", "apply_ms", "rest_ms"), 0.0)
+    for operation in operations:
+        kind = "rest_ms"
+        if operation.name.startswith("aten::baddbmm"):
+            kind = "statistics_ms"
+        elif operation.flops:
+            kind = "apply_ms"
+        split[kind] += 1e3 * DEVICE.step_seconds([operation])
+    return split
+
+
+def memory_rows(workloads: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Temporary memory of steps, in units of the largest stack."""
+    for workload in workloads:
+        for method in (
+            Method("Shampoo", ShampooConfig()),
+            Method("eigenvalue-corrected", EigenvalueCorrectedConfig()),
+        ):
+            staggered = StaggeredRefresh(STAGGER)
+            (plain, refresh), _ = measure(workload, method.config, FixedRefresh(4, 1), [5, 8])
+            spread, optimizer = measure(
+                workload, method.config, staggered, range(STAGGER + 1, 2 * STAGGER + 1, 7)
+            )
+            largest = max(
+                math.prod(layout.shape) * 4
+                for engines in optimizer._engines
+                for engine in engines
+                for layout in engine.stack_set.layouts
+            )
+            yield {
+                "workload": workload,
+                "method": method.name,
+                "parameters_mb": sum(
+                    p.numel() * 4 for group in optimizer.param_groups for p in group["params"]
+                )
+                / MIB,
+                "state_mb": state_bytes(optimizer) / MIB,
+                "largest_mb": largest / MIB,
+                "plain_mb": plain.peak / MIB,
+                "plain_stacks": plain.peak / largest,
+                "staggered_stacks": max(step.peak for step in spread) / largest,
+                "refresh_stacks": refresh.peak / largest,
+                "limit": 2.0,
+            }
+
+
+METHOD_COLUMNS = {
+    "method": "method",
+    "plain": "operations",
+    "refresh": "at refresh",
+    "waits": "waits",
+    "plain_gflop": "GFLOP",
+    "refresh_gflop": "at refresh",
+    "plain_mb_moved": "MB moved",
+    "state_mb": "state MB",
+    "statistics_ms": "statistics ms",
+    "apply_ms": "apply ms",
+    "rest_ms": "rest ms",
+    "refresh_ms": "refresh ms",
+}
+MEMORY_COLUMNS = {
+    "workload": "workload",
+    "method": "method",
+    "parameters_mb": "parameters MB",
+    "state_mb": "state MB",
+    "largest_mb": "largest stack MB",
+    "plain_mb": "temporary MB",
+    "plain_stacks": "in stacks",
+    "staggered_stacks": "staggered",
+    "refresh_stacks": "all refreshed",
+    "limit": "limit",
+}
+MEMORY_WORKLOADS = ("imagenet_resnet", "imagenet_vit", "ogbg", "librispeech_conformer", "wmt")
+
+
+def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
+    """Print and write both tables.
+
+    Args:
+        workloads: The methods are compared on ResNet-50, or on the first one if that is not among
+            them; memory is measured on those of some with stated limits.
+        folder: For the JSON.
+    """
+    chosen = DEFAULT_WORKLOAD if DEFAULT_WORKLOAD in workloads else workloads[0]
+    publish(
+        f"Methods: on the shapes of {chosen}, milliseconds estimated for {DEVICE.name}",
+        list(method_rows(chosen)),
+        METHOD_COLUMNS,
+        folder,
+    )
+    names = [name for name in workloads if name in MEMORY_WORKLOADS]
+    if not names:
+        return
+    publish(
+        "Memory: most bytes alive in a step beside parameters, gradients and state",
+        list(memory_rows(names)),
+        MEMORY_COLUMNS,
+        folder,
+        "in stacks: in units of the largest stack; the wish is at most 2 (see the limit).",
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", action="append", choices=official_workloads())
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
+    options = parser.parse_args()
+    run(options.workload or official_workloads(), options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The benchmarks' own arithmetic, and that their tables say what the optimizer does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import counts, methods, timing
+from benchmarks.tables import publish, text_table
+from benchmarks.training import Course
+
+
+def test_tables_line_up_and_show_what_is_missing() -> None:
+    rows = [{"name": "a", "value": 1.23456}, {"name": "longer", "value": None}]
+    lines = text_table(rows, {"name": "name", "value": "ms"}).splitlines()
+    assert lines == ["name      ms", "------  ----", "a       1.23", "longer     -"]
+
+
+def test_a_table_is_printed_and_written_with_its_origin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in (1, 2):  # a rerun replaces the file
+        publish("Things: of a kind", [{"x": value}], {"x": "x"}, tmp_path / "new", "a note")
+    document = json.loads((tmp_path / "new" / "things.json").read_text())
+    assert document["rows"] == [{"x": 2}]
+    assert {"torch", "python", "commit", "processor", "threads"} <= set(document["environment"])
+    assert "a note" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["things.json"]
+
+
+def test_counts_of_a_workload_have_the_peers_beside_them() -> None:
+    rows = counts.operation_rows(["mnist"])
+    assert [row["preconditioned"] for row in rows] == ["vectors diagonal", "everything"]
+    for row in rows:
+        assert row["plain"] < row["plain_theirs"] == 92
+        assert row["refresh"] < row["refresh_theirs"] == 264
+        assert (row["plain_waits"], row["refresh_waits"]) == (0, 1)
+    (state,) = counts.state_rows(["mnist"])
+    assert state["4bit"] < state["8bit"] < state["packed"] < state["dense"]
+
+
+def test_every_row_of_methods_counts_something() -> None:
+    rows = {row["method"]: row for row in methods.method_rows("mnist")}
+    assert len(rows) == len(methods.methods())
+    assert rows["Adam"]["plain_gflop"] == 0.0
+    assert rows["eigenvalue-corrected"]["plain_gflop"] > rows["Shampoo"]["plain_gflop"] > 0.0
+    assert rows["Shampoo, one-sided"]["state_mb"] < rows["Shampoo"]["state_mb"]
+    assert all(row["waits"] <= 1 for row in rows.values())
+
+
+def test_the_floor_does_as_much_arithmetic_as_is_asked_for() -> None:
+    from shampoo_core.counting import OperationCounter
+
+    for flops in (1e7, 3e9):
+        step = timing.products(flops)
+        with OperationCounter() as counter:
+            step()
+        assert counter.flops == pytest.approx(flops, rel=0.1)
+
+
+def test_steps_to_target_are_interpolated() -> None:
+    course = Course(steps=[10, 20, 30], losses=[1.0, 0.6, 0.2])
+    assert course.steps_to(1.5) == 10
+    assert course.steps_to(0.7) == pytest.approx(17.5)
+    assert course.steps_to(0.1) is None
