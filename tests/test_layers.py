@@ -26,7 +26,7 @@ LAYERS = (
     ("exchange",),
     ("engine",),
     ("groups",),
-    ("checkpoint",),
+    ("allocation", "stepping", "checkpoint"),
     ("optimizer",),
     ("diagnostics", "plan"),
     ("__init__",),
