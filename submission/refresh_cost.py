@@ -78,6 +78,8 @@ class MeasuredRefresh:
         self._plans = [StaggeredRefresh(interval=interval)]
         #: While true nothing is due.
         self.is_idle = False
+        #: Whether anything was due since this was last set to false.
+        self.had_work = False
 
     @property
     def plan(self) -> StaggeredRefresh:
@@ -106,7 +108,9 @@ class MeasuredRefresh:
 
     def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
         """Slices due at `step`, counted from 1."""
-        return [] if self.is_idle else self.plan.due(step, sizes)
+        due = [] if self.is_idle else self.plan.due(step, sizes)
+        self.had_work |= bool(due)
+        return due
 
     def change(self, interval: int, start: int) -> None:
         """Begin a new round at step `start`, which must lie behind `settled_step`."""
@@ -142,7 +146,8 @@ class RefreshCost:
         self._steps = range(first, decision)
         if self._bounds == (interval, interval) or decision > total_steps // 2:
             self._steps = range(0)
-        # Of the optimizer's steps by phase of the round; of those and of whole steps when idle.
+        # Of the optimizer's steps by phase of the round, where it has work, and where it has none; the
+        # many phases without would only add up noise. Of whole steps without work.
         self._by_phase = [math.inf] * interval
         self._idle_update = self._idle_step = math.inf
         self._begin = self._update_begin = 0.0
@@ -150,6 +155,7 @@ class RefreshCost:
     def begin(self, step: int) -> None:
         """Begin a step, counted from 1; call it before the forward pass."""
         self.policy.is_idle = step in self._steps and step >= self._idle_from
+        self.policy.had_work = False
         if step in self._steps:
             self._begin = self._now()
 
@@ -164,7 +170,7 @@ class RefreshCost:
             return
         now = self._now()
         update = now - self._update_begin
-        if step < self._idle_from:
+        if self.policy.had_work:
             phase = (step - self._steps.start) % len(self._by_phase)
             self._by_phase[phase] = min(self._by_phase[phase], update)
         else:
@@ -174,11 +180,12 @@ class RefreshCost:
             self._decide(step + 1)
 
     def _decide(self, start: int) -> None:
-        seconds = [max(0.0, update - self._idle_update) for update in self._by_phase]
+        seconds = [
+            max(0.0, update - self._idle_update)
+            for update in self._by_phase
+            if math.isfinite(update)
+        ]
         refresh_seconds, step_seconds = _slowest([sum(seconds), self._idle_step], self._device)
-        if not math.isfinite(refresh_seconds + step_seconds):
-            # The run was cut off in between, and what it had measured was lost.
-            return
         before = self.policy.interval
         after = chosen_interval(before, self._bounds, refresh_seconds, step_seconds)
         if after != before:

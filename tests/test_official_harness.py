@@ -82,17 +82,22 @@ class Trial:
         return text
 
     def run_until_killed(self, *flags: str) -> int:
-        """Kill the runner once it has saved a checkpoint in mid-training; returns its step."""
+        """Kill the runner once it has saved a checkpoint and learned something; returns its step."""
         process, log = self.start(*flags)
         try:
             while process.poll() is None:
                 saved = re.findall(r"Saved checkpoint to .*checkpoint_(\d+)\.", log.read_text())
-                if saved and int(saved[-1]) > 1:
+                # However little a busy machine gets done between two evaluations.
+                if saved and int(saved[-1]) > 1 and self.has_learned(int(saved[-1])):
                     return int(saved[-1])
                 time.sleep(0.2)
         finally:
             kill(process)
         pytest.fail(f"the runner ended by itself: {log.read_text(errors='replace')[-5000:]}")
+
+    def has_learned(self, step: int) -> bool:
+        loss = self.evaluations()["validation/loss"]
+        return step in loss and loss[step] < 0.8 * loss[1]
 
     def evaluations(self) -> pd.DataFrame:
         return pd.read_csv(self.trial_dir / "eval_measurements.csv").set_index("global_step")

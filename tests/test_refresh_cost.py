@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_a_slow_step_now_and_then_changes_nothing(monkeypatch: pytest.MonkeyPatc
         forward = 30.0 if step in (12, 20, 28) else 0.9
         clock.run(cost, range(step, step + 1), forward, share=5.0 if step == 14 else 0.1)
     assert cost.policy.interval == 8
+
+
+def test_noise_of_steps_without_work_does_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven of fifty steps refresh a factor; that of the others would otherwise count fifty times."""
+    clock, cost = Clock(monkeypatch), RefreshCost(50, 50_000, CPU)
+    generator = random.Random(1)
+    for step in range(1, 200):
+        cost.begin(step)
+        clock.now += 0.9
+        cost.begin_update(step)
+        has_work = bool(cost.policy.due(step, SIZES))
+        clock.now += 0.1 + (0.7 if has_work else 0.0) + generator.uniform(0.0, 0.4)
+        cost.end(step)
+    assert cost.policy.interval == 50
 
 
 def test_it_is_decided_once_and_said_once(
