@@ -119,21 +119,28 @@ class TargetSetter:
     def _check(self, results: list[Result], target: float) -> dict[str, Any]:
         """Train NAdamW over the whole step hint, well tuned and with a poor learning rate.
 
-        Not used for the target: it shows whether the target separates the two.
+        Not used for the target: it shows whether the target separates the two. The few points of the
+        search are far apart, so that the best one's learning rate is tuned once more around it.
         """
-        tuned = min((r for r in results if r.run.algorithm == "nadamw"), key=self._rank).run.point
-        poor = replace(tuned, learning_rate=tuned.learning_rate * POOR_LEARNING_RATE_FACTOR)
-        steps = self.workload.step_hint
+        best = min((r for r in results if r.run.algorithm == "nadamw"), key=self._rank).run.point
 
-        def reached(point: Point, seed: int) -> float | None:
-            curve = self._train(Run("nadamw", point, seed, steps, 2 * NUM_EVALUATIONS)).curve
-            marks = zip(curve.steps, curve.validation, strict=True)
+        def trained(point: Point, seed: int) -> Result:
+            steps = self.workload.step_hint
+            return self._train(Run("nadamw", point, seed, steps, 2 * NUM_EVALUATIONS))
+
+        def reached(result: Result) -> float | None:
+            marks = zip(result.curve.steps, result.curve.validation, strict=True)
             hits = (s for s, value in marks if self._signed(value) < self._signed(target))
-            return next((s / steps for s in hits), None)
+            return next((s / result.run.num_steps for s in hits), None)
 
+        around = (scaled(best, factor) for factor in (0.5, 1.0, 2.0))
+        tuned = min((trained(point, 0) for point in around), key=self._rank).run.point
         return {
-            "nadamw_tuned_reaches_at": [reached(tuned, seed) for seed in range(3)],
-            "nadamw_poor_learning_rate_reaches_at": reached(poor, 0),
+            "nadamw_tuned_learning_rate": tuned.learning_rate,
+            "nadamw_tuned_reaches_at": [reached(trained(tuned, seed)) for seed in range(3)],
+            "nadamw_poor_learning_rate_reaches_at": reached(
+                trained(scaled(tuned, POOR_LEARNING_RATE_FACTOR), 0)
+            ),
         }
 
     def _train(self, run: Run) -> Result:
@@ -174,6 +181,11 @@ class TargetSetter:
             "validation": _finite(result.best(self.larger_is_better, "validation")),
             "test": _finite(result.best(self.larger_is_better, "test")),
         }
+
+
+def scaled(point: Point, factor: float) -> Point:
+    """Return the point with another learning rate."""
+    return replace(point, learning_rate=point.learning_rate * factor)
 
 
 def fresh(workload: SmokeWorkload) -> SmokeWorkload:
