@@ -148,6 +148,7 @@ def test_one_process_goes_on_from_two(name: str, two_ranks: list[dict[str, Any]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 @pytest.mark.parametrize("num_ranks", [3, 4])
 def test_other_numbers_go_on(
     num_ranks: int, tmp_path: Path, two_ranks: list[dict[str, Any]]

@@ -86,6 +86,7 @@ def test_one_process_goes_on(saved: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
 @pytest.mark.parametrize("num_ranks", [3, 4])
 def test_others_go_on(num_ranks: int, kind: str, saved: Path, tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def attempt(folder: Path, number: int, death: tuple[int, int, str] | None) -> li
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 def test_ten_deaths_leave_no_trace(tmp_path: Path) -> None:
     """Same bits at the end as without; whoever survives ends with an error, and nobody waits."""
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"

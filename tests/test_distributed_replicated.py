@@ -44,6 +44,7 @@ def test_two_processes_follow_one(name: str, two_ranks: dict[str, list[list[Tens
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 def test_more_processes_follow_one(num_ranks: int, tmp_path: Path) -> None:
     names = list(CASES) if num_ranks in (2, 3) else list(MAIN)

@@ -78,6 +78,7 @@ def test_two_processes_follow_one(two_ranks: dict[str, list[list[Tensor]]]) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 @pytest.mark.parametrize(
     ("num_ranks", "kind"),
     [(1, "sharded"), (2, "sharded"), (3, "mixed"), (4, "hybrid"), (8, "sharded")],

@@ -340,6 +340,7 @@ def in_pairs() -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 def test_groups_of_ranks_share_the_work(tmp_path: Path) -> None:
     params = parameters()
     optimizer = optimizer_of(params, **METHODS["staggered"], averaging=WeightEMA(0.9))

@@ -62,6 +62,7 @@ def accuracies() -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 def test_two_processes_reach_the_target_in_the_steps_of_one(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     one = accuracies()
@@ -153,6 +154,7 @@ def losses(kind: str) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # many processes on few cores
 @pytest.mark.parametrize(("num_ranks", "kind"), [(2, "sharded"), (3, "sharded"), (4, "hybrid")])
 def test_fsdp2_trains_as_one_process(num_ranks: int, kind: str, tmp_path: Path) -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
