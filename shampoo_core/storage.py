@@ -24,6 +24,7 @@ operation.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
@@ -31,7 +32,14 @@ import torch
 from torch import Tensor
 
 from shampoo_core.config import Storage
-from shampoo_core.quantization import CodedSymmetric, CodedTensors, Curve, Format
+from shampoo_core.quantization import (
+    GROUP,
+    CodedRows,
+    CodedSymmetric,
+    CodedTensors,
+    Curve,
+    Format,
+)
 from shampoo_core.refresh import FactorSlice
 
 CODE_BITS = {"8bit": 8, "4bit": 4}
@@ -236,36 +244,70 @@ class DenseStacks:
 
 
 class CodedStacks:
-    """Few bits per number; see `shampoo_core.quantization`."""
+    """Few bits per number; see `shampoo_core.quantization`.
+
+    The groups of all stacks stand in one tensor, so that reading or writing all of them takes as many
+    operations as one of them would.
+    """
 
     def __init__(self, initial: Sequence[Tensor], form: Format) -> None:
         """Code (N, *block shape) tensors."""
-        self._stacks = [CodedTensors(stack, form) for stack in initial]
-        self._counts = [len(stack) for stack in initial]
+        self._shapes = [stack.shape for stack in initial]
+        self._lengths = [math.prod(shape[1:]) for shape in self._shapes]
+        self._groups = [-(-length // GROUP) for length in self._lengths]
+        """Per stack: groups of a block, the last one filled up."""
+        counts = [s[0] * groups for s, groups in zip(self._shapes, self._groups, strict=True)]
+        self._counts = counts
+        like = initial[0] if initial else torch.empty(0)
+        self._rows = CodedRows(sum(counts), GROUP, form, like.dtype, like.device)
+        self.save(initial)
 
     @property
     def tensors(self) -> dict[str, list[Tensor]]:
         """See `StackStore`."""
-        per_stack = [stack.tensors for stack in self._stacks]
-        names = per_stack[0] if per_stack else {}
-        return {f".{name}": [tensors[name] for tensors in per_stack] for name in names}
+        return {
+            f".{name}": [
+                part.view(shape[0], -1)
+                for part, shape in zip(tensor.split(self._counts), self._shapes, strict=True)
+            ]
+            for name, tensor in self._rows.tensors.items()
+        }
 
     def load(self) -> list[Tensor]:
         """See `StackStore`; copies."""
-        return [s.read(0, count) for s, count in zip(self._stacks, self._counts, strict=True)]
+        parts = self._rows.read(0, sum(self._counts)).split(self._counts)
+        return [self._as_blocks(index, part) for index, part in enumerate(parts)]
 
     def save(self, stacks: Sequence[Tensor]) -> None:
         """See `StackStore`."""
-        for kept, count, stack in zip(self._stacks, self._counts, stacks, strict=True):
-            kept.write(0, count, stack)
+        if stacks:
+            total = sum(self._counts)
+            rows = torch.zeros(total, GROUP, dtype=stacks[0].dtype, device=stacks[0].device)
+            parts = rows.split(self._counts)
+            slots = [self._as_blocks(index, part) for index, part in enumerate(parts)]
+            torch._foreach_copy_(slots, list(stacks))
+            self._rows.write(0, total, rows)
 
     def load_blocks(self, stack: int, start: int, stop: int) -> Tensor:
         """See `StackStore`; a copy."""
-        return self._stacks[stack].read(start, stop)
+        return self._as_blocks(stack, self._rows.read(*self._place(stack, start, stop)))
 
     def save_blocks(self, stack: int, start: int, stop: int, blocks: Tensor) -> None:
         """See `StackStore`."""
-        self._stacks[stack].write(start, stop, blocks)
+        first, last = self._place(stack, start, stop)
+        rows = torch.zeros(last - first, GROUP, dtype=blocks.dtype, device=blocks.device)
+        self._as_blocks(stack, rows).copy_(blocks)
+        self._rows.write(first, last, rows)
+
+    def _place(self, stack: int, start: int, stop: int) -> tuple[int, int]:
+        """First group of some blocks, and one past their last."""
+        before, groups = sum(self._counts[:stack]), self._groups[stack]
+        return before + start * groups, before + stop * groups
+
+    def _as_blocks(self, stack: int, rows: Tensor) -> Tensor:
+        """View (K * groups, 64) rows of a stack as (K, *block shape)."""
+        padded = rows.view(-1, self._groups[stack] * GROUP)
+        return padded[:, : self._lengths[stack]].unflatten(1, self._shapes[stack][1:])
 
 
 def matrix_store(initial: Iterable[Tensor], storage: Storage, kind: MatrixKind) -> MatrixStore:
