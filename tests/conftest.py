@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
+# How long an example takes says nothing on a machine that does other work as well.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 # Two workers share two cores: more threads each would only wait for one another.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
