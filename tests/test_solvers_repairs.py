@@ -1,0 +1,183 @@
+"""When the eigendecomposition fails, and when it must not be thought to have failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hard_matrices import SIDE, hard_matrices, hopeless_matrices
+from solver_cases import batch, each_solver
+from torch import Tensor
+
+from shampoo_core.solvers import (
+    CoupledNewtonSolver,
+    EighSolver,
+    RootSolver,
+)
+
+Decompose = Callable[[Tensor], tuple[Tensor, Tensor]]
+REAL_EIGH = torch.linalg.eigh
+
+
+class FakeEigh:
+    """Stands in for ``torch.linalg.eigh`` and fails on marked matrices, of some dtypes only."""
+
+    def __init__(self, fail: Decompose, dtypes: tuple[torch.dtype, ...]) -> None:
+        self._fail = fail
+        self._dtypes = dtypes
+        self.calls: list[tuple[torch.dtype, int]] = []
+
+    def __call__(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls.append((matrices.dtype, matrices.shape[0]))
+        values, vectors = REAL_EIGH(matrices)
+        bad = matrices[:, 0, 0] == matrices[:, 1, 1]  # the mark; random matrices have no such pair
+        if matrices.dtype in self._dtypes and bad.any():
+            values[bad], vectors[bad] = self._fail(matrices[bad])
+        return values, vectors
+
+
+def marked_batch() -> Tensor:
+    """Five matrices, of which number 2 will fail."""
+    matrices = batch(5)
+    matrices[2, 0, 0] = matrices[2, 1, 1] = 0.25
+    return matrices
+
+
+def returns_nan(bad: Tensor) -> tuple[Tensor, Tensor]:
+    return bad[:, 0] * float("nan"), bad * float("nan")
+
+
+def returns_a_basis_that_is_not_orthogonal(bad: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = REAL_EIGH(bad)
+    return values, vectors * 1.001
+
+
+def returns_the_basis_of_another_matrix(bad: Tensor) -> tuple[Tensor, Tensor]:
+    values, _ = REAL_EIGH(bad)
+    return values, torch.eye(bad.shape[-1]).expand_as(bad)
+
+
+def gives_up(bad: Tensor) -> tuple[Tensor, Tensor]:
+    raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+
+def reports_a_cusolver_status(bad: Tensor) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("cusolver error: CUSOLVER_STATUS_INVALID_VALUE, when calling cusolverDn")
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        returns_nan,
+        returns_the_basis_of_another_matrix,
+        returns_a_basis_that_is_not_orthogonal,
+        gives_up,
+        reports_a_cusolver_status,
+    ],
+)
+def test_a_failed_matrix_alone_is_solved_in_float64(
+    fail: Decompose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = marked_batch()
+    expected = EighSolver().inverse_root(matrices, 0.25)
+    basis = EighSolver().basis(matrices)
+    fake = FakeEigh(fail, (torch.float32,))
+    monkeypatch.setattr(torch.linalg, "eigh", fake)
+    result = EighSolver().inverse_root(matrices, 0.25)
+    assert [count for dtype, count in fake.calls if dtype == torch.float64] == [1]
+    assert result.accepted.all()
+    torch.testing.assert_close(result.roots, expected.roots, rtol=1e-4, atol=1e-4)
+    repaired = EighSolver().basis(matrices)
+    assert repaired.accepted.all()
+    torch.testing.assert_close(repaired.eigenvalues, basis.eigenvalues, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fail", [returns_nan, gives_up, returns_a_basis_that_is_not_orthogonal])
+def test_a_hopeless_matrix_is_not_accepted_and_the_others_are(
+    fail: Decompose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = marked_batch()
+    expected = EighSolver().inverse_root(matrices, 0.25)
+    old = torch.eye(24).expand(5, 24, 24)
+    monkeypatch.setattr(torch.linalg, "eigh", FakeEigh(fail, (torch.float32, torch.float64)))
+    result = EighSolver().inverse_root(matrices, 0.25, ridge=1e-6)
+    assert result.accepted.tolist() == [True, True, False, True, True]
+    assert result.roots.isfinite().all()
+    expected_roots = expected.roots[result.accepted]
+    torch.testing.assert_close(result.roots[result.accepted], expected_roots, rtol=1e-2, atol=1e-2)
+    basis = EighSolver().basis(matrices, old)
+    assert basis.accepted.tolist() == [True, True, False, True, True]
+    assert torch.equal(basis.eigenvectors[2], old[2])
+    assert (basis.eigenvalues[2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+    ids=str,
+)
+@each_solver
+def test_errors_of_memory_and_device_pass_through(
+    solver: RootSolver, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(matrices: Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    # Negative: what makes the product solvers turn to the eigendecomposition.
+    with pytest.raises(type(error), match=str(error).split("'")[0]):
+        solver.inverse_root(-batch(1), 0.25)
+
+
+def test_matrices_without_a_root_stay_on_the_happy_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They never reach the eigendecomposition, which may hang on them, but zeros in their place."""
+    matrices = torch.from_numpy(np.stack(list(hopeless_matrices().values()))).float()
+    fake = FakeEigh(returns_nan, ())
+    monkeypatch.setattr(torch.linalg, "eigh", fake)
+    assert not EighSolver().inverse_root(matrices, 0.25).accepted.any()
+    assert fake.calls == [(torch.float32, len(matrices))]
+
+
+def test_exactly_singular_factors_stay_on_the_float32_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that saw no gradient: without the shift LAPACK gives up on every second such factor."""
+    factors = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        factor = torch.zeros(256, 256)
+        seen = torch.randperm(256, generator=generator)[:70]
+        for step in range(8):
+            gradient = torch.zeros(256, 64)
+            rows = seen[torch.rand(70, generator=generator) < 0.5]
+            size = 10.0 ** -(step % 5)
+            gradient[rows] = size * torch.randn(len(rows), 64, generator=generator)
+            factor = 0.99 * factor + 0.01 * gradient @ gradient.T
+        factors.append(factor)
+    fake = FakeEigh(returns_nan, ())
+    monkeypatch.setattr(torch.linalg, "eigh", fake)
+    assert EighSolver().inverse_root(torch.stack(factors), 0.25).accepted.all()
+    assert fake.calls == [(torch.float32, 8)]
+
+
+def test_double_precision_is_what_the_input_allows() -> None:
+    hard = hard_matrices(1e-7)["condition 1e6"].matrix
+    matrices = torch.from_numpy(hard).float()[None]
+    double = EighSolver(double_precision=True).inverse_root(matrices, 0.25, ridge=1e-6)
+    exact = EighSolver().inverse_root(matrices.double(), 0.25, ridge=1e-6)
+    assert double.roots.dtype == torch.float32
+    assert double.roots.shape == (1, SIDE, SIDE)
+    torch.testing.assert_close(double.roots, exact.roots.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_root_too_large_for_float32_is_not_accepted() -> None:
+    matrices = torch.stack([1e-30 * torch.eye(3), torch.eye(3)])
+    for solver in (EighSolver(), EighSolver(double_precision=True), CoupledNewtonSolver()):
+        result = solver.inverse_root(matrices, 1.5)
+        assert result.accepted.tolist() == [False, True]
+        assert result.roots.isfinite().all()
