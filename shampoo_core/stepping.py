@@ -36,20 +36,22 @@ def deliver(tasks: Sequence[Task], results: Results, *, exact: bool = False) -> 
 
 def updates(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:
     """One step of every engine whose group has a gradient."""
+    options = [step_options(task.group) for task in tasks]
     requests = [
         Request(
             task.engine.division,
             task.group["params"],
             task.gradients,
-            task.engine.reads_weights(step_options(task.group)),
+            task.engine.reads_weights(chosen),
         )
-        for task in tasks
+        for task, chosen in zip(tasks, options, strict=True)
     ]
-    for task, collected in zip(tasks, exchange.collect(requests), strict=True):
+    answers = exchange.collect(requests)
+    for task, chosen, collected in zip(tasks, options, answers, strict=True):
         engine, group, gradients = task
         update = None
         if any(gradient is not None for gradient in gradients):
-            update = engine.step(collected, gradients, group["step"], step_options(group))
+            update = engine.step(collected, gradients, group["step"], chosen)
         yield Result(engine.division, update, group["params"])
 
 

@@ -39,7 +39,7 @@ def init_optimizer_state(
     """Build the optimizer for a model. `hyperparameters` None asks for the built-in setting."""
     del model_state, rng
     setting = Hyperparameters.from_namespace(hyperparameters)
-    scales = _pace(workload, hyperparameters)
+    scales = _pace(workload, setting, hyperparameters is None)
     device = next(model_params.parameters()).device
     cost = RefreshCost(scales.refresh_interval, scales.schedule.total_steps, device)
     optimizer = build_optimizer(
@@ -89,7 +89,7 @@ def update_params(
     if reported or setting.grad_clip is not None:
         limit = math.inf if setting.grad_clip is None else setting.grad_clip
         gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    learning_rate = _pace(workload, hyperparameters).schedule(global_step + 1)
+    learning_rate = _pace(workload, setting, hyperparameters is None).schedule(global_step + 1)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     cost.begin_update(global_step + 1)
@@ -147,6 +147,5 @@ def data_selection(
     return next(input_queue)
 
 
-def _pace(workload: Any, hyperparameters: Any) -> Pace:
-    budget = SELF_TUNING_BUDGET if hyperparameters is None else 1.0
-    return pace(Hyperparameters.from_namespace(hyperparameters), workload.step_hint, budget)
+def _pace(workload: Any, setting: Hyperparameters, self_tuning: bool) -> Pace:
+    return pace(setting, workload.step_hint, SELF_TUNING_BUDGET if self_tuning else 1.0)
