@@ -54,7 +54,6 @@ lint: venv  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --package benchmarks
 
 clean:  ## remove what the targets above made, but not results
 	rm -rf $(VENV) .venv-pinned .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
