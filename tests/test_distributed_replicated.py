@@ -47,6 +47,5 @@ def test_two_processes_follow_one(name: str, two_ranks: dict[str, list[list[Tens
 @pytest.mark.timeout(900)  # many processes on few cores
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 def test_more_processes_follow_one(num_ranks: int, tmp_path: Path) -> None:
-    names = list(CASES) if num_ranks in (2, 3) else list(MAIN)
-    for name, found in on_ranks(num_ranks, tmp_path, follow_all, names)[0].items():
+    for name, found in on_ranks(num_ranks, tmp_path, follow_all, list(CASES))[0].items():
         assert_close(name, found, trajectory(CASES[name]), tolerance_of(CASES[name]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import CASES, MAIN, Case, assert_close, build, tolerance_of, trajectory
+from distributed_cases import CASES, Case, assert_close, build, tolerance_of, trajectory
 from distributed_cases import run as run_case
 from ranks import on_ranks
 from torch import Tensor
@@ -85,6 +85,5 @@ def test_two_processes_follow_one(two_ranks: dict[str, list[list[Tensor]]]) -> N
 )
 def test_any_sharding_follows_one_process(num_ranks: int, kind: str, tmp_path: Path) -> None:
     """Eight ranks hold nothing of parameters with fewer rows."""
-    names = NAMES if num_ranks == 2 else list(MAIN)
-    for name, found in on_ranks(num_ranks, tmp_path, follow_all, names, kind)[0].items():
+    for name, found in on_ranks(num_ranks, tmp_path, follow_all, NAMES, kind)[0].items():
         assert_close(name, found, trajectory(CASES[name]), tolerance_of(CASES[name]))
