@@ -41,16 +41,28 @@ def on_ranks(num_ranks: int, folder: Path, job: Job, *arguments: Any) -> list[An
     return [torch.load(folder / f"answer_{rank}", weights_only=False) for rank in range(num_ranks)]
 
 
-def _process(rank: int, num_ranks: int, folder: str, job: Job, arguments: tuple[Any, ...]) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def join(rank: int, num_ranks: int, store: Path, *, seconds: float) -> None:
+    """Join the group that meets at a file, as a rank with one thread.
+
+    Args:
+        rank: Of this process.
+        num_ranks: Of the group.
+        store: A file that is not there yet, the same for all.
+        seconds: How long a rank waits for the others, at this and at each collective.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=num_ranks,
-        timeout=timedelta(seconds=120),
+        timeout=timedelta(seconds=seconds),
     )
+
+
+def _process(rank: int, num_ranks: int, folder: str, job: Job, arguments: tuple[Any, ...]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    join(rank, num_ranks, Path(folder) / "store", seconds=120)
     answer = job(*arguments)
     torch.save(answer, Path(folder) / f"answer_{rank}")
     leave_process_group()

@@ -7,7 +7,6 @@ import random
 import signal
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from quadratic import gradient, optimizer_for, parameters
-from ranks import leave_process_group
+from ranks import join, leave_process_group
 
 from shampoo_core import DistributedShampoo, EigenvalueCorrectedConfig, StaggeredRefresh, WeightEMA
 
@@ -34,14 +33,7 @@ EXIT_SECONDS = 90.0
 
 def train(rank: int, folder: Path, store: Path, death: tuple[int, int, str] | None) -> None:
     """Train to the end from the latest checkpoint, or be killed: (rank, step, moment)."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=NUM_RANKS,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, NUM_RANKS, store, seconds=60)
     params = parameters()
     optimizer = optimizer_for(params, **OPTIONS)
     step = resume(folder, params, optimizer)
