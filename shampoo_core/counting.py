@@ -9,16 +9,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_core.costs import EIGH_FLOPS_PER_CUBE
 
 NOT_FLAGGED_AS_VIEWS = frozenset({"aten::_unsafe_view", "aten::lift_fresh"})
-SYNCHRONISATIONS = frozenset({"aten::_local_scalar_dense", "aten::item", "aten::nonzero"})
+READS = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.cpu: "Tensor.cpu"}
+"""Methods of tensors that bring all of one to the host."""
+SYNCHRONISATIONS = frozenset(
+    {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", *READS.values()}
+)
 QR_FLOPS_PER_CUBE = 16.0 / 3.0
 """Householder QR of a square matrix with its orthogonal factor formed: 4/3 for R, 4 for Q."""
 FLOPS_PER_CUBE = {"_linalg_eigh": EIGH_FLOPS_PER_CUBE, "linalg_qr": QR_FLOPS_PER_CUBE}
@@ -51,6 +56,18 @@ class OperationCounter(TorchDispatchMode):
         super().__init__()
         self.operations: list[Operation] = []
         """In order, views left out."""
+        self._reads = _ReadsCounter(self.operations)
+
+    def __enter__(self) -> Self:
+        """Begin to count."""
+        self._reads.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Count no more."""
+        super().__exit__(*exception)
+        self._reads.__exit__(*exception)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -94,6 +111,25 @@ class OperationCounter(TorchDispatchMode):
     def num_synchronisations(self) -> int:
         """Operations that make the host wait for the device."""
         return sum(operation.name in SYNCHRONISATIONS for operation in self.operations)
+
+
+class _ReadsCounter(TorchFunctionMode):
+    """Counts reads of whole tensors by the host, which dispatch nothing on a CPU."""
+
+    def __init__(self, operations: list[Operation]) -> None:
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        if func not in READS:
+            return func(*args, **(kwargs or {}))
+        self._operations.append(Operation(READS[func], 0.0, args[0].nbytes))
+        if func is Tensor.tolist and args[0].is_meta:
+            return torch.zeros_like(args[0], device="cpu").tolist()
+        return func(*args, **(kwargs or {}))
 
 
 def _operation(name: str, args: Any, bytes_moved: int) -> Operation:

@@ -43,6 +43,10 @@ class UnsortedIterationSolver:
     Unsorted columns converge slower than those of `OrthogonalIterationSolver`, or not at all.
     """
 
+    def without_fallback(self) -> UnsortedIterationSolver:
+        """It has none."""
+        return self
+
     def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
         """See `shampoo_core.solvers.BasisSolver`; all matrices are accepted."""
         if warm_start is None:

@@ -12,15 +12,19 @@ from quadratic import optimizer_for, parameters, run
 
 from benchmarks.counts import MIB, PEERS, PLAIN_LIMITS, REFRESH_SHARE, STATE_LIMITS, THEIRS
 from shampoo_core import (
+    AdaptiveRefresh,
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
     KLShampooConfig,
+    KLSOAPConfig,
     OrthogonalIterationSolver,
+    PerFactorCorrectedConfig,
     ShampooConfig,
     StaggeredRefresh,
 )
 from shampoo_core.counting import OperationCounter
+from shampoo_core.solvers import eigh
 
 DATA = Path(__file__).parent / "data"
 SHAPES = json.loads((DATA / "algoperf_param_shapes.json").read_text())
@@ -115,9 +119,65 @@ def test_every_method_waits_only_at_refreshes(preconditioner: Any) -> None:
         with OperationCounter() as ops:
             run(optimizer, params, range(step, step + 1))
         waits.append(ops.num_synchronisations)
-    refreshes = [2, 4, 8]
-    for step, count in enumerate(waits, start=1):
-        assert count <= (1 if step in refreshes else 0), (step, waits)
+    assert waits_only_at(refreshes=[2, 4, 8], waits=waits)
+
+
+@pytest.mark.parametrize(
+    "preconditioner",
+    [
+        ShampooConfig(),
+        EigenvalueCorrectedConfig(),
+        EigenvalueCorrectedConfig(solver=OrthogonalIterationSolver()),
+        PerFactorCorrectedConfig(),
+        KLShampooConfig(),
+        KLSOAPConfig(),
+    ],
+    ids=lambda config: f"{type(config).__name__}-{type(config.solver).__name__}",
+)
+def test_an_adaptive_refresh_waits_once_for_test_and_solution(preconditioner: Any) -> None:
+    params = parameters()
+    refresh = AdaptiveRefresh(4, 2, threshold=0.01)
+    optimizer = optimizer_for(params, preconditioner=preconditioner, refresh=refresh)
+    waits = []
+    for step in range(1, 11):
+        with OperationCounter() as ops:
+            run(optimizer, params, range(step, step + 1))
+        waits.append(ops.num_synchronisations)
+    assert waits_only_at(refreshes=[2, 4, 8], waits=waits)
+    assert sum(waits) == 3
+
+
+@pytest.mark.parametrize("config", [ShampooConfig(), EigenvalueCorrectedConfig()])
+def test_what_failed_unasked_falls_back_at_the_next_adaptive_refresh(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_in_single_precision(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, vectors = torch.linalg.eigh(matrices)
+        if matrices.dtype == torch.float32:
+            values, vectors = values + float("nan"), vectors + float("nan")
+        return values, vectors
+
+    monkeypatch.setattr(eigh, "_eigh", fails_in_single_precision)
+    (weight,) = params = [torch.nn.Parameter(torch.randn(8, 6))]
+    refresh = AdaptiveRefresh(4, 2, threshold=0.0001)
+    optimizer = DistributedShampoo(params, preconditioner=config, refresh=refresh)
+    counts, waits = [], []
+    for _ in range(4):
+        weight.grad = torch.randn(8, 6)
+        with OperationCounter() as ops:
+            optimizer.step()
+        state = optimizer.state[weight]
+        counts.append([int(state[f"block.0.0.{name}.axis0"]) for name in ("refreshes", "failures")])
+        waits.append(ops.num_synchronisations > 1)
+    assert counts == [[0, 0], [0, 1], [0, 1], [1, 1]]
+    assert waits == [False, False, False, True]
+    assert torch.isfinite(weight).all()
+
+
+def waits_only_at(refreshes: list[int], waits: list[int]) -> bool:
+    return all(
+        count <= (1 if step in refreshes else 0) for step, count in enumerate(waits, start=1)
+    )
 
 
 @pytest.mark.parametrize("storage", ["dense", "packed"])

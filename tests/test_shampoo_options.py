@@ -11,8 +11,10 @@ from quadratic import gradient, optimizer_for, parameters
 
 from shampoo_core import (
     AdaGradGrafting,
+    AdaptiveRefresh,
     FixedRefresh,
     HeavyBall,
+    NewtonDBSolver,
     RMSpropGrafting,
     SGDGrafting,
     ShampooConfig,
@@ -101,3 +103,12 @@ def test_statistics_of_every_third_step_weigh_what_three_steps_would() -> None:
             optimizer.step()
         ends.append(parameter.detach().numpy())
     np.testing.assert_allclose(ends[1], ends[0], rtol=0, atol=1e-9)
+
+
+def test_a_test_of_eigenvectors_needs_a_solver_that_finds_them() -> None:
+    with pytest.raises(ValueError, match=r"NewtonDBSolver.*use EighSolver"):
+        optimizer_for(
+            parameters([(4, 4)]),
+            preconditioner=ShampooConfig(solver=NewtonDBSolver()),
+            refresh=AdaptiveRefresh(4),
+        )

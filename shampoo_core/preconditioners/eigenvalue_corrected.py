@@ -14,7 +14,6 @@ Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3; Eschenhagen et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -43,8 +42,8 @@ from shampoo_core.preconditioners.basis_change import (
     turn_first_moment,
     turn_second_moment,
 )
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
-from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Stale, eigenbases
+from shampoo_core.refresh import RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
@@ -186,7 +185,7 @@ class EigenvalueCorrected:
             return self._adam_in_eigenbasis(gradients)
         if step == 1:
             self.factors.absorb(gradients, step)
-            self._turn(whole_stacks(self.factors.sizes), continued=False)
+            self._turn(Stale(whole_stacks(self.factors.sizes), may_wait=True), continued=False)
             return None
         direction = self._adam_in_eigenbasis(gradients)
         self._refresh_bases(gradients, step - 1)
@@ -205,10 +204,10 @@ class EigenvalueCorrected:
         stale = self.bases.stale(due, self._refresh.tolerance)
         self._turn(stale, continued=self._config.lagged or step > self._refresh.settled_step)
 
-    def _turn(self, due: Sequence[FactorSlice], *, continued: bool) -> None:
+    def _turn(self, stale: Stale, *, continued: bool) -> None:
         """Recompute bases and carry the moments into them."""
-        solve = eigenbases(self._config.solver, continued=continued)
-        for change in self.bases.continue_from_old(due, solve):
+        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
+        for change in self.bases.continue_from_old(stale.due, solve):
             axis = self.factors.axes[change.where.stack]
             if self.filter.moment is not None:
                 turn_first_moment(self.filter.moment, axis, change)

@@ -48,6 +48,15 @@ class Batch(NamedTuple):
     """(K, d, d): the matrices so far, where these were asked for."""
 
 
+class Stale(NamedTuple):
+    """What a test of due factors found."""
+
+    due: list[FactorSlice]
+    """The factors to solve."""
+    may_wait: bool
+    """Whether the solver may ask the host what failed, to fall back on safer means."""
+
+
 Solve = Callable[[list[Batch]], list[Solution]]
 """Computes new matrices, batch by batch."""
 
@@ -177,8 +186,12 @@ class FactorMatrices:
         due: Sequence[FactorSlice],
         tolerance: float,
         basis_of: Callable[[FactorSlice], Tensor] | None = None,
-    ) -> list[FactorSlice]:
+    ) -> Stale:
         """The due factors that their bases no longer diagonalise; one host synchronisation.
+
+        It is to be the refresh's only one, so that the solver leaves alone what fails: the old matrix
+        stays, and does for an interval more. A factor that has ever failed lets the solver fall back,
+        which is learnt together with the result of the test.
 
         Args:
             due: Slices to test.
@@ -187,17 +200,20 @@ class FactorMatrices:
             basis_of: (K, d, d) bases of a slice; None takes the matrices themselves.
         """
         if tolerance <= 0.0 or not due:
-            return list(due)
+            return Stale(list(due), may_wait=True)
         bases = map(basis_of or self.read_slice, due)
         ratios = [
             off_diagonal_ratio(factors, basis)
             for factors, basis in zip(self._factors.corrected(due), bases, strict=True)
         ]
-        exceeds = (~(torch.cat(ratios) <= tolerance)).tolist()
+        exceeds = ~(torch.cat(ratios) <= tolerance)
+        has_failed = torch.cat(_slices(self.num_failures, due)) > 0
         candidates = [
             FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)
         ]
-        return _joined([c for c, stale in zip(candidates, exceeds, strict=True) if stale])
+        answers = zip(candidates, *torch.stack([exceeds, has_failed]).tolist(), strict=True)
+        stale = [(candidate, failed) for candidate, exceeding, failed in answers if exceeding]
+        return Stale(_joined([item for item, _ in stale]), any(failed for _, failed in stale))
 
     def ready_blocks(self) -> Tensor:
         """Block vector: 1 where every factor of the block has been refreshed once, else 0."""
@@ -264,18 +280,20 @@ class FactorMatrices:
         ]
 
 
-def eigenbases(solver: BasisSolver, *, continued: bool) -> Solve:
+def eigenbases(solver: BasisSolver, *, continued: bool, may_wait: bool = True) -> Solve:
     """Recompute matrices as eigenbases of their factors.
 
     Args:
         solver: Computes them.
+        may_wait: See `Stale`.
         continued: Whether the old matrices are eigenbases to start from; a first basis is made from
             scratch, for one iteration from the identity would be a poor start.
     """
 
     def solve(batches: list[Batch]) -> list[Solution]:
         starts = [batch.old for batch in batches if batch.old is not None] if continued else None
-        results = solver.bases([batch.factors for batch in batches], starts)
+        chosen = solver if may_wait else solver.without_fallback()
+        results = chosen.bases([batch.factors for batch in batches], starts)
         return [Solution(r.eigenvectors, r.accepted, r.order) for r in results]
 
     return solve

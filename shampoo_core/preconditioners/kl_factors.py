@@ -175,7 +175,8 @@ class KLFactors:
         # In the coordinates that factors are kept in, their old basis is the identity.
         stale = self.bases.stale(due, tolerance, self._identities)
         with full_precision(self._stack_set.device):
-            changes = self.bases.continue_from_old(stale, partial(self._rotate_bases, first=first))
+            solve = partial(self._rotate_bases, first=first, may_wait=stale.may_wait)
+            changes = self.bases.continue_from_old(stale.due, solve)
             for change in changes:
                 where = change.where
                 self.factors.turn(where, torch.bmm(change.old.mT, change.new))
@@ -188,8 +189,8 @@ class KLFactors:
     def _identities(self, where: FactorSlice) -> Tensor:
         return _identity_like(self.bases.read_slice(where))
 
-    def _rotate_bases(self, batches: list[Batch], *, first: bool) -> list[Solution]:
-        rotations = eigenbases(self._solver, continued=not first)(
+    def _rotate_bases(self, batches: list[Batch], *, first: bool, may_wait: bool) -> list[Solution]:
+        rotations = eigenbases(self._solver, continued=not first, may_wait=may_wait)(
             [batch._replace(old=_identity_like(batch.factors)) for batch in batches]
         )
         return [

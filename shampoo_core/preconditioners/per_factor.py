@@ -193,7 +193,8 @@ class PerFactorCorrected:
             return
         stale = self.bases.stale(due, self._refresh.tolerance)
         continued = step > self._refresh.settled_step
-        self.bases.continue_from_old(stale, eigenbases(self._config.solver, continued=continued))
+        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
+        self.bases.continue_from_old(stale.due, solve)
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)

@@ -46,8 +46,8 @@ from shampoo_core.preconditioners.axes import (
     inverse_exponents,
     preconditioned_axes,
 )
-from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution
-from shampoo_core.refresh import FactorSlice, RefreshPolicy
+from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution, Stale
+from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
@@ -141,7 +141,16 @@ class ShampooConfig:
         grafting: GraftingConfig | None,
         refresh: RefreshPolicy,
     ) -> Shampoo:
-        """See `PreconditionerConfig`."""
+        """See `PreconditionerConfig`.
+
+        Raises:
+            ValueError: The refresh policy tests eigenvectors and the solver finds none.
+        """
+        if refresh.tolerance > 0.0 and not self.solver.finds_eigenvectors:
+            raise ValueError(
+                f"ShampooConfig: refresh={refresh!r} tests old eigenvectors, which "
+                f"solver={self.solver!r} does not find; use EighSolver or another refresh"
+            )
         return Shampoo(self, stack_set, options, grafting, refresh)
 
 
@@ -197,11 +206,11 @@ class Shampoo:
         self.factors.absorb(gradients, step, self._rows_of(gradients))
         if self.grafting is not None:
             self.grafting.absorb(gradients)
-        due = self.factors.due(self._refresh, step)
+        stale = Stale(self.factors.due(self._refresh, step), may_wait=True)
         if self.bases is not None:
-            due = self.bases.stale(due, self._refresh.tolerance)
-        if due:
-            self._refresh_roots(due, first=step <= self._refresh.settled_step)
+            stale = self.bases.stale(stale.due, self._refresh.tolerance)
+        if stale.due:
+            self._refresh_roots(stale, first=step <= self._refresh.settled_step)
         filtered = self.filter.filter(gradients)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
@@ -234,9 +243,10 @@ class Shampoo:
             return Direction(stacks, filtered.scale)
         return lend_length(self._stack_set, stacks, grafted)
 
-    def _refresh_roots(self, due: Sequence[FactorSlice], *, first: bool) -> None:
+    def _refresh_roots(self, stale: Stale, *, first: bool) -> None:
+        solver = self._config.solver if stale.may_wait else self._config.solver.without_fallback()
         if self.bases is None:
-            self.roots.refresh(due, self._solve)
+            self.roots.refresh(stale.due, partial(self._solve, solver))
             return
         solved: list[Solution] = []
 
@@ -244,7 +254,7 @@ class Shampoo:
             # One iteration from the identity would make a poor first basis.
             continued = not (first and self._config.solver.warm_starts)
             starts = [batch.old for batch in batches if batch.old is not None]
-            results = self._inverse_roots(batches, starts if continued else None)
+            results = self._inverse_roots(solver, batches, starts if continued else None)
             solved.extend(Solution(result.roots, result.accepted) for result in results)
             return [
                 Solution(result.eigenvectors, result.accepted)
@@ -252,21 +262,21 @@ class Shampoo:
                 if result.eigenvectors is not None
             ]
 
-        self.bases.continue_from_old(due, solve_in_basis)
-        self.roots.refresh(due, lambda batches: solved)
+        self.bases.continue_from_old(stale.due, solve_in_basis)
+        self.roots.refresh(stale.due, lambda batches: solved)
 
-    def _solve(self, batches: list[Batch]) -> list[Solution]:
-        results = self._inverse_roots(batches, None)
+    def _solve(self, solver: RootSolver, batches: list[Batch]) -> list[Solution]:
+        results = self._inverse_roots(solver, batches, None)
         return [Solution(result.roots, result.accepted) for result in results]
 
     def _inverse_roots(
-        self, batches: list[Batch], starts: Sequence[Tensor] | None
+        self, solver: RootSolver, batches: list[Batch], starts: Sequence[Tensor] | None
     ) -> list[RootResult]:
         config = self._config
         factors = [batch.factors for batch in batches]
         if config.trace_scaling > 0.0:
             factors = [_scale_by_trace(factor, config.trace_scaling) for factor in factors]
-        return config.solver.inverse_roots(
+        return solver.inverse_roots(
             factors,
             [batch.exponent for batch in batches],
             rank_tolerance=config.rank_tolerance,

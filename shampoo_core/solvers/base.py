@@ -73,9 +73,18 @@ class BasisResult(NamedTuple):
 class RootSolver(Protocol):
     """Computes inverse roots of symmetric positive semi-definite matrices."""
 
+    def without_fallback(self) -> RootSolver:
+        """The same, but what fails is not accepted, not solved again, and the host never waits."""
+        ...
+
     @property
     def warm_starts(self) -> bool:
         """Whether it goes on from earlier eigenvectors, so that these are worth keeping."""
+        ...
+
+    @property
+    def finds_eigenvectors(self) -> bool:
+        """Whether results have eigenvectors when warm starts are given."""
         ...
 
     def inverse_root(
@@ -125,6 +134,10 @@ class RootSolver(Protocol):
 
 class BasisSolver(Protocol):
     """Computes eigenbases of symmetric positive semi-definite matrices."""
+
+    def without_fallback(self) -> BasisSolver:
+        """See `RootSolver.without_fallback`."""
+        ...
 
     def bases(
         self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None

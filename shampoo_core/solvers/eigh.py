@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -34,7 +34,8 @@ class EighSolver(ManyBatchesSolver):
     on the device (``max|A V - V D| / lambda_max`` and ``max|V'V - I|``), because a float32
     eigendecomposition can come back wrong without an exception; the matrices that fail, and only
     they, are solved once more in float64. One host synchronisation a call, however many batches it
-    has, to learn whether any failed, beside the one that ``torch.linalg.eigh`` itself makes on a GPU.
+    has, to learn whether any failed, beside the one that ``torch.linalg.eigh`` itself makes on a GPU;
+    none where there is nothing more precise to fall back to.
 
     Accuracy: eigenvalues are off by a few epsilons of the largest one, so that in float32 a root with
     p = 4 has a relative error of 1e-5 at condition 1e3 and 2e-2 at 1e6; ``double_precision`` takes
@@ -43,16 +44,24 @@ class EighSolver(ManyBatchesSolver):
     Attributes:
         double_precision: Solve float32 batches in float64 from the start and round the result. Takes
             about twice as long on a CPU or a data-centre GPU, far longer on a consumer one.
+        double_fallback: Solve once more in float64 what failed in float32; without it what fails is
+            not accepted, and the host never waits to know.
         residual_bound: What the two residuals may be, in units of ``sqrt(d) * eps`` of the dtype.
             Healthy decompositions stay below 5; default 32.
     """
 
     double_precision: bool = False
+    double_fallback: bool = True
     residual_bound: float = 32.0
     warm_starts: ClassVar[bool] = False
+    finds_eigenvectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("residual_bound", self.residual_bound, 1.0)
+
+    def without_fallback(self) -> EighSolver:
+        """See :meth:`RootSolver.without_fallback`."""
+        return replace(self, double_fallback=False)
 
     def inverse_roots(
         self,
@@ -161,10 +170,11 @@ class EighSolver(ManyBatchesSolver):
         residuals = _residuals(units, pairs)
         bounds = _per_matrix([self._bound(unit) for unit in units], units).squeeze(-1)
         failed = ~(residuals <= bounds)  # NaN is a failure too
-        if failed.any().item():  # the host synchronisation
-            for unit, pair, part in zip(
-                units, pairs, failed.split([len(unit) for unit in units]), strict=True
-            ):
+        by_batch = list(zip(units, pairs, failed.split([len(u) for u in units]), strict=True))
+        if not self.double_fallback or units[0].dtype == torch.float64:
+            pairs = [_marked(*pair, part) for _, pair, part in by_batch]
+        elif failed.any().item():  # the host synchronisation
+            for unit, pair, part in by_batch:
                 self._repair(unit, *pair, part)
         values, padding = _side_by_side([values for values, _ in pairs])
         return _Spectra((values - shift).masked_fill_(padding, 0.0), padding, [v for _, v in pairs])
@@ -181,9 +191,9 @@ class EighSolver(ManyBatchesSolver):
             return
         doubles = unit[indices].double()
         double_values, double_vectors = _eigh(doubles)
-        solved = _residuals([doubles], [(double_values, double_vectors)]) <= self._bound(doubles)
-        double_values = double_values.masked_fill(~solved[:, None], float("nan"))
-        double_vectors = torch.where(solved[:, None, None], double_vectors, _identity_like(doubles))
+        residuals = _residuals([doubles], [(double_values, double_vectors)])
+        still_failed = ~(residuals <= self._bound(doubles))
+        double_values, double_vectors = _marked(double_values, double_vectors, still_failed)
         values[indices] = double_values.to(values.dtype)
         vectors[indices] = double_vectors.to(vectors.dtype)
 
@@ -274,6 +284,14 @@ def _residuals(batches: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
     largest = torch.cat([values[:, -1] for values, _ in pairs])
     error, skew = largest_entries([*errors, *skews]).chunk(2)
     return torch.maximum(error / largest, skew)
+
+
+def _marked(values: Tensor, vectors: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN eigenvalues and the identity for a basis where a decomposition failed."""
+    return (
+        values.masked_fill(failed[:, None], float("nan")),
+        torch.where(failed[:, None, None], _identity_like(vectors), vectors),
+    )
 
 
 def _identity_like(matrices: Tensor) -> Tensor:

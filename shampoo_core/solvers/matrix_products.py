@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -51,11 +51,16 @@ class MatrixProductSolver(ManyBatchesSolver):
     residual_bound: float = 0.1
     eigh_fallback: bool = True
     warm_starts: ClassVar[bool] = False
+    finds_eigenvectors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.relative_ridge_floor is not None:
             check_number("relative_ridge_floor", self.relative_ridge_floor, 1e-15, 1.0)
         check_number("residual_bound", self.residual_bound, 0.0)
+
+    def without_fallback(self) -> Self:
+        """See :meth:`RootSolver.without_fallback`."""
+        return replace(self, eigh_fallback=False)
 
     @abstractmethod
     def _root(self, matrices: Tensor, denominator: int, least_eigenvalue: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -44,7 +44,9 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         residual_bound: Of roots: ``max|B_ij| / sqrt(b_i b_j)``, i != j, where b are the regularised
             eigenvalues. Default 0.1.
         eigh_fallback: Roots that exceed the bound are made from an eigendecomposition; asking whether
-            there is any is the only host synchronisation of :meth:`inverse_root`.
+            there is any is the only host synchronisation of :meth:`inverse_root` with a warm start.
+            Also whether the first basis may fall back to float64. An `AdaptiveRefresh` does without
+            until its next test, so that with one roots want several iterations.
     """
 
     max_iterations: int = 1
@@ -52,6 +54,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
     residual_bound: float = 0.1
     eigh_fallback: bool = True
     warm_starts: ClassVar[bool] = True
+    finds_eigenvectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number("max_iterations", self.max_iterations, 1)
@@ -62,7 +65,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         """See :meth:`BasisSolver.basis`."""
         check_matrices(matrices, warm_start)
         if warm_start is None:
-            return EighSolver().basis(matrices)
+            return self._eigh().basis(matrices)
         with full_precision(matrices.device):
             unit, scales = scale_to_unit(matrices)
             vectors, order = self._iterate(unit, warm_start)
@@ -83,7 +86,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
     ) -> list[BasisResult]:
         """See :meth:`BasisSolver.bases`."""
         if warm_starts is None:
-            return EighSolver().bases(batches)
+            return self._eigh().bases(batches)
         return [self.basis(*pair) for pair in zip(batches, warm_starts, strict=True)]
 
     def inverse_roots(
@@ -128,6 +131,13 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
             RootResult(root.masked_fill_(mask[:, None, None], 0.0), usable & ~mask, basis)
             for (root, usable, _, basis), mask in zip(results, failed, strict=True)
         ]
+
+    def without_fallback(self) -> OrthogonalIterationSolver:
+        """See :meth:`RootSolver.without_fallback`."""
+        return replace(self, eigh_fallback=False)
+
+    def _eigh(self) -> EighSolver:
+        return EighSolver(double_fallback=self.eigh_fallback)
 
     def _iterate(self, unit: Tensor, warm_start: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last basis and, per column, the column of the warm start it came from."""
