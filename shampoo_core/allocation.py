@@ -19,7 +19,7 @@ from shampoo_core.stacks import StackSet
 def make_engines(
     group: Mapping[str, Any], indices: Sequence[int], exchanges: Exchanges
 ) -> Iterator[Engine]:
-    """Allocate the state of some parameters: an engine per device, dtype and exchange.
+    """Allocate the state of some parameters: an engine per device, dtype, exchange and wave.
 
     Args:
         group: A parameter group, checked.
@@ -41,7 +41,7 @@ def make_engines(
         together = stack_set(sorted(everything, key=lambda tile: tile.parameter))
         for exchange, some in by_exchange.items():
             whole = together if len(by_exchange) == 1 else stack_set(some, whole=together)
-            yield _engine(group, exchange, whole)
+            yield from _engines(group, exchange, whole)
 
 
 def _tiles(group: Mapping[str, Any], index: int) -> list[Tile]:
@@ -55,7 +55,7 @@ def _tiles(group: Mapping[str, Any], index: int) -> list[Tile]:
     return tiles_of(index, merged, group["max_block_size"], group["cut"])
 
 
-def _engine(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> Engine:
+def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> Iterator[Engine]:
     method, refresh = group["preconditioner"], group["refresh"]
     division = exchange.divide(
         whole, partial(method.block_flops, refresh_interval=refresh.interval)
@@ -66,4 +66,6 @@ def _engine(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> En
         grafting=grafting_of(group),
         refresh=refresh,
     )
-    return Engine(exchange, division, create, group["averaging"])
+    limit = group["max_wave_numel"]
+    for wave in division.waves(limit):
+        yield Engine(exchange, wave, create, group["averaging"], alone=limit is not None)

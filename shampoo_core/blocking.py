@@ -10,9 +10,11 @@ blocks it holds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +48,15 @@ class Tile:
         """Grid position of each block, in the order in which the tile's blocks are stacked."""
         ranges = (range(g, g + c) for g, c in zip(self.grid_starts, self.counts, strict=True))
         return list(itertools.product(*ranges))
+
+    def part(self, axis: int, start: int, stop: int) -> Tile:
+        """Blocks ``start`` to ``stop`` (exclusive) along one axis of the grid, all along the others."""
+        return dataclasses.replace(
+            self,
+            starts=_with(self.starts, axis, self.starts[axis] + start * self.sizes[axis]),
+            counts=_with(self.counts, axis, stop - start),
+            grid_starts=_with(self.grid_starts, axis, self.grid_starts[axis] + start),
+        )
 
 
 def merge_dimensions(
@@ -141,6 +152,37 @@ def tiles_of(
         starts, sizes, counts, grid_starts = zip(*runs, strict=True)
         tiles.append(Tile(parameter, merged_shape, starts, sizes, counts, grid_starts))
     return tiles
+
+
+def cut_tile(tile: Tile, labels: Sequence[int]) -> Iterator[tuple[int, Tile]]:
+    """Cut a tile into tiles whose blocks have one label: owner or wave.
+
+    Args:
+        tile: The tile.
+        labels: One per block, in the order of `Tile.grid_indices`.
+
+    Yields:
+        Label and tile, as few as neighbours allow; blocks keep their order.
+    """
+    if len(set(labels)) == 1:
+        yield labels[0], tile
+        return
+    axis = next(axis for axis, count in enumerate(tile.counts) if count > 1)
+    length = tile.num_blocks // tile.counts[axis]
+    slices = [labels[i * length : (i + 1) * length] for i in range(tile.counts[axis])]
+
+    def label_of(index: int) -> tuple[int | None, int]:
+        """Equal for slices that may stay together: those of one and the same label."""
+        return (None, index) if len(set(slices[index])) > 1 else (slices[index][0], 0)
+
+    for _, run in itertools.groupby(range(len(slices)), key=label_of):
+        first, *rest = run
+        part = tile.part(axis, first, first + 1 + len(rest))
+        yield from cut_tile(part, list(itertools.chain(*slices[first : first + 1 + len(rest)])))
+
+
+def _with(shape: Shape, axis: int, value: int) -> Shape:
+    return (*shape[:axis], value, *shape[axis + 1 :])
 
 
 def _runs(pieces: list[int]) -> list[tuple[int, int, int, int]]:

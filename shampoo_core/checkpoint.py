@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from shampoo_core.blocking import Shape
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.gathering import gather
-from shampoo_core.groups import CHANGEABLE
+from shampoo_core.groups import CHANGEABLE, WITHOUT_MEANING
 
 LOGGER = logging.getLogger("shampoo_core")
 
@@ -167,7 +167,8 @@ def check_groups(
                 f"{owner}: group {index} has {len(saved['params'])} parameters in the "
                 f"checkpoint and {len(own['params'])} here"
             )
-        found = differences(own, saved, except_for=("params", "param_names", *CHANGEABLE))
+        ignored = ("params", "param_names", *CHANGEABLE, *WITHOUT_MEANING)
+        found = differences(own, saved, except_for=ignored)
         if found:
             raise ValueError(
                 f"{owner}: group {index} of the checkpoint is of another configuration: "

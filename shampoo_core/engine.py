@@ -40,6 +40,8 @@ class Engine:
         division: Division,
         create: Callable[[StackSet], Preconditioner],
         averaging: AveragingConfig | None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Allocate state for the rank's own blocks, if it has any.
 
@@ -48,8 +50,10 @@ class Engine:
             division: Which blocks there are, and which are this rank's.
             create: Makes a preconditioner.
             averaging: The rule, None for none.
+            alone: Whether the others wait, so that only one has temporary memory at a time.
         """
         self.exchange = exchange
+        self.alone = alone
         self.division = division
         self.stack_set = own = division.own
         self.averages = averaging is not None and averaging.averages

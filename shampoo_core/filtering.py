@@ -61,7 +61,7 @@ class GradientFilter:
     def filter(self, gradients: StackedGradients) -> Direction:
         """Absorb the gradients of this step and return the filtered gradient."""
         if self.moment is None:
-            return Direction(gradients.stacks, self._stack_set.block_vector(1.0))
+            return Direction(list(gradients.stacks), self._stack_set.block_vector(1.0))
         if not self._looks_ahead:
             self.moment.absorb(gradients)
             return Direction(self.moment.average, self.moment.weight.reciprocal())

@@ -29,6 +29,10 @@ class StackedGradients:
     presence: Tensor | None
     """Block vector: 1 where the parameter has a gradient at all; None when all have."""
 
+    def free_stacks(self) -> None:
+        """Let go of the stacks after their last use: the rest of a step needs memory too."""
+        self.stacks.clear()  # whoever handed the list on has the same one
+
 
 def largest_gradient(dtype: torch.dtype) -> float:
     """Squares of norms up to this can be summed a million times without overflow."""

@@ -20,6 +20,10 @@ CHANGEABLE = ("lr", "weight_decay", "initial_lr", "step")
 """Options that may change during training; a checkpoint sets them. All others are part of the state's
 shape or meaning and have to agree with the checkpoint's."""
 
+WITHOUT_MEANING = ("max_wave_numel",)
+"""Options that neither results nor the state in a checkpoint depend on: they may differ from it, and
+are not taken from it."""
+
 
 def check_group(group: Mapping[str, Any]) -> None:
     """Check every option of a parameter group.
@@ -45,6 +49,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_choice(OWNER, "weight_decay_kind", group["weight_decay_kind"], WEIGHT_DECAY_KINDS)
     check_count(OWNER, "max_block_size", group["max_block_size"])
     check_count(OWNER, "target_order", group["target_order"])
+    check_count(OWNER, "max_wave_numel", group["max_wave_numel"])
     check_choice(
         OWNER, "merge_direction", group["merge_direction"], ("right_to_left", "left_to_right")
     )

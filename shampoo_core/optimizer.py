@@ -73,6 +73,12 @@ class DistributedShampoo(torch.optim.Optimizer):
         bias_correction: Whether averages are divided by the weight of what they hold.
         momentum_normaliser: ``"algoperf_v05"`` divides a look-ahead gradient by 1 - beta1^t, as the
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
+        max_wave_numel: Bounds the memory that a step needs for a while: blocks are stepped in waves, in
+            each at most so many numbers of a rank (or one block, if that has more), and everything
+            temporary of one wave is freed before the next. A step then takes about 3 (Shampoo) to 4
+            times the bytes of a wave beside parameters, gradients and state, in more operations, and
+            with several ranks one message each way per wave. None steps everything at once: fewest
+            operations. Changes results by no more than rounding; checkpoints do not depend on it.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
@@ -106,6 +112,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         averaging: AveragingConfig | None = None,
         bias_correction: bool = True,
         momentum_normaliser: MomentumNormaliser = "exact",
+        max_wave_numel: int | None = None,
         distributed: Distribution | Literal["auto"] | None = "auto",
     ) -> None:
         defaults = dict(
@@ -125,6 +132,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             averaging=averaging,
             bias_correction=bias_correction,
             momentum_normaliser=momentum_normaliser,
+            max_wave_numel=max_wave_numel,
         )
         self._exchanges: Exchanges | None = None
         self._engines: list[list[Engine]] = []

@@ -26,12 +26,17 @@ Results = Callable[[Exchange, list[Task]], Iterator[Result]]
 
 
 def deliver(tasks: Sequence[Task], results: Results, *, exact: bool = False) -> None:
-    """Let engines work one after the other and exchanges deliver the results, all they have at once."""
-    by_exchange: dict[Exchange, list[Task]] = {}
+    """Let engines work one after the other and exchanges deliver the results, all they have at once.
+
+    What an engine that works alone collects and computes is delivered, and freed, before the next one
+    begins.
+    """
+    rounds: dict[tuple[Exchange, Engine | None], list[Task]] = {}
     for task in tasks:
-        by_exchange.setdefault(task.engine.exchange, []).append(task)
-    for exchange, mine in by_exchange.items():
-        exchange.deliver(results(exchange, mine), exact=exact)
+        alone = task.engine if task.engine.alone else None
+        rounds.setdefault((task.engine.exchange, alone), []).append(task)
+    for (exchange, _), together in rounds.items():
+        exchange.deliver(results(exchange, together), exact=exact)
 
 
 def updates(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:

@@ -131,6 +131,9 @@ CASES |= {
     "two groups, missing": Case(METHODS["schedule-free"], split_at=2, missing={3: (2, 3, 4, 5, 6)}),
     "not finite": Case(METHODS["staggered"], poisoned={2: 0, 5: 6}),
     "no decay": Case({**METHODS["shampoo"], "weight_decay": 0.0}),
+    "waves": Case({**METHODS["staggered"], "max_wave_numel": 300}, missing={3: (0, 1)}, split_at=4),
+    "waves, weight average": Case({**METHODS["weight average"], "max_wave_numel": 200}),
+    "waves, packed": Case({**METHODS["packed one-sided"], "max_wave_numel": 500}, frozen_until=3),
     "overlap": Case({**METHODS["shampoo"], "distributed": Distribution(overlap=True)}, split_at=3),
 }
 SINGLE_PRECISION = {
@@ -162,6 +165,7 @@ MAIN = (
     "two groups",
     "not finite",
     "staggered, float32",
+    "waves",
 )
 """A method, policy, averaging and event of every kind, for many ranks on few cores."""
 

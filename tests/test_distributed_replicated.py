@@ -11,7 +11,7 @@ from distributed_cases import run as run_case
 from ranks import assert_equal_on_ranks, on_ranks
 from torch import Tensor
 
-QUICK = [*MAIN, "frozen", "l2", "kl-soap", "schedule-free", "momentum", "overlap"]
+QUICK = [*MAIN, "frozen", "l2", "kl-soap", "schedule-free", "momentum", "overlap", "waves, packed"]
 """For every run of the tests; the others are slow ones."""
 
 

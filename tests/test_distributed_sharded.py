@@ -67,7 +67,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Tensor]]]:
-    names = ["l2", "two groups", "weight average", "missing gradients", "not finite"]
+    names = ["l2", "two groups", "weight average", "missing gradients", "not finite", "waves"]
     folder = tmp_path_factory.mktemp("two")
     return on_ranks(2, folder, follow_all, names, "mixed")[0]
 

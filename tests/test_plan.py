@@ -204,7 +204,7 @@ def test_estimates_by_hand() -> None:
 
 
 def test_what_does_not_fit_is_said_and_helped(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "0.2"])
+    main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "0.15"])
     text = capsys.readouterr().out
     assert "Does not fit" in text
     assert 'storage="packed"' in text

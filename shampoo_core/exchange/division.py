@@ -1,12 +1,13 @@
-"""The blocks of all ranks, cut up by owner."""
+"""The blocks of all ranks, cut up by owner, and into waves that are stepped one after the other."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shampoo_core.blocking import Shape, Tile
+from shampoo_core.blocking import Shape, Tile, cut_tile
 from shampoo_core.exchange.assignment import assign, loads_of
 from shampoo_core.stacks import StackSet
 
@@ -27,6 +28,28 @@ class Division:
         """Geometry of this rank's blocks; may be none."""
         return self.by_rank[self.rank]
 
+    def waves(self, max_numel: int | None) -> list[Division]:
+        """The same owners, with few blocks of each at a time.
+
+        Args:
+            max_numel: Most numbers of one rank in a wave, unless a single block has more; None makes
+                one wave of everything.
+
+        Returns:
+            As many waves as the rank with most of them has; late ones may have nothing of a rank.
+        """
+        if max_numel is None:
+            return [self]
+        by_rank = [_wave_tiles(own, max_numel) for own in self.by_rank]
+        waves = []
+        for tiles in itertools.zip_longest(*by_rank, fillvalue=()):
+            owned = tuple(_some_of(self.whole, own) for own in tiles)
+            # With one rank its blocks are all there are.
+            everyone = list(itertools.chain.from_iterable(tiles))
+            whole = owned[0] if len(owned) == 1 else _some_of(self.whole, everyone)
+            waves.append(Division(whole, owned, self.rank))
+        return waves
+
 
 def divide(
     whole: StackSet, cost_of: Callable[[Shape], float], loads: list[float], rank: int
@@ -46,44 +69,28 @@ def divide(
     tiles: list[list[Tile]] = [[] for _ in loads]
     remaining = iter(owners)
     for tile in whole.tiles:
-        for owner, part in _parts(tile, list(itertools.islice(remaining, tile.num_blocks))):
+        for owner, part in cut_tile(tile, list(itertools.islice(remaining, tile.num_blocks))):
             tiles[owner].append(part)
-    return Division(
-        whole,
-        tuple(
-            StackSet(own, dtype=whole.dtype, device=whole.device, whole=whole.whole)
-            for own in tiles
-        ),
-        rank,
-    )
+    return Division(whole, tuple(_some_of(whole, own) for own in tiles), rank)
 
 
-def _parts(tile: Tile, owners: Sequence[int]) -> Iterator[tuple[int, Tile]]:
-    """Cut a tile into runs of neighbours that have one owner, along the last axis of its grid."""
-    if len(set(owners)) == 1:
-        yield owners[0], tile
-        return
-    remaining = iter(owners)
-    for row in itertools.product(*map(range, tile.counts[:-1])):
-        column = 0
-        for owner, run in itertools.groupby(itertools.islice(remaining, tile.counts[-1])):
-            length = len(list(run))
-            first = (*row, column)
-            yield (
-                owner,
-                Tile(
-                    parameter=tile.parameter,
-                    merged_shape=tile.merged_shape,
-                    starts=_plus(
-                        tile.starts, (i * s for i, s in zip(first, tile.sizes, strict=True))
-                    ),
-                    sizes=tile.sizes,
-                    counts=(*[1] * len(row), length),
-                    grid_starts=_plus(tile.grid_starts, first),
-                ),
-            )
-            column += length
+def _wave_tiles(own: StackSet, max_numel: int) -> list[list[Tile]]:
+    """Deal blocks out to waves in the order of the stacks, so that few stacks are cut in two."""
+    waves: list[list[Tile]] = [[]]
+    filled = 0
+    for tile in own.tiles:
+        labels = []
+        numel = math.prod(tile.sizes)
+        for _ in range(tile.num_blocks):
+            if filled and filled + numel > max_numel:
+                waves.append([])
+                filled = 0
+            filled += numel
+            labels.append(len(waves) - 1)
+        for wave, part in cut_tile(tile, labels):
+            waves[wave].append(part)
+    return waves
 
 
-def _plus(shape: Shape, offsets: Iterator[int] | Shape) -> Shape:
-    return tuple(a + b for a, b in zip(shape, offsets, strict=True))
+def _some_of(whole: StackSet, tiles: Sequence[Tile]) -> StackSet:
+    return StackSet(tiles, dtype=whole.dtype, device=whole.device, whole=whole.whole)

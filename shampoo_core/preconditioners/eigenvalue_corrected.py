@@ -182,19 +182,25 @@ class EigenvalueCorrected:
         """See `Preconditioner`."""
         if not self._config.lagged:
             self._refresh_bases(gradients, step)
-            return self._adam_in_eigenbasis(gradients)
+            return self._rotated_back(self._adam_in_eigenbasis(gradients, frees=True))
         if step == 1:
             self.factors.absorb(gradients, step)
             self._turn(Stale(whole_stacks(self.factors.sizes), may_wait=True), continued=False)
             return None
-        direction = self._adam_in_eigenbasis(gradients)
+        direction = self._rotated_back(self._adam_in_eigenbasis(gradients, frees=False))
         self._refresh_bases(gradients, step - 1)
         return direction
 
-    def _adam_in_eigenbasis(self, gradients: StackedGradients) -> Direction:
+    def _adam_in_eigenbasis(self, gradients: StackedGradients, *, frees: bool) -> Direction:
         rotated = replace(gradients, stacks=self.bases.multiply(gradients.stacks))
+        if frees:
+            gradients.free_stacks()
         self.scaling.absorb(rotated)
-        direction = self.scaling.direction(self.filter.filter(rotated))
+        filtered = self.filter.filter(rotated)
+        rotated.free_stacks()
+        return self.scaling.direction(filtered)
+
+    def _rotated_back(self, direction: Direction) -> Direction:
         stacks = self.bases.multiply(direction.stacks, transposed=True)
         return direction._replace(stacks=stacks)
 

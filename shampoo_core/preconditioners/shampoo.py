@@ -212,6 +212,7 @@ class Shampoo:
         if stale.due:
             self._refresh_roots(stale, first=step <= self._refresh.settled_step)
         filtered = self.filter.filter(gradients)
+        gradients.free_stacks()
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
             return grafted

@@ -1,0 +1,218 @@
+"""Stepping blocks in waves: the same results and checkpoints, in a bounded amount of memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import CASES, assert_close, tolerance_of, trajectory
+from hypothesis import given
+from hypothesis import strategies as st
+from quadratic import assert_same, optimizer_for, parameters, run
+
+from benchmarks.models import workload_parameters
+from shampoo_core import (
+    AdaptiveRefresh,
+    DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    ShampooConfig,
+    StaggeredRefresh,
+    WeightEMA,
+)
+from shampoo_core.blocking import cut_tile, tiles_of
+from shampoo_core.exchange.division import divide
+from shampoo_core.live_memory import LiveMemory
+from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.refresh import RefreshPolicy
+from shampoo_core.stacks import StackSet
+
+BOTH = pytest.mark.parametrize("config", [ShampooConfig(), EigenvalueCorrectedConfig()])
+WAVE = 300
+"""Numbers: blocks of 16 x 16 one by one, smaller ones some at a time."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_waves_change_nothing(name: str) -> None:
+    case = CASES[name]
+    whole, waves = (
+        trajectory(replace(case, options={**case.options, "max_wave_numel": limit}))
+        for limit in (None, WAVE)
+    )
+    assert_close(name, waves, whole, tolerance_of(case))
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple), st.integers(1, 5), st.data()
+)
+def test_a_tile_cut_by_labels_has_all_blocks_in_order(
+    shape: tuple[int, ...], limit: int, data: st.DataObject
+) -> None:
+    for tile in tiles_of(0, shape, limit):
+        labels = data.draw(
+            st.lists(st.integers(0, 2), min_size=tile.num_blocks, max_size=tile.num_blocks)
+        )
+        parts = list(cut_tile(tile, labels))
+        where = [(label, index) for label, part in parts for index in part.grid_indices()]
+        assert where == list(zip(labels, tile.grid_indices(), strict=True))
+        for _, part in parts:
+            steps = zip(part.grid_starts, tile.grid_starts, tile.sizes, strict=True)
+            moved = [start + (own - first) * size for start, (own, first, size) in zip(
+                tile.starts, steps, strict=True
+            )]  # fmt: skip
+            assert part.starts == tuple(moved)
+
+
+def test_rows_of_one_label_stay_one_tile() -> None:
+    (tile,) = tiles_of(0, (40, 20), 10)
+    parts = [(label, part.counts) for label, part in cut_tile(tile, [0, 0, 0, 0, 0, 1, 1, 1])]
+    assert parts == [(0, (2, 2)), (0, (1, 1)), (1, (1, 1)), (1, (1, 2))]
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple), min_size=1, max_size=5
+    ),
+    st.integers(1, 4),
+    st.integers(1, 200),
+)
+def test_waves_hold_what_their_owner_has_and_no_more_than_allowed(
+    shapes: list[tuple[int, ...]], num_ranks: int, limit: int
+) -> None:
+    tiles = [tile for index, shape in enumerate(shapes) for tile in tiles_of(index, shape, 5)]
+    whole = StackSet(tiles, dtype=torch.float32, device=torch.device("meta"))
+    division = divide(whole, math.prod, [0.0] * num_ranks, 0)
+    waves = division.waves(limit)
+    for rank, own in enumerate(division.by_rank):
+        parts = [wave.by_rank[rank] for wave in waves]
+        assert all(part.numel <= limit or part.num_blocks == 1 for part in parts)
+        assert all(a.numel + _first_block(b) > limit for a, b in itertools.pairwise(parts) if b)
+        found = [block for part in parts for block in blocks_of(part)]
+        assert sorted(found) == sorted(blocks_of(own))
+        for part in parts:
+            assert all(places == sorted(places) for places in part.positions())
+            assert part.whole is whole
+    for wave in waves:
+        everyone = [block for part in wave.by_rank for block in blocks_of(part)]
+        assert sorted(everyone) == sorted(blocks_of(wave.whole))
+
+
+def _first_block(stack_set: StackSet) -> int:
+    return math.prod(stack_set.layouts[0].block_shape)
+
+
+def blocks_of(stack_set: StackSet) -> list[tuple[int, tuple[int, ...]]]:
+    return [block for layout in stack_set.layouts for block in layout.blocks()]
+
+
+@BOTH
+@pytest.mark.parametrize(("before", "after"), [(None, WAVE), (WAVE, None), (WAVE, 1000)])
+def test_checkpoints_fit_any_size_of_waves(
+    config: PreconditionerConfig, before: int | None, after: int | None
+) -> None:
+    options: dict[str, Any] = {
+        "preconditioner": config,
+        "refresh": StaggeredRefresh(3),
+        "averaging": WeightEMA(),
+    }
+    whole, first = parameters(), parameters()
+    run(optimizer_for(whole, **options), whole, range(1, 9))
+    saving = optimizer_for(first, max_wave_numel=before, **options)
+    run(saving, first, range(1, 5))
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    loading = optimizer_for(second, max_wave_numel=after, **options)
+    loading.load_state_dict(saving.state_dict())
+    assert loading.param_groups[0]["max_wave_numel"] == after
+    run(loading, second, range(5, 9))
+    assert_same(second, whole, 1e-12)
+
+
+def test_states_from_before_there_were_waves_load() -> None:
+    params = parameters()
+    optimizer = optimizer_for(params)
+    run(optimizer, params, range(1, 3))
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["max_wave_numel"]
+    optimizer_for(params, max_wave_numel=WAVE).load_state_dict(state)
+
+
+def test_groups_choose_for_themselves() -> None:
+    params = parameters()
+    optimizer = optimizer_for(
+        [{"params": params[:3], "max_wave_numel": WAVE}, {"params": params[3:]}]
+    )
+    assert [len(engines) for engines in optimizer._engines] == [3, 1]
+
+
+def test_a_wave_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_wave_numel must be at least 1, got 0"):
+        optimizer_for(parameters(), max_wave_numel=0)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def largest_stack(optimizer: DistributedShampoo) -> int:
+    """Numbers in the largest stack that there would be without waves."""
+    whole = optimizer._engines[0][0].stack_set.whole
+    return max(math.prod(layout.shape) for layout in whole.layouts)
+
+
+def peaks(
+    workload: str,
+    config: PreconditionerConfig,
+    refresh: RefreshPolicy,
+    divisor: int | None,
+    steps: range,
+    **options: Any,
+) -> list[float]:
+    """Temporary bytes of some steps in units of the largest stack."""
+    largest = largest_stack(DistributedShampoo(workload_parameters(workload)))
+    optimizer = DistributedShampoo(
+        workload_parameters(workload),
+        preconditioner=config,
+        refresh=refresh,
+        max_wave_numel=None if divisor is None else largest // divisor,
+        **options,
+    )
+    found = []
+    for step in steps:
+        optimizer.param_groups[0]["step"] = step - 1
+        with LiveMemory() as memory:
+            optimizer.step()
+        assert memory.live < largest // 1000, "something temporary outlives its step"
+        found.append(memory.peak / (4 * largest))
+    return found
+
+
+@BOTH
+@pytest.mark.parametrize("workload", ["imagenet_resnet", "imagenet_vit"])
+@pytest.mark.parametrize("averaging", [None, WeightEMA()])
+def test_a_plain_step_takes_twice_the_largest_stack(
+    workload: str, config: PreconditionerConfig, averaging: Any
+) -> None:
+    """Issue 7's bound: state + parameters + gradients + 2 x the largest stack."""
+    never = FixedRefresh(10**9)
+    (peak,) = peaks(workload, config, never, 2, range(5, 6), averaging=averaging)
+    (together,) = peaks(workload, config, never, None, range(5, 6))
+    assert peak <= 2.0
+    assert together > 6.0, "without waves there is nothing to bound"
+
+
+@BOTH
+def test_nor_does_a_refresh_in_turns_take_more(config: PreconditionerConfig) -> None:
+    found = peaks("imagenet_vit", config, StaggeredRefresh(100), 2, range(101, 111))
+    assert max(found) <= 2.0
+
+
+def test_waves_test_bases_by_themselves() -> None:
+    """A refresh that asks whether bases moved waits once for every wave with something due."""
+    whole, params = parameters(), parameters()
+    options: dict[str, Any] = {"refresh": AdaptiveRefresh(2, 1, threshold=0.5)}
+    run(optimizer_for(whole, **options), whole, range(1, 8))
+    run(optimizer_for(params, max_wave_numel=1, **options), params, range(1, 8))
+    assert_same(params, whole, 1e-12)
