@@ -44,14 +44,15 @@ def build_optimizer(
         pace: The setting's time scales for this run.
         refresh: When roots and bases are recomputed.
     """
-    routes = routed(model, parameter_types, pace.max_block_size)
+    # A group more costs time, so that it has to have a reason.
+    apart = hyperparameters.embedding_rate_factor != 1.0
+    routes = routed(model, parameter_types, pace.max_block_size, embeddings_apart=apart)
     groups = [
         {"params": parameters, **_options(chosen, hyperparameters)}
         for chosen, parameters in routes.items()
     ]
     return DistributedShampoo(
         groups,
-        lr=hyperparameters.learning_rate,
         betas=(pace.beta1, pace.beta2),
         # Reading the first moment with the squared rate is NAdam's look-ahead.
         beta3=pace.beta1**2 if hyperparameters.nesterov else None,
@@ -64,7 +65,14 @@ def build_optimizer(
 
 def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
     """Return what a route's group overrides."""
-    options: dict[str, Any] = {"max_block_size": chosen.max_block_size}
+    factor = hyperparameters.embedding_rate_factor if chosen.is_embedding else 1.0
+    rate = factor * hyperparameters.learning_rate
+    # The schedule overwrites lr; initial_lr says in which proportion.
+    options: dict[str, Any] = {
+        "max_block_size": chosen.max_block_size,
+        "lr": rate,
+        "initial_lr": rate,
+    }
     if chosen.kind is Kind.MATRIX:
         return {**options, "preconditioner": _preconditioner(hyperparameters)}
     # An elementwise method needs no blocks: one vector per parameter.

@@ -61,6 +61,8 @@ class Hyperparameters:
 
     #: Peak learning rate, in units of an Adam step.
     learning_rate: float = _number(_POSITIVE)
+    #: Embeddings learn at this many times the rate.
+    embedding_rate_factor: float = _number(_POSITIVE)
     #: One minus the decay rate of the first moment; 1 switches the first moment off.
     one_minus_beta1: float = _number(_DECAY)
     #: One minus the decay rate of factors and second moments. Raised in short runs, see pace.py.
@@ -182,6 +184,7 @@ def _listed(names: Iterable[str]) -> str:
 #: The one setting of the self-tuning ruleset.
 SELF_TUNING = Hyperparameters(
     learning_rate=0.0025,
+    embedding_rate_factor=1.0,
     one_minus_beta1=0.1,
     one_minus_beta2=0.005,
     epsilon=1e-8,

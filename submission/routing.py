@@ -47,10 +47,17 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """What a parameter gets; `max_block_size` is None where blocks have no meaning."""
+    """What a parameter gets.
+
+    Attributes:
+        kind: Of treatment.
+        max_block_size: Longest side of a block; None where blocks have no meaning.
+        is_embedding: Whether it is an embedding that is to be apart from others of its kind.
+    """
 
     kind: Kind
     max_block_size: int | None = None
+    is_embedding: bool = False
 
 
 def route(shape: Iterable[int], parameter_type: str | None, max_block_size: int) -> Route:
@@ -91,7 +98,11 @@ def bare_name(name: str) -> str:
 
 
 def routed(
-    model: nn.Module, parameter_types: Mapping[str, Any], max_block_size: int
+    model: nn.Module,
+    parameter_types: Mapping[str, Any],
+    max_block_size: int,
+    *,
+    embeddings_apart: bool = False,
 ) -> dict[Route, list[nn.Parameter]]:
     """Sort the trainable parameters of a model by route; routes without parameters are left out.
 
@@ -99,11 +110,14 @@ def routed(
         model: The model, possibly wrapped by DDP and `torch.compile`.
         parameter_types: The workload's `model_params_types`, by unwrapped name.
         max_block_size: Largest side of a block that the setting allows.
+        embeddings_apart: Whether embeddings get routes of their own.
     """
     groups: dict[Route, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter_type = getattr(parameter_types.get(bare_name(name)), "name", None)
             chosen = route(parameter.shape, parameter_type, max_block_size)
+            if embeddings_apart and parameter_type == _EMBEDDING:
+                chosen = dataclasses.replace(chosen, is_embedding=True)
             groups.setdefault(chosen, []).append(parameter)
     return groups

@@ -91,7 +91,7 @@ def update_params(
         gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     learning_rate = _pace(workload, setting, hyperparameters is None).schedule(global_step + 1)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * (group["initial_lr"] / setting.learning_rate)
     cost.begin_update(global_step + 1)
     optimizer.step()
     cost.end(global_step + 1)

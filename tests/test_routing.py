@@ -92,6 +92,16 @@ def test_every_trainable_parameter_is_routed_exactly_once() -> None:
     assert {id(p) for p in groups[Route(Kind.MATRIX, 1024)]} == {id(model[1].weight)}
 
 
+def test_embeddings_can_be_apart_from_others_of_their_kind() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3, bias=False))
+    types = {"0.weight": Types.EMBEDDING}
+    assert list(routed(model, types, 64)) == [Route(Kind.MATRIX, 64)]
+    assert routed(model, types, 64, embeddings_apart=True) == {
+        Route(Kind.MATRIX, 64, is_embedding=True): [model[0].weight],
+        Route(Kind.MATRIX, 64): [model[1].weight],
+    }
+
+
 def test_routes_without_parameters_are_left_out() -> None:
     assert list(routed(nn.LayerNorm(3), {}, 1024)) == [Route(Kind.DIAGONAL)]
 

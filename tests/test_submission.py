@@ -90,6 +90,18 @@ def test_learning_rate_follows_the_schedule() -> None:
         assert rates == {schedule(step)}
 
 
+def test_embeddings_have_a_learning_rate_of_their_own() -> None:
+    run = Run(namespace(embedding_rate_factor=4.0, warmup_factor=0.2), step_hint=20)
+    table = run.model.position_embedding.weight
+    schedule = pace(Hyperparameters.from_namespace(run.hyperparameters), 20).schedule
+    for step in range(1, 4):
+        run.train(1)
+        for group in run.state["optimizer"].param_groups:
+            has_table = any(weight is table for weight in group["params"])
+            assert group["lr"] == (4.0 if has_table else 1.0) * schedule(step)
+            assert not has_table or len(group["params"]) == 1
+
+
 def test_reports_now_and_then_only() -> None:
     run = Run(step_hint=2000)
     run.train(25)
