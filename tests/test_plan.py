@@ -62,6 +62,7 @@ def measured(request: Request, steps: int = 3, device: str = "cpu") -> tuple[int
         preconditioner=request.config,
         averaging=request.averaging,
         max_block_size=request.max_block_size,
+        max_wave_numel=request.max_wave_numel,
         refresh=FixedRefresh(2, 1),
     )
     peaks = []
@@ -84,10 +85,13 @@ def test_state_of_one_process_is_that_of_the_optimizer(config: Any, averaging: A
     assert make_plan(request).state_bytes_per_rank == [measured(request, 0)[0]]
 
 
+@pytest.mark.parametrize("max_wave_numel", [None, 3_000_000])
 @pytest.mark.parametrize("workload", ["imagenet_resnet", "imagenet_vit", "ogbg"])
-def test_peaks_of_one_process_are_those_of_the_optimizer(workload: str) -> None:
+def test_peaks_of_one_process_are_those_of_the_optimizer(
+    workload: str, max_wave_numel: int | None
+) -> None:
     """Up to the vectors with a number per block, which a plan makes for blocks one by one."""
-    request = Request(named_model(workload))
+    request = Request(named_model(workload), max_wave_numel=max_wave_numel)
     plan = make_plan(request)
     state, peaks = measured(request, 3, "meta")
     assert plan.state_bytes_per_rank == [state]
@@ -178,6 +182,21 @@ def test_more_ranks_never_need_more_state_and_never_send_everything() -> None:
     assert plans[3].balance < 1.2
 
 
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_waves_bound_temporary_memory_and_buffers(ranks: int) -> None:
+    whole = make_plan(Request(named_model("imagenet_vit"), Placement(ranks)))
+    limit = whole.largest_stack // (2 * ranks)
+    request = Request(named_model("imagenet_vit"), Placement(ranks), max_wave_numel=limit)
+    waves = make_plan(request)
+    assert waves.plain_peak_bytes <= 2 * 4 * whole.largest_stack / ranks < whole.plain_peak_bytes
+    assert waves.state_bytes_per_rank == whole.state_bytes_per_rank
+    assert waves.plain_operations > whole.plain_operations
+    assert waves.plain_flops == whole.plain_flops
+    if ranks > 1:
+        assert waves.buffer_bytes <= (ranks + 1) * limit * 4 < whole.buffer_bytes
+        assert waves.sent_bytes_per_rank[0] >= whole.sent_bytes_per_rank[0]
+
+
 def test_intervals_keep_the_overhead() -> None:
     request = Request(named_model("ogbg"), step_ms=231.0, overhead_percent=5.0)
     interval = make_plan(request).shortest_interval
@@ -209,6 +228,7 @@ def test_what_does_not_fit_is_said_and_helped(capsys: pytest.CaptureFixture[str]
     assert "Does not fit" in text
     assert 'storage="packed"' in text
     assert "2 ranks" in text
+    assert "max_wave_numel=1048576" in text
     main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "16"])
     assert "Fits" in capsys.readouterr().out
 

@@ -25,14 +25,15 @@ METHODS = {
     "four bits": ShampooConfig(storage="4bit"),
 }
 BLOCK_SIZE = 16
+WAVES = (None, 300)
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2")
 
 
-def measured() -> dict[tuple[Sharding, str], tuple[int, int]]:
-    """Per sharding and method: bytes of state of this rank, and bytes that it sends in a step."""
+def measured() -> dict[tuple[Sharding, str, int | None], tuple[int, int]]:
+    """By sharding, method and size of waves: bytes of state of this rank, and of what a step sends."""
     torch.manual_seed(0)
     found = {}
-    for sharding, name in itertools.product(SHARDINGS, METHODS):
+    for sharding, name, wave in itertools.product(SHARDINGS, METHODS, WAVES):
         params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
         if sharding == "fsdp2":
             mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -43,6 +44,7 @@ def measured() -> dict[tuple[Sharding, str], tuple[int, int]]:
             params,
             preconditioner=METHODS[name],
             max_block_size=BLOCK_SIZE,
+            max_wave_numel=wave,
             refresh=FixedRefresh(100, start=2),
             weight_decay=0.1,
         )
@@ -52,7 +54,7 @@ def measured() -> dict[tuple[Sharding, str], tuple[int, int]]:
         state = sum(
             tensor.nbytes for entries in optimizer.state.values() for tensor in entries.values()
         )
-        found[sharding, name] = state, sum(sent for _, _, sent in calls)
+        found[sharding, name, wave] = state, sum(sent for _, _, sent in calls)
     return found
 
 
@@ -63,11 +65,15 @@ def measured() -> dict[tuple[Sharding, str], tuple[int, int]]:
 def test_bytes_are_those_of_the_ranks(ranks: int, tmp_path: Path) -> None:
     found = on_ranks(ranks, tmp_path / "ranks", measured)
     parameters = [NamedShape(str(i), shape) for i, shape in enumerate(SHAPES)]
-    for case in itertools.product(SHARDINGS, METHODS):
-        sharding, name = case
-        placement = Placement(ranks, sharding)
-        plan = make_plan(
-            Request(parameters, placement, config=METHODS[name], max_block_size=BLOCK_SIZE)
+    for case in itertools.product(SHARDINGS, METHODS, WAVES):
+        sharding, name, wave = case
+        request = Request(
+            parameters,
+            Placement(ranks, sharding),
+            config=METHODS[name],
+            max_block_size=BLOCK_SIZE,
+            max_wave_numel=wave,
         )
+        plan = make_plan(request)
         assert plan.state_bytes_per_rank == [of_rank[case][0] for of_rank in found], case
         assert plan.sent_bytes_per_rank == [of_rank[case][1] for of_rank in found], case

@@ -76,20 +76,26 @@ def divide(
 
 def _wave_tiles(own: StackSet, max_numel: int) -> list[list[Tile]]:
     """Deal blocks out to waves in the order of the stacks, so that few stacks are cut in two."""
-    waves: list[list[Tile]] = [[]]
-    filled = 0
+    numels = [math.prod(tile.sizes) for tile in own.tiles for _ in range(tile.num_blocks)]
+    labels = wave_labels(numels, max_numel)
+    waves: list[list[Tile]] = [[] for _ in range(max(labels, default=0) + 1)]
+    remaining = iter(labels)
     for tile in own.tiles:
-        labels = []
-        numel = math.prod(tile.sizes)
-        for _ in range(tile.num_blocks):
-            if filled and filled + numel > max_numel:
-                waves.append([])
-                filled = 0
-            filled += numel
-            labels.append(len(waves) - 1)
-        for wave, part in cut_tile(tile, labels):
+        for wave, part in cut_tile(tile, list(itertools.islice(remaining, tile.num_blocks))):
             waves[wave].append(part)
     return waves
+
+
+def wave_labels(numels: Sequence[int], max_numel: int) -> list[int]:
+    """Number of the wave of each block: a wave ends where the next block would make it too large."""
+    labels = []
+    wave = filled = 0
+    for numel in numels:
+        if filled and filled + numel > max_numel:
+            wave, filled = wave + 1, 0
+        filled += numel
+        labels.append(wave)
+    return labels
 
 
 def _some_of(whole: StackSet, tiles: Sequence[Tile]) -> StackSet:

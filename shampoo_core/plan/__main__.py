@@ -70,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preconditioner", choices=sorted(METHODS), default="shampoo")
     parser.add_argument("--storage", choices=STORAGES, default="dense")
     parser.add_argument("--max_block_size", type=int, default=1024)
+    parser.add_argument(
+        "--max_wave_numel", type=int, help="step so many numbers at once; default all"
+    )
     parser.add_argument("--refresh_interval", type=int, default=100)
     parser.add_argument("--reserved_gib", type=float, default=0.0, help="activations and the rest")
     parser.add_argument(
@@ -94,6 +97,7 @@ def _request(options: argparse.Namespace) -> Request:
         options.memory_gib,
         _config(options),
         max_block_size=options.max_block_size,
+        max_wave_numel=options.max_wave_numel,
         refresh_interval=options.refresh_interval,
         reserved_gib=options.reserved_gib,
         step_ms=options.step_ms or REFERENCE_STEP_MS.get(options.workload),

@@ -9,6 +9,9 @@ from shampoo_core.config import STORAGES
 from shampoo_core.plan.layout import Placement
 from shampoo_core.plan.planning import Plan, Request, make_plan
 
+WAVES_OF_LARGEST_STACK = 2
+"""With a rank's share of the largest stack in so many waves a plain step takes less than twice that."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -25,14 +28,18 @@ def alternatives(request: Request, plan: Plan) -> list[Change]:
     if plan.fits:
         return []
     changes = []
-    for what, changed in _changed(request):
+    for what, changed in _changed(request, plan):
         result = make_plan(changed)
         changes.append(Change(what, result.peak_gib, result.mean_ms, result.fits))
     return sorted(changes, key=lambda change: (not change.fits, change.peak_gib))
 
 
-def _changed(request: Request) -> list[tuple[str, Request]]:
+def _changed(request: Request, plan: Plan) -> list[tuple[str, Request]]:
     changes = []
+    wave = max(1, plan.largest_stack // (WAVES_OF_LARGEST_STACK * request.placement.num_owners))
+    if request.max_wave_numel is None:
+        waves = dataclasses.replace(request, max_wave_numel=wave)
+        changes.append((f"max_wave_numel={wave}", waves))
     storage = getattr(request.config, "storage", None)
     for kind in STORAGES:
         if storage is not None and kind not in ("dense", storage):

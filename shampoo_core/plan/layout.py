@@ -14,7 +14,7 @@ import torch
 from shampoo_core.blocking import Shape, Tile, merge_dimensions, tiles_of
 from shampoo_core.config import check_choice, check_count
 from shampoo_core.exchange.assignment import imbalance
-from shampoo_core.exchange.division import divide
+from shampoo_core.exchange.division import divide, wave_labels
 from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
 from shampoo_core.model_shapes import NamedShape
 from shampoo_core.preconditioners.base import PreconditionerConfig
@@ -163,13 +163,32 @@ def loads(methods: Sequence[MethodBlocks], placement: Placement) -> list[float]:
     return totals
 
 
-def numbers_owned(methods: Sequence[MethodBlocks], placement: Placement) -> list[int]:
-    """Numbers in the blocks of each owner."""
-    numbers = [0] * placement.num_owners
-    for method in methods:
-        for tile, owner in zip(method.tiles, method.owners, strict=True):
-            numbers[owner] += math.prod(tile.sizes)
-    return numbers
+def numbers_owned(
+    methods: Sequence[MethodBlocks], placement: Placement, max_wave_numel: int | None = None
+) -> list[list[int]]:
+    """Numbers in the blocks that each owner steps and sends together, for every wave.
+
+    Args:
+        methods: The blocks of the model.
+        placement: Ranks.
+        max_wave_numel: As of the optimizer; None makes one wave of all methods.
+    """
+    owners = range(placement.num_owners)
+    numels = [
+        [[math.prod(tile.sizes) for tile in method.of_rank(rank)] for rank in owners]
+        for method in methods
+    ]
+    if max_wave_numel is None:
+        return [[sum(sum(by_rank[rank]) for by_rank in numels) for rank in owners]]
+    waves = []
+    for by_rank in numels:
+        sums: list[Counter[int]] = []
+        for own in by_rank:
+            sums.append(Counter())
+            for wave, numel in zip(wave_labels(own, max_wave_numel), own, strict=True):
+                sums[-1][wave] += numel
+        waves += [[of_rank[wave] for of_rank in sums] for wave in range(max(map(len, sums)))]
+    return waves
 
 
 def sent_bytes(
@@ -179,6 +198,7 @@ def sent_bytes(
     *,
     reads_weights: bool = True,
     bytes_per_number: int = 4,
+    max_wave_numel: int | None = None,
 ) -> list[int]:
     """Bytes that each owner puts on the wire in a step.
 
@@ -188,12 +208,14 @@ def sent_bytes(
         placement: Ranks.
         reads_weights: Whether a step needs the weights of its blocks, as for weight decay.
         bytes_per_number: Of the communication dtype.
+        max_wave_numel: As of the optimizer.
     """
     if placement.num_owners == 1:
         return [0]
     if placement.sharding == "ddp":
-        numbers = numbers_owned(methods, placement)
-        return [all_gather_bytes(numbers, bytes_per_number)] * placement.num_owners
+        waves = numbers_owned(methods, placement, max_wave_numel)
+        sent_by_all = sum(all_gather_bytes(numbers, bytes_per_number) for numbers in waves)
+        return [sent_by_all] * placement.num_owners
     pieces = travelling_pieces(parameters, methods, placement)
     sent = []
     for rank in range(placement.num_owners):

@@ -43,6 +43,7 @@ class Request:
         config: The method.
         averaging: As of the optimizer.
         max_block_size: Longest side of a block.
+        max_wave_numel: As of the optimizer: most numbers stepped at once; None is all.
         refresh_interval: Steps from one refresh of a factor to its next.
         reserved_gib: What activations and everything else take of the memory.
         step_ms: A training step without the optimizer, positive; None leaves overheads out.
@@ -60,6 +61,7 @@ class Request:
     config: PreconditionerConfig = field(default_factory=ShampooConfig)
     averaging: AveragingConfig | None = None
     max_block_size: int = 1024
+    max_wave_numel: int | None = None
     refresh_interval: int = 100
     reserved_gib: float = 0.0
     step_ms: float | None = None
@@ -71,6 +73,7 @@ class Request:
         check_range("Request", "memory_gib", self.memory_gib, low=0.0, low_open=True)
         check_range("Request", "reserved_gib", self.reserved_gib, low=0.0)
         check_count("Request", "max_block_size", self.max_block_size)
+        check_count("Request", "max_wave_numel", self.max_wave_numel)
         check_count("Request", "refresh_interval", self.refresh_interval)
         if self.step_ms is not None:
             check_range("Request", "step_ms", self.step_ms, low=0.0, low_open=True)
@@ -85,6 +88,8 @@ class Plan:
     num_blocks: int
     stacks: dict[str, int]
     """Block shape -> number of blocks."""
+    largest_stack: int
+    """Numbers in the blocks of one shape that have most, of all ranks."""
     parameter_bytes: int
     state_bytes_per_rank: list[int]
     """Of each owner."""
@@ -171,19 +176,21 @@ def make_plan(request: Request) -> Plan:
     )
     load = loads(methods, placement)
     heaviest = max(range(len(load)), key=load.__getitem__)
-    steps = simulate(methods, heaviest, request.refresh_interval, request.averaging)
-    sent = sent_bytes(request.parameters, methods, placement)
+    limit = request.max_wave_numel
+    steps = simulate(methods, heaviest, request.refresh_interval, request.averaging, limit)
+    sent = sent_bytes(request.parameters, methods, placement, max_wave_numel=limit)
     milliseconds = _milliseconds(request, steps, max(sent))
     return Plan(
         num_parameters=num_elements(request.parameters),
         num_blocks=sum(len(method.tiles) for method in methods),
         stacks=_stacks(methods),
+        largest_stack=_largest_stack(methods),
         parameter_bytes=_parameter_bytes(request),
         state_bytes_per_rank=state_bytes(methods, placement.num_owners, request.averaging),
         plain_peak_bytes=steps.plain.peak_bytes,
         staggered_peak_bytes=steps.staggered.peak_bytes,
         refresh_peak_bytes=steps.refresh.peak_bytes,
-        buffer_bytes=_buffer_bytes(methods, placement),
+        buffer_bytes=_buffer_bytes(methods, placement, limit),
         sent_bytes_per_rank=sent,
         balance=balance(methods, placement),
         plain_flops=steps.plain.flops,
@@ -204,6 +211,11 @@ def _stacks(methods: Sequence[MethodBlocks]) -> dict[str, int]:
     return {"x".join(map(str, shape)): count for shape, count in by_size}
 
 
+def _largest_stack(methods: Sequence[MethodBlocks]) -> int:
+    counts = Counter(tile.sizes for method in methods for tile in method.tiles)
+    return max(count * math.prod(shape) for shape, count in counts.items())
+
+
 def _parameter_bytes(request: Request) -> int:
     """Of one rank: all, or slices of the rows, each as long as the longest."""
     shards = request.placement.num_shards
@@ -214,10 +226,12 @@ def _parameter_bytes(request: Request) -> int:
     return numbers * FLOAT32
 
 
-def _buffer_bytes(methods: Sequence[MethodBlocks], placement: Placement) -> int:
+def _buffer_bytes(
+    methods: Sequence[MethodBlocks], placement: Placement, max_wave_numel: int | None
+) -> int:
     if placement.num_owners == 1:
         return 0
-    longest = max(numbers_owned(methods, placement))
+    longest = max(map(max, numbers_owned(methods, placement, max_wave_numel)))
     if placement.sharding == "ddp":  # one's own segment, and those of all
         return (placement.num_owners + 1) * longest * FLOAT32
     return 2 * longest * FLOAT32  # to send, and received

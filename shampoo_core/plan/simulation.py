@@ -70,12 +70,19 @@ class _RankOnMeta:
         rank: int,
         refresh: RefreshPolicy,
         averaging: AveragingConfig | None,
+        max_wave_numel: int | None,
     ) -> None:
-        groups = []
+        groups: list[dict[str, Any]] = []
         for method in methods:
             shapes = [tile.sizes for tile in method.of_rank(rank)]
             if shapes:
-                groups.append({"params": on_meta(shapes), "preconditioner": method.config})
+                groups.append(
+                    {
+                        "params": on_meta(shapes),
+                        "preconditioner": method.config,
+                        "max_wave_numel": max_wave_numel,
+                    }
+                )
         self._optimizer = optimizer_of(groups, refresh, averaging)
 
     def step(self, number: int) -> Step:
@@ -134,6 +141,7 @@ def simulate(
     rank: int,
     interval: int,
     averaging: AveragingConfig | None = None,
+    max_wave_numel: int | None = None,
 ) -> RankSteps:
     """Take the steps of one rank.
 
@@ -142,13 +150,14 @@ def simulate(
         rank: Whose blocks to step.
         interval: Steps from one refresh of a factor to its next.
         averaging: As of the optimizer.
+        max_wave_numel: As of the optimizer.
     """
     remembering = _Remembering(interval=2, start=1)
-    together = _RankOnMeta(methods, rank, remembering, averaging)
+    together = _RankOnMeta(methods, rank, remembering, averaging, max_wave_numel)
     together.step(1)
     refresh, plain = together.step(2), together.step(3)
     policy = StaggeredRefresh(interval)
-    spread = _RankOnMeta(methods, rank, policy, averaging)
+    spread = _RankOnMeta(methods, rank, policy, averaging, max_wave_numel)
     return RankSteps(plain, refresh, spread.step(_busiest_step(policy, set(remembering.asked))))
 
 
