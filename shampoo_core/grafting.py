@@ -89,7 +89,7 @@ class SecondMomentScaling:
         self._eps = eps
         self._exponent = exponent
         self._average = MovingAverage(
-            stack_set, decay, bias_correction=bias_correction, storage=storage, curve="fourth_root"
+            stack_set, decay, bias_correction=bias_correction, storage=storage, kind="second"
         )
 
     @property

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from shampoo_core.config import Storage
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.quantization import Curve
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
-from shampoo_core.storage import stack_store
+from shampoo_core.storage import MomentKind, stack_store
 
 SMALLEST_WEIGHT = 1e-12
 """Below any real weight: the first gradient already brings 1 - decay."""
@@ -35,7 +34,7 @@ class MovingAverage:
         *,
         bias_correction: bool = True,
         storage: Storage = "dense",
-        curve: Curve = "root",
+        kind: MomentKind = "first",
     ) -> None:
         """Start from zero.
 
@@ -44,13 +43,13 @@ class MovingAverage:
             decay: In [0, 1]; 1 sums instead of averaging, as AdaGrad does.
             bias_correction: Whether `weight` reports the true weight; when off it is always 1.
             storage: How the average is kept.
-            curve: On which levels, if in few bits; ``"fourth_root"`` for averages of squares.
+            kind: ``"second"`` for averages of squares; matters in few bits.
         """
         self._stack_set = stack_set
         self.decay = decay
         self.gain = 1.0 if decay == 1.0 else 1.0 - decay
         """Factor on each new value."""
-        self._store = stack_store(stack_set.zeros(), storage, curve)
+        self._store = stack_store(stack_set.zeros(), storage, kind, decay)
         self._corrects = bias_correction and decay < 1.0
         self.raw_weight = stack_set.block_vector()
         """Block vector: the weight of what the average holds; 0 before the first gradient."""

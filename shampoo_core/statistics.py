@@ -10,7 +10,7 @@ Source: Gupta et al. 2018 (arXiv 1802.09568), Algorithms 1 and 2.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from shampoo_core.moments import MovingAverage, absorb_weight, nonzero_weight
 from shampoo_core.refresh import FactorSlice, FactorStackSize, RefreshPolicy
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
-from shampoo_core.storage import MatrixStore, matrix_store
+from shampoo_core.storage import MatrixStore, factor_store
 
 
 class FactorAxis(NamedTuple):
@@ -70,14 +70,7 @@ class KroneckerFactors:
         self.axes = tuple(axes)
         self.sizes = _sizes(stack_set, self.axes)
         self._due = DueFactors(stack_set, self.axes, self.axes if all_axes is None else all_axes)
-        zeros = (
-            torch.zeros(
-                size.num_factors, size.dimension, size.dimension,
-                dtype=stack_set.dtype, device=stack_set.device,
-            )
-            for size in self.sizes
-        )  # fmt: skip
-        self._store = matrix_store(zeros, storage, "factors")
+        self._store = factor_store(stack_set, self.sizes, storage)
         self._stack_set = stack_set
         self._interval = interval
         self._decay = decay**interval
@@ -111,9 +104,8 @@ class KroneckerFactors:
         def gradient_rows(axis: FactorAxis) -> Tensor:
             return unfold(gradients.stacks[axis.stack], axis.axis)
 
-        for index, axis in enumerate(self.axes):
-            rows = (rows_of or gradient_rows)(axis)
-            self._store.add_gram(index, rows, decay=decay, gain=self._gain)
+        rows = map(rows_of or gradient_rows, self.axes)
+        self._store.add_grams(rows, decay=decay, gain=self._gain)
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)
 
@@ -139,23 +131,24 @@ class KroneckerFactors:
         ]
         return list(torch._foreach_div(factors, weights))
 
-    def diagonals(self, stack: int, bases: Tensor) -> Tensor:
-        """Diagonals of ``Q^T A Q``, A the bias-corrected factors of factor stack ``stack``.
+    def diagonals(self, bases: Iterable[Tensor]) -> list[Tensor]:
+        """Diagonals of ``Q^T A Q``, A the bias-corrected factors.
 
         Args:
-            stack: Index of the factor stack.
-            bases: Q, (N, d, d).
+            bases: Q, (N, d, d) for every factor stack in turn.
 
         Returns:
-            (N, d): what A has along each column, its eigenvalues if the columns are eigenvectors.
+            (N, d) each: what A has along each column, its eigenvalues if the columns are eigenvectors.
         """
-        (factors,) = self._store.read([FactorSlice(stack, 0, len(bases))])
-        raw = (bases * torch.bmm(factors, bases)).sum(-2)
-        return raw / self._weights(stack).view(-1, 1) if self._corrects else raw
-
-    def _weights(self, stack: int) -> Tensor:
-        """(N,) by which factors have to be divided for their bias correction; never 0."""
-        return self._nonzero_weights().split(self._stack_set.sizes)[self.axes[stack].stack]
+        raw = [
+            (basis * torch.bmm(factors, basis)).sum(-2)
+            for factors, basis in zip(self._store.read_all(), bases, strict=True)
+        ]
+        if not self._corrects or not raw:
+            return raw
+        per_stack = self._nonzero_weights().split(self._stack_set.sizes)
+        weights = [per_stack[axis.stack].view(-1, 1) for axis in self.axes]
+        return list(torch._foreach_div(raw, weights))
 
     def _nonzero_weights(self) -> Tensor:
         weights = self._own_weight if self._companion is None else self._companion.raw_weight
@@ -175,8 +168,7 @@ class KroneckerFactors:
 
     def _decay_present(self, presence: Tensor) -> None:
         per_stack = (1.0 - (1.0 - self._decay) * presence).split(self._stack_set.sizes)
-        for index, axis in enumerate(self.axes):
-            self._store.scale(index, per_stack[axis.stack])
+        self._store.scale([per_stack[axis.stack] for axis in self.axes])
 
 
 class DueFactors:

@@ -16,7 +16,7 @@ ROOT = PACKAGE.parent
 LAYERS = (
     ("config", "blocking"),
     ("state", "costs"),
-    ("counting", "live_memory", "model_shapes", "quantization", "refresh"),
+    ("counting", "live_memory", "model_shapes", "refresh"),
     ("stacks",),
     ("gradients", "solvers", "storage"),
     ("moments",),

@@ -7,7 +7,8 @@ the matrices are used for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,13 +97,7 @@ class FactorMatrices:
         self._stack_set = stack_set
         self._factors = factors
         self._exponents = tuple(exponents)
-        identities = (
-            torch.eye(size.dimension, dtype=stack_set.dtype, device=stack_set.device).repeat(
-                size.num_factors, 1, 1
-            )
-            for size in factors.sizes
-        )
-        self._store = matrix_store(identities, storage, kind)
+        self._store = matrix_store(stack_set, factors.sizes, storage, kind)
         self.num_refreshes = self._counters()
         """Per factor, how many refreshes gave it a new matrix."""
         self.num_failures = self._counters()
@@ -223,15 +218,25 @@ class FactorMatrices:
             per_stack[axis.stack].mul_(count > 0)
         return ready
 
-    def stacks(self) -> list[int]:
-        """The stacks that have factors, ascending."""
-        return sorted({axis.stack for axis in self._factors.axes})
+    def read_all(self) -> Iterator[Tensor]:
+        """The matrices of every factor stack in turn; maybe views, so not to be written to."""
+        return self._store.read_all()
+
+    def by_stack(self) -> Iterator[tuple[int, list[Tensor | None]]]:
+        """Every stack that has factors, and its matrices, one entry per axis of its blocks.
+
+        Read on the way: what is not kept densely should not be dense all at once.
+        """
+        axes = zip(self._factors.axes, self.read_all(), strict=True)
+        for stack, own in itertools.groupby(axes, key=lambda pair: pair[0].stack):
+            matrices: list[Tensor | None] = []
+            for axis, matrix in own:
+                matrices = matrices or [None] * axis.order
+                matrices[axis.axis] = matrix
+            yield stack, matrices
 
     def of_stack(self, stack: int) -> list[Tensor | None]:
-        """Matrices of a stack that has factors, one entry per axis of its blocks.
-
-        Read when they are used: what is not kept densely should not be dense all at once.
-        """
+        """The matrices of one stack that has factors, as `by_stack` gives them."""
         matrices: list[Tensor | None] = []
         for index, axis in enumerate(self._factors.axes):
             if axis.stack == stack:
@@ -246,8 +251,7 @@ class FactorMatrices:
         returned as they are.
         """
         result = list(stacks)
-        for index in self.stacks():
-            matrices = self.of_stack(index)
+        for index, matrices in self.by_stack():
             if transposed:
                 matrices = [None if matrix is None else matrix.mT for matrix in matrices]
             result[index] = multiply_along_axes(result[index], matrices)

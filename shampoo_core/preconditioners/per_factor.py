@@ -199,8 +199,7 @@ class PerFactorCorrected:
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
         powers = self._inverse_powers()
-        for index in self.bases.stacks():
-            bases = self.bases.of_stack(index)
+        for index, bases in self.bases.by_stack():
             rotated = multiply_along_axes(filtered.stacks[index], bases)
             stacks[index] = multiply_along_axes(rotated, self._scaled(index, bases, powers))
         if self.grafting is None:
@@ -220,9 +219,7 @@ class PerFactorCorrected:
 
     def _inverse_powers(self) -> list[Tensor]:
         """``lambda^(-e)``, (N, d) per preconditioned axis, one for factors that hold nothing yet."""
-        diagonals = [
-            self.factors.diagonals(i, self.bases.read(i)) for i in range(len(self.factors.axes))
-        ]
+        diagonals = self.factors.diagonals(self.bases.read_all())
         if not diagonals:
             return []
         # Side by side, filled up with zeros: a few operations for all axes instead of a dozen each.

@@ -238,8 +238,8 @@ class Shampoo:
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
-        for index in self.roots.stacks():
-            stacks[index] = multiply_along_axes(filtered.stacks[index], self.roots.of_stack(index))
+        for index, roots in self.roots.by_stack():
+            stacks[index] = multiply_along_axes(filtered.stacks[index], roots)
         if self.grafting is None:
             return Direction(stacks, filtered.scale)
         return lend_length(self._stack_set, stacks, grafted)
