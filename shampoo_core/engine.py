@@ -95,7 +95,7 @@ class Engine:
         preconditioner, averaging, guard = self._parts
         stacks, weights = collected
         if options.l2_decay:
-            weights.add_to(stacks, options.l2_decay)
+            weights.add_to(stacks, options.l2_decay, self.stack_set.block_vector(1.0))
         guarded = guard.close_bad_blocks(stacks, gradients)
         direction = preconditioner.step(guarded, step)
         if direction is None:

@@ -182,8 +182,21 @@ class StackSet:
             torch._foreach_copy_(targets, sources)
         return stacks
 
-    def add_from(self, stacks: Sequence[Tensor], tensors: Sequence[Tensor], scale: float) -> None:
-        """Add ``scale`` times the blocks of parameter-shaped ``tensors`` to the stacks, in place."""
+    def add_from(
+        self,
+        stacks: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        scale: float,
+        factors: Tensor,
+    ) -> None:
+        """Add blocks to the stacks, in place.
+
+        Args:
+            stacks: What to add to.
+            tensors: Parameter-shaped; where the blocks are taken from.
+            scale: Of all blocks.
+            factors: Block vector, of each block.
+        """
         merged: dict[int, Tensor] = {}
         sources = []
         for tile in self.tiles:
@@ -191,7 +204,9 @@ class StackSet:
                 tensor = tensors[tile.parameter].detach()
                 merged[tile.parameter] = tensor.reshape(tile.merged_shape)
             sources.append(_tile_view(merged[tile.parameter], tile))
-        torch._foreach_add_(self.tile_slots(stacks), sources, alpha=scale)
+        per_stack = zip(self.split(factors), stacks, strict=True)
+        factor_slots = self.tile_slots([factor.expand_as(stack) for factor, stack in per_stack])
+        torch._foreach_addcmul_(self.tile_slots(stacks), sources, factor_slots, value=scale)
 
     def add_to(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor]) -> None:
         """Add every block to its place in parameter-shaped ``tensors``, in place."""

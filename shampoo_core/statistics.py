@@ -269,6 +269,11 @@ def multiply_along_axes(stack: Tensor, matrices: Sequence[Tensor | None]) -> Ten
     Returns:
         A tensor of the same shape. For matrices: ``X_0^T G X_1`` per block.
     """
+    if len(matrices) == 2:
+        # Without transposed operands, some per cent faster than the way for any order below.
+        first, last = matrices
+        product = stack if last is None else torch.bmm(stack, last)
+        return product if first is None else torch.bmm(first.mT, product)
     shape = stack.shape
     for matrix in matrices:
         # Contract the leading axis and append the result as the last one: after all axes the order

@@ -29,8 +29,8 @@ class StepOptions:
 class TrainingWeights(Protocol):
     """The weights that gradients are taken at, as stacks on demand."""
 
-    def add_to(self, stacks: list[Tensor], scale: float) -> None:
-        """``stacks += scale * weights``, in place."""
+    def add_to(self, stacks: list[Tensor], scale: float, factors: Tensor) -> None:
+        """``stacks += scale * factors * weights``, in place; ``factors`` is a block vector."""
 
     def stacks(self) -> list[Tensor]:
         """A copy of the weights."""
@@ -73,12 +73,8 @@ class Descent:
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
     ) -> list[Tensor]:
         """See `AveragingRule`."""
-        if not options.direction_decay:
-            descent = direction.scale * (-options.lr * is_open)
-            return list(torch._foreach_mul(direction.stacks, self._stack_set.split(descent)))
-        ascent = decayed(self._stack_set, direction, weights, options.direction_decay)
-        torch._foreach_mul_(ascent, self._stack_set.split(-options.lr * is_open))
-        return ascent
+        factors = -options.lr * is_open
+        return decayed(self._stack_set, direction, weights, options.direction_decay, factors)
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         """See `AveragingRule`."""
@@ -90,10 +86,15 @@ class Descent:
 
 
 def decayed(
-    stack_set: StackSet, direction: Direction, weights: TrainingWeights, decay: float
+    stack_set: StackSet,
+    direction: Direction,
+    weights: TrainingWeights,
+    decay: float,
+    factors: Tensor,
 ) -> list[Tensor]:
-    """``direction + decay * weights`` as new stacks."""
-    ascent = list(torch._foreach_mul(direction.stacks, stack_set.split(direction.scale)))
+    """``factors * (direction + decay * weights)`` as new stacks; ``factors`` is a block vector."""
+    scales = stack_set.split(direction.scale * factors)
+    stacks = list(torch._foreach_mul(direction.stacks, scales))
     if decay:
-        weights.add_to(ascent, decay)
-    return ascent
+        weights.add_to(stacks, decay, factors)
+    return stacks

@@ -65,8 +65,8 @@ class _HeavyBallRule:
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
     ) -> list[Tensor]:
         config, split = self._config, self._stack_set.split
-        ascent = decayed(self._stack_set, direction, weights, options.direction_decay)
-        torch._foreach_mul_(ascent, split(is_open * (1.0 - config.dampening)))
+        gain = is_open * (1.0 - config.dampening)
+        ascent = decayed(self._stack_set, direction, weights, options.direction_decay, gain)
         torch._foreach_mul_(self.buffer, split(1.0 - (1.0 - config.momentum) * is_open))
         torch._foreach_add_(self.buffer, ascent)
         step: list[Tensor] = self.buffer

@@ -84,9 +84,9 @@ class WeightSlices:
     stack_set: StackSet
     parameters: Sequence[Tensor]
 
-    def add_to(self, stacks: list[Tensor], scale: float) -> None:
+    def add_to(self, stacks: list[Tensor], scale: float, factors: Tensor) -> None:
         """See `TrainingWeights`."""
-        self.stack_set.add_from(stacks, self.parameters, scale)
+        self.stack_set.add_from(stacks, self.parameters, scale, factors)
 
     def stacks(self) -> list[Tensor]:
         """See `TrainingWeights`."""
