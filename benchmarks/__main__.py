@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import counts, methods, scaling, timing, training
+from benchmarks import counts, memory, methods, scaling, timing, training
 from benchmarks.tables import DEFAULT_FOLDER
 from shampoo_core.model_shapes import official_workloads
 
 SECTIONS: dict[str, Callable[[Sequence[str], Path], None]] = {
     "counts": counts.run,
     "methods": methods.run,
+    "memory": memory.run,
     "scaling": scaling.run,
     "time": timing.run_affordable,
     "share": training.run_share,

@@ -1,4 +1,4 @@
-"""Every preconditioner, storage and solver on one model: operations, arithmetic, state, peak memory.
+"""Every preconditioner, storage and solver on one model: operations, arithmetic, state.
 
 Exact, on the "meta" device. The split is of estimated time on a stated device, by kind of operation:
 products that add to factors (statistics), other products (apply), decompositions, everything else.
@@ -7,7 +7,6 @@ products that add to factors (statistics), other products (apply), decomposition
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,6 @@ from shampoo_core import (
     PerFactorCorrectedConfig,
     ShampooConfig,
     SpectralConfig,
-    StaggeredRefresh,
 )
 from shampoo_core.counting import Operation, OperationCounter
 from shampoo_core.live_memory import LiveMemory
@@ -43,7 +41,6 @@ from shampoo_core.refresh import RefreshPolicy
 
 DEFAULT_WORKLOAD = "imagenet_resnet"
 DEVICE = DEVICES["v100"]
-STAGGER = 100
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,20 @@ class Measured:
 
 
 def measure(
-    workload: str, config: PreconditionerConfig, refresh: RefreshPolicy, steps: Sequence[int]
+    workload: str,
+    config: PreconditionerConfig,
+    refresh: RefreshPolicy,
+    steps: Sequence[int],
+    *,
+    max_wave_numel: int | None = None,
 ) -> tuple[list[Measured], DistributedShampoo]:
     """Take the steps of the given numbers, the first one unmeasured before them."""
     optimizer = DistributedShampoo(
-        workload_parameters(workload), betas=(0.9, 0.99), preconditioner=config, refresh=refresh
+        workload_parameters(workload),
+        betas=(0.9, 0.99),
+        preconditioner=config,
+        refresh=refresh,
+        max_wave_numel=max_wave_numel,
     )
     with OperationCounter():  # answers what a refresh asks
         optimizer.step()
@@ -149,41 +155,6 @@ def _milliseconds(operations: Sequence[Operation]) -> dict[str, float]:
     return split
 
 
-def memory_rows(workloads: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Temporary memory of steps, in units of the largest stack."""
-    for workload in workloads:
-        for method in (
-            Method("Shampoo", ShampooConfig()),
-            Method("eigenvalue-corrected", EigenvalueCorrectedConfig()),
-        ):
-            staggered = StaggeredRefresh(STAGGER)
-            (plain, refresh), _ = measure(workload, method.config, FixedRefresh(4, 1), [5, 8])
-            spread, optimizer = measure(
-                workload, method.config, staggered, range(STAGGER + 1, 2 * STAGGER + 1, 7)
-            )
-            largest = max(
-                math.prod(layout.shape) * 4
-                for engines in optimizer._engines
-                for engine in engines
-                for layout in engine.stack_set.layouts
-            )
-            yield {
-                "workload": workload,
-                "method": method.name,
-                "parameters_mb": sum(
-                    p.numel() * 4 for group in optimizer.param_groups for p in group["params"]
-                )
-                / MIB,
-                "state_mb": state_bytes(optimizer) / MIB,
-                "largest_mb": largest / MIB,
-                "plain_mb": plain.peak / MIB,
-                "plain_stacks": plain.peak / largest,
-                "staggered_stacks": max(step.peak for step in spread) / largest,
-                "refresh_stacks": refresh.peak / largest,
-                "limit": 2.0,
-            }
-
-
 METHOD_COLUMNS = {
     "method": "method",
     "plain": "operations",
@@ -198,27 +169,14 @@ METHOD_COLUMNS = {
     "rest_ms": "rest ms",
     "refresh_ms": "refresh ms",
 }
-MEMORY_COLUMNS = {
-    "workload": "workload",
-    "method": "method",
-    "parameters_mb": "parameters MB",
-    "state_mb": "state MB",
-    "largest_mb": "largest stack MB",
-    "plain_mb": "temporary MB",
-    "plain_stacks": "in stacks",
-    "staggered_stacks": "staggered",
-    "refresh_stacks": "all refreshed",
-    "limit": "limit",
-}
-MEMORY_WORKLOADS = ("imagenet_resnet", "imagenet_vit", "ogbg", "librispeech_conformer", "wmt")
 
 
 def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
-    """Print and write both tables.
+    """Print and write the table.
 
     Args:
         workloads: The methods are compared on ResNet-50, or on the first one if that is not among
-            them; memory is measured on those of some with stated limits.
+            them.
         folder: For the JSON.
     """
     chosen = DEFAULT_WORKLOAD if DEFAULT_WORKLOAD in workloads else workloads[0]
@@ -227,16 +185,6 @@ def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
         list(method_rows(chosen)),
         METHOD_COLUMNS,
         folder,
-    )
-    names = [name for name in workloads if name in MEMORY_WORKLOADS]
-    if not names:
-        return
-    publish(
-        "Memory: most bytes alive in a step beside parameters, gradients and state",
-        list(memory_rows(names)),
-        MEMORY_COLUMNS,
-        folder,
-        "in stacks: in units of the largest stack; the wish is at most 2 (see the limit).",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counts, methods, timing
+from benchmarks import counts, memory, methods, timing
 from benchmarks.tables import publish, text_table
 from benchmarks.training import Course
 
@@ -48,6 +48,17 @@ def test_every_row_of_methods_counts_something() -> None:
     assert rows["eigenvalue-corrected"]["plain_gflop"] > rows["Shampoo"]["plain_gflop"] > 0.0
     assert rows["Shampoo, one-sided"]["state_mb"] < rows["Shampoo"]["state_mb"]
     assert all(row["waits"] <= 1 for row in rows.values())
+
+
+def test_rows_of_memory_have_the_limit_beside_them() -> None:
+    """Issue 7's bound on the real shapes: twice the largest stack, in waves."""
+    rows = list(memory.memory_rows(["ogbg"]))
+    assert [row["limit"] for row in rows] == [None, memory.LIMIT] * len(memory.METHODS)
+    for whole, waves in zip(rows[::2], rows[1::2], strict=True):
+        assert whole["waves"] == 1 < waves["waves"]
+        assert waves["plain_stacks"] <= memory.LIMIT < whole["plain_stacks"]
+        assert waves["operations"] > whole["operations"]
+        assert waves["state_mb"] == whole["state_mb"]
 
 
 def test_the_floor_does_as_much_arithmetic_as_is_asked_for() -> None:

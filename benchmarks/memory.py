@@ -1,0 +1,129 @@
+"""Memory that a step needs beside parameters, gradients and state, with and without waves.
+
+Exact, on the "meta" device, and in units of the largest stack: all blocks of the shape that takes most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.counts import MIB
+from benchmarks.methods import measure
+from benchmarks.models import state_bytes, workload_parameters
+from benchmarks.tables import DEFAULT_FOLDER, publish
+from shampoo_core import (
+    DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    ShampooConfig,
+    StaggeredRefresh,
+)
+from shampoo_core.model_shapes import official_workloads
+from shampoo_core.preconditioners.base import PreconditionerConfig
+
+METHODS: dict[str, PreconditionerConfig] = {
+    "Shampoo": ShampooConfig(),
+    "eigenvalue-corrected": EigenvalueCorrectedConfig(),
+}
+WORKLOADS = ("imagenet_resnet", "imagenet_vit", "ogbg", "librispeech_conformer", "wmt")
+WAVES_OF_LARGEST_STACK = 2
+"""The largest stack is cut into so many waves."""
+INTERVAL = 100
+LIMIT = 2.0
+"""Largest stacks that a plain step may take."""
+
+
+def largest_stack(workload: str) -> int:
+    """Numbers in the largest stack of a workload's model."""
+    (engine,) = DistributedShampoo(workload_parameters(workload))._engines[0]
+    return max(math.prod(layout.shape) for layout in engine.stack_set.layouts)
+
+
+def memory_rows(workloads: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One row per workload, method and size of waves."""
+    for workload in workloads:
+        largest = largest_stack(workload)
+        for method in METHODS:
+            for max_wave_numel in (None, largest // WAVES_OF_LARGEST_STACK):
+                yield {
+                    "workload": workload,
+                    "method": method,
+                    **_entries(workload, METHODS[method], max_wave_numel, largest),
+                }
+
+
+def _entries(
+    workload: str, config: PreconditionerConfig, max_wave_numel: int | None, largest: int
+) -> dict[str, Any]:
+    (plain, refresh), optimizer = measure(
+        workload, config, FixedRefresh(4, 1), [5, 8], max_wave_numel=max_wave_numel
+    )
+    second = range(INTERVAL + 1, 2 * INTERVAL + 1, 7)
+    spread, _ = measure(
+        workload, config, StaggeredRefresh(INTERVAL), second, max_wave_numel=max_wave_numel
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    stack_bytes = 4 * largest
+    return {
+        "waves": len(optimizer._engines[0]),
+        "max_wave_numel": max_wave_numel,
+        "parameters_mb": sum(p.nbytes for p in parameters) / MIB,
+        "state_mb": state_bytes(optimizer) / MIB,
+        "largest_mb": stack_bytes / MIB,
+        "plain_mb": plain.peak / MIB,
+        "plain_stacks": plain.peak / stack_bytes,
+        "limit": LIMIT if max_wave_numel else None,
+        "staggered_stacks": max(step.peak for step in spread) / stack_bytes,
+        "refresh_stacks": refresh.peak / stack_bytes,
+        "operations": plain.counter.num_operations,
+        "refresh_operations": refresh.counter.num_operations,
+    }
+
+
+COLUMNS = {
+    "workload": "workload",
+    "method": "method",
+    "parameters_mb": "parameters MB",
+    "state_mb": "state MB",
+    "largest_mb": "largest stack MB",
+    "max_wave_numel": "max_wave_numel",
+    "waves": "waves",
+    "plain_mb": "temporary MB",
+    "plain_stacks": "in stacks",
+    "limit": "limit",
+    "staggered_stacks": "staggered",
+    "refresh_stacks": "all refreshed",
+    "operations": "operations",
+    "refresh_operations": "all refreshed",
+}
+
+
+def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
+    """Print and write the table for those of some workloads whose limits are stated."""
+    names = [name for name in workloads if name in WORKLOADS]
+    if names:
+        publish(
+            "Memory: most bytes alive in a step beside parameters, gradients and state",
+            list(memory_rows(names)),
+            COLUMNS,
+            folder,
+            "in stacks: in units of the largest stack; so are the dearest step of a staggered refresh "
+            "and one that refreshes everything.",
+        )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", action="append", choices=official_workloads())
+    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
+    options = parser.parse_args()
+    run(options.workload or WORKLOADS, options.out)
+
+
+if __name__ == "__main__":
+    main()
