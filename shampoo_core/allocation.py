@@ -68,4 +68,11 @@ def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> I
     )
     limit = group["max_wave_numel"]
     for wave in division.waves(limit):
-        yield Engine(exchange, wave, create, group["averaging"], alone=limit is not None)
+        yield Engine(
+            exchange,
+            wave,
+            create,
+            group["averaging"],
+            first_step=group["step"] + 1,
+            alone=limit is not None,
+        )

@@ -41,6 +41,7 @@ class Engine:
         create: Callable[[StackSet], Preconditioner],
         averaging: AveragingConfig | None,
         *,
+        first_step: int = 1,
         alone: bool = False,
     ) -> None:
         """Allocate state for the rank's own blocks, if it has any.
@@ -50,6 +51,7 @@ class Engine:
             division: Which blocks there are, and which are this rank's.
             create: Makes a preconditioner.
             averaging: The rule, None for none.
+            first_step: The next one of the group, counted from 1.
             alone: Whether the others wait, so that only one has temporary memory at a time.
         """
         self.exchange = exchange
@@ -58,6 +60,8 @@ class Engine:
         self.stack_set = own = division.own
         self.averages = averaging is not None and averaging.averages
         """Whether other weights are evaluated than trained; the same on all ranks."""
+        self._reads_weights = None if averaging is None else averaging.reads_weights
+        self._first_step = first_step
         self._parts: _Parts | None = None
         if own.num_blocks:
             rule = Descent(own) if averaging is None else averaging.create(own)
@@ -70,7 +74,10 @@ class Engine:
 
     def reads_weights(self, options: StepOptions) -> bool:
         """Whether a step needs the weights, or only their gradients; the same on all ranks."""
-        return self.averages or options.l2_decay != 0.0 or options.direction_decay != 0.0
+        if options.l2_decay != 0.0 or options.direction_decay != 0.0:
+            return True
+        first = options.step == self._first_step
+        return self._reads_weights is not None and self._reads_weights(options.step, first=first)
 
     def step(
         self,
@@ -94,6 +101,8 @@ class Engine:
             return None
         preconditioner, averaging, guard = self._parts
         stacks, weights = collected
+        if step == self._first_step:
+            averaging.start(weights)
         if options.l2_decay:
             weights.add_to(stacks, options.l2_decay, self.stack_set.block_vector(1.0))
         guarded = guard.close_bad_blocks(stacks, gradients)

@@ -115,6 +115,7 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Options read anew at every step."""
     kind, decay = group["weight_decay_kind"], group["weight_decay"]
     return StepOptions(
+        step=group["step"],
         lr=group["lr"],
         l2_decay=decay if kind == "l2" else 0.0,
         direction_decay=direction_decay(kind, decay, group["lr"], group["peak_lr"]),

@@ -15,8 +15,10 @@ from shampoo_core.state import StackState, stacked_state
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a user may change from step to step."""
+    """What differs from step to step."""
 
+    step: int
+    """Of the group, counted from 1."""
     lr: float
     l2_decay: float
     """Added to the gradient, times the weights."""
@@ -39,10 +41,20 @@ class TrainingWeights(Protocol):
 class AveragingRule(Protocol):
     """State and step of one rule for one set of stacks."""
 
+    def start(self, weights: TrainingWeights) -> None:
+        """See the weights before the first step; called then, if ever."""
+
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
     ) -> list[Tensor]:
-        """Return what has to be added to the training weights; 0 for closed blocks."""
+        """Return what has to be added to the training weights; 0 for closed blocks.
+
+        Args:
+            direction: The search direction.
+            weights: Of the blocks; there if `AveragingConfig.reads_weights` or a decay asked for them.
+            is_open: Block vector: 1 where the block moves, else 0.
+            options: Of this step.
+        """
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         """Evaluated minus training weights; None where these are the same."""
@@ -56,7 +68,15 @@ class AveragingConfig(Protocol):
 
     @property
     def averages(self) -> bool:
-        """Whether other weights are evaluated than trained; such a rule reads weights each step."""
+        """Whether other weights are evaluated than trained."""
+
+    def reads_weights(self, step: int, *, first: bool) -> bool:
+        """Whether a step needs the weights for this rule, the same for all blocks and on all ranks.
+
+        Args:
+            step: Of the group, counted from 1.
+            first: Whether it is the first one of the blocks.
+        """
 
     def create(self, stack_set: StackSet) -> AveragingRule:
         """Allocate the rule's state for a set of stacks."""
@@ -68,6 +88,9 @@ class Descent:
     def __init__(self, stack_set: StackSet) -> None:
         """No state."""
         self._stack_set = stack_set
+
+    def start(self, weights: TrainingWeights) -> None:
+        """See `AveragingRule`."""
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions

@@ -58,6 +58,10 @@ class ScheduleFree:
         """See `AveragingConfig`."""
         return True
 
+    def reads_weights(self, step: int, *, first: bool) -> bool:
+        """See `AveragingConfig`: at every step, for all that moves hangs on them."""
+        return True
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _ScheduleFreeRule(self, stack_set)
@@ -97,6 +101,10 @@ class PrimalAveraging:
         """See `AveragingConfig`."""
         return True
 
+    def reads_weights(self, step: int, *, first: bool) -> bool:
+        """See `AveragingConfig`: at every step, for all that moves hangs on them."""
+        return True
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _PrimalAveragingRule(self, stack_set)
@@ -121,6 +129,9 @@ class _FastIterateRule:
         self.fast_iterate = stack_set.zeros()
         self.started = stack_set.block_vector()
         """1 for blocks whose fast iterate has been set to the weights it starts from."""
+
+    def start(self, weights: TrainingWeights) -> None:
+        pass
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions

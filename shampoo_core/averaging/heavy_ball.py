@@ -50,6 +50,10 @@ class HeavyBall:
         """See `AveragingConfig`."""
         return False
 
+    def reads_weights(self, step: int, *, first: bool) -> bool:
+        """See `AveragingConfig`."""
+        return False
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _HeavyBallRule(self, stack_set)
@@ -60,6 +64,9 @@ class _HeavyBallRule:
         self._config = config
         self._stack_set = stack_set
         self.buffer = stack_set.zeros()
+
+    def start(self, weights: TrainingWeights) -> None:
+        pass
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions

@@ -1,5 +1,9 @@
 """Averages of the training weights that training itself does not notice.
 
+With an ``interval`` a contribution is due at every so many steps of the parameter group, and weights are
+read at no others. A block that does not move at such a step, for want of a finite gradient, contributes
+nothing at it.
+
 Source of both: Ajroldi et al. 2025 (arXiv 2502.06761), who find a window of about 1 % of the training
 steps best, and that averaging does not replace learning-rate decay.
 """
@@ -29,7 +33,7 @@ class WeightEMA:
 
     Args:
         decay: In [0, 1), per ``interval`` steps.
-        interval: Steps from one contribution to the next.
+        interval: Steps of the parameter group from one contribution to the next.
 
     Raises:
         ValueError: A number is out of range.
@@ -49,6 +53,10 @@ class WeightEMA:
         """See `AveragingConfig`."""
         return True
 
+    def reads_weights(self, step: int, *, first: bool) -> bool:
+        """See `AveragingConfig`."""
+        return first or step % self.interval == 0
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _WeightEMARule(self, stack_set)
@@ -59,31 +67,35 @@ class _WeightEMARule(Descent):
         super().__init__(stack_set)
         self._config = config
         self.average = stack_set.zeros()
-        self.num_steps = stack_set.block_vector()
+        self.moved = stack_set.block_vector()
+        """1 for blocks that have taken a step."""
+
+    def start(self, weights: TrainingWeights) -> None:
+        """The average starts at the weights before the first step."""
+        torch._foreach_lerp_(
+            self.average, weights.stacks(), self._stack_set.split(1.0 - self.moved)
+        )
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
     ) -> list[Tensor]:
         updates = super().update(direction, weights, is_open, options)
-        y = weights.stacks()
-        # The average starts at the weights before the first step.
-        fresh = is_open * (self.num_steps == 0)
-        torch._foreach_lerp_(self.average, y, self._stack_set.split(fresh))
-        self.num_steps.add_(is_open)
-        due = is_open * (self.num_steps % self._config.interval == 0)
-        torch._foreach_add_(y, updates)
-        gain = due * (1.0 - self._config.decay)
-        torch._foreach_lerp_(self.average, y, self._stack_set.split(gain))
+        torch.maximum(self.moved, is_open, out=self.moved)
+        if options.step % self._config.interval == 0:
+            y = weights.stacks()
+            torch._foreach_add_(y, updates)
+            gain = is_open * (1.0 - self._config.decay)
+            torch._foreach_lerp_(self.average, y, self._stack_set.split(gain))
         return updates
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         shift = torch._foreach_sub(self.average, weights.stacks())
-        torch._foreach_mul_(shift, self._stack_set.split((self.num_steps > 0).to(shift[0].dtype)))
+        torch._foreach_mul_(shift, self._stack_set.split(self.moved))
         return list(shift)
 
     def state(self) -> StackState:
-        steps = self.num_steps.split(self._stack_set.sizes)
-        return stacked_state(len(self._stack_set), {"weights": self.average, "num_steps": steps})
+        moved = self.moved.split(self._stack_set.sizes)
+        return stacked_state(len(self._stack_set), {"weights": self.average, "moved": moved})
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ class LatestWeightAverage:
 
     Args:
         length: Copies kept; each costs as much memory as the weights.
-        interval: Steps from one copy to the next.
+        interval: Steps of the parameter group from one copy to the next.
 
     Raises:
         ValueError: A number is smaller than 1.
@@ -114,6 +126,10 @@ class LatestWeightAverage:
         """See `AveragingConfig`."""
         return True
 
+    def reads_weights(self, step: int, *, first: bool) -> bool:
+        """See `AveragingConfig`."""
+        return step % self.interval == 0
+
     def create(self, stack_set: StackSet) -> AveragingRule:
         """See `AveragingConfig`."""
         return _LatestWeightAverageRule(self, stack_set)
@@ -124,35 +140,33 @@ class _LatestWeightAverageRule(Descent):
         super().__init__(stack_set)
         self._config = config
         self.copies = [stack_set.zeros() for _ in range(config.length)]
-        self.num_steps = torch.zeros(
-            stack_set.num_blocks, dtype=torch.int64, device=stack_set.device
-        )
+        self.filled = [stack_set.block_vector() for _ in range(config.length)]
+        """Per copy: 1 for the blocks that it has."""
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
     ) -> list[Tensor]:
         updates = super().update(direction, weights, is_open, options)
-        self.num_steps += is_open.to(torch.int64)
-        y = weights.stacks()
-        torch._foreach_add_(y, updates)
-        due = (self.num_steps % self._config.interval == 0) & (is_open > 0)
-        place = (self.num_steps // self._config.interval - 1) % self._config.length
-        for index, copy in enumerate(self.copies):
-            here = (due & (place == index)).to(y[0].dtype)
-            torch._foreach_lerp_(copy, y, self._stack_set.split(here))
+        number, rest = divmod(options.step, self._config.interval)
+        if rest == 0:
+            place = (number - 1) % self._config.length
+            y = weights.stacks()
+            torch._foreach_add_(y, updates)
+            torch._foreach_lerp_(self.copies[place], y, self._stack_set.split(is_open))
+            torch.maximum(self.filled[place], is_open, out=self.filled[place])
         return updates
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         y = weights.stacks()
-        kept = (self.num_steps // self._config.interval).clamp_max(self._config.length)
-        share = (1.0 / kept.clamp_min(1)).to(y[0].dtype)
-        shift = list(torch._foreach_mul(y, self._stack_set.split(-(kept > 0).to(y[0].dtype))))
-        for index, copy in enumerate(self.copies):
-            weight = share * (kept > index)
-            torch._foreach_addcmul_(shift, copy, self._stack_set.split(weight))
+        kept = torch.stack(self.filled).sum(0)
+        shift = list(torch._foreach_mul(y, self._stack_set.split(-(kept > 0).to(kept))))
+        share = 1.0 / kept.clamp_min(1.0)
+        for copy, filled in zip(self.copies, self.filled, strict=True):
+            torch._foreach_addcmul_(shift, copy, self._stack_set.split(share * filled))
         return shift
 
     def state(self) -> StackState:
-        steps = self.num_steps.split(self._stack_set.sizes)
+        sizes = self._stack_set.sizes
         copies = {f"copy{index}": copy for index, copy in enumerate(self.copies)}
-        return stacked_state(len(self._stack_set), {"num_steps": steps, **copies})
+        filled = {f"filled{index}": one.split(sizes) for index, one in enumerate(self.filled)}
+        return stacked_state(len(self._stack_set), {**copies, **filled})
