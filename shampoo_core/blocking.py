@@ -44,6 +44,16 @@ class Tile:
         """Blocks in the tile."""
         return math.prod(self.counts)
 
+    @functools.cached_property
+    def view_shape(self) -> Shape:
+        """Shape in which the tile is moved: (*counts, *sizes), or (*sizes) if it is one block."""
+        return self.sizes if self.num_blocks == 1 else (*self.counts, *self.sizes)
+
+    @functools.cached_property
+    def is_whole(self) -> bool:
+        """Whether the parameter is one block, this one."""
+        return self.sizes == self.merged_shape
+
     def grid_indices(self) -> list[Shape]:
         """Grid position of each block, in the order in which the tile's blocks are stacked."""
         ranges = (range(g, g + c) for g, c in zip(self.grid_starts, self.counts, strict=True))

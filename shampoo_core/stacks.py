@@ -85,6 +85,7 @@ class StackSet:
         self.device = device
         self.sizes = [layout.num_blocks for layout in self.layouts]
         self.num_blocks = sum(self.sizes)
+        self._broadcast = [(-1, *[1] * len(layout.block_shape)) for layout in self.layouts]
         self.numel = sum(math.prod(layout.shape) for layout in self.layouts)
         self.parameters = sorted({tile.parameter for tile in tiles})
         self.tiles = [tile for layout in self.layouts for tile in layout.tiles]
@@ -131,10 +132,8 @@ class StackSet:
 
     def split(self, block_vector: Tensor) -> list[Tensor]:
         """Views of a block vector, one per stack, shaped (N, 1, ..., 1) to broadcast over it."""
-        return [
-            piece.view(-1, *[1] * len(layout.block_shape))
-            for piece, layout in zip(block_vector.split(self.sizes), self.layouts, strict=True)
-        ]
+        pieces = torch.split_with_sizes(block_vector, self.sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self._broadcast, strict=True)]
 
     def norms(self, stacks: Sequence[Tensor], order: float = 2) -> Tensor:
         """Vector norm of every block, as a block vector."""
@@ -174,8 +173,7 @@ class StackSet:
                 continue
             if tile.parameter not in merged:
                 dense = tensor.to_dense() if tensor.is_sparse else tensor
-                # reshape, not view: a channels-last gradient has to be copied here.
-                merged[tile.parameter] = dense.detach().reshape(tile.merged_shape)
+                merged[tile.parameter] = _merged(dense, tile.merged_shape)
             sources.append(_tile_view(merged[tile.parameter], tile))
             targets.append(target)
         if sources:
@@ -201,8 +199,7 @@ class StackSet:
         sources = []
         for tile in self.tiles:
             if tile.parameter not in merged:
-                tensor = tensors[tile.parameter].detach()
-                merged[tile.parameter] = tensor.reshape(tile.merged_shape)
+                merged[tile.parameter] = _merged(tensors[tile.parameter], tile.merged_shape)
             sources.append(_tile_view(merged[tile.parameter], tile))
         per_stack = zip(self.split(factors), stacks, strict=True)
         factor_slots = self.tile_slots([factor.expand_as(stack) for factor, stack in per_stack])
@@ -213,20 +210,23 @@ class StackSet:
         add_tiles(tensors, self.tiles, self.tile_slots(stacks))
 
     def tile_slots(self, stacks: Sequence[Tensor]) -> list[Tensor]:
-        """Views of the stacks, one per tile, shaped (*counts, *sizes)."""
-        slots = []
+        """Views of the stacks, one per tile, of its `Tile.view_shape`."""
+        slots: list[Tensor] = []
         for layout, stack in zip(self.layouts, stacks, strict=True):
+            if layout.num_blocks == len(layout.tiles):  # a quarter of the time, and most common
+                slots += stack.unbind()
+                continue
             step, *inner = stack.stride()
             place = stack.storage_offset()
             for tile, counts in zip(layout.tiles, layout.count_strides, strict=True):
-                strides = (*(step * count for count in counts), *inner)
-                slots.append(stack.as_strided((*tile.counts, *tile.sizes), strides, place))
+                outer = () if tile.num_blocks == 1 else tuple(step * count for count in counts)
+                slots.append(stack.as_strided(tile.view_shape, (*outer, *inner), place))
                 place += step * tile.num_blocks
         return slots
 
 
 def add_tiles(tensors: Sequence[Tensor], tiles: Sequence[Tile], slots: Sequence[Tensor]) -> None:
-    """Add tiles, (*counts, *sizes) each, to their places in parameter-shaped tensors, in place."""
+    """Add tiles, `Tile.view_shape` each, to their places in parameter-shaped tensors, in place."""
     targets = []
     merged: dict[int, Tensor] = {}
     indirect: dict[int, Tensor] = {}
@@ -244,12 +244,21 @@ def add_tiles(tensors: Sequence[Tensor], tiles: Sequence[Tile], slots: Sequence[
 
 
 def _tile_view(merged: Tensor, tile: Tile) -> Tensor:
-    """View the tile's part of a merged parameter as (*counts, *sizes)."""
+    """View the tile's part of a merged parameter in its `Tile.view_shape`."""
+    if tile.is_whole:
+        return merged
     # One view instead of a cut and an unflattening per axis: there can be hundreds of tiles.
     strides = merged.stride()
     place = merged.storage_offset() + sum(map(operator.mul, tile.starts, strides))
-    between_blocks = tuple(map(operator.mul, tile.sizes, strides))
-    return merged.as_strided((*tile.counts, *tile.sizes), between_blocks + strides, place)
+    outer = () if tile.num_blocks == 1 else tuple(map(operator.mul, tile.sizes, strides))
+    return merged.as_strided(tile.view_shape, outer + strides, place)
+
+
+def _merged(tensor: Tensor, merged_shape: Shape) -> Tensor:
+    """The tensor with small dimensions merged, to be read from."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    # reshape, not view: a channels-last gradient has to be copied here.
+    return tensor if tensor.shape == merged_shape else tensor.reshape(merged_shape)
 
 
 def _merged_view(tensor: Tensor, merged_shape: Shape) -> Tensor | None:

@@ -59,8 +59,9 @@ class Piece(NamedTuple):
         return view.permute(*range(1, 2 * order - 1, 2), 0, *range(2, 2 * order - 1, 2))
 
     def in_slot(self, slot: Tensor) -> Tensor:
-        """View of the piece in the owner's tile, (*counts, *sizes)."""
+        """View of the piece in the owner's tile, see `StackSet.tile_slots`."""
         row_axis = len(self.tile.sizes) - 1
+        slot = slot.view(*self.tile.counts, *self.tile.sizes)
         return slot[self.grid_row].narrow(row_axis, self.start, self.stop - self.start)
 
 
