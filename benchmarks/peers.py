@@ -66,7 +66,10 @@ def _pytorch_optimizer(parameters: Parameters, interval: int) -> torch.optim.Opt
     return made
 
 
-PEERS: dict[str, Callable[[Parameters, int], torch.optim.Optimizer]] = {
+MakePeer = Callable[[Parameters, int], torch.optim.Optimizer]
+"""From parameters and the refresh interval to an optimizer."""
+
+PEERS: dict[str, MakePeer] = {
     "facebookresearch Distributed Shampoo": _distributed_shampoo,
     "SOAP (reference)": _soap,
     "heavyball SOAP": _heavyball,
@@ -74,7 +77,7 @@ PEERS: dict[str, Callable[[Parameters, int], torch.optim.Optimizer]] = {
 }
 
 
-def available() -> tuple[dict[str, Callable[[Parameters, int], torch.optim.Optimizer]], list[str]]:
+def available() -> tuple[dict[str, MakePeer], list[str]]:
     """The peers that can be imported, and a line for each that cannot."""
     found, missing = {}, []
     for name, make in PEERS.items():

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.counts import count_steps
 from benchmarks.models import workload_parameters
-from benchmarks.peers import available
+from benchmarks.peers import MakePeer, available
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
 from shampoo_core.model_shapes import official_workloads
@@ -64,22 +64,43 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 def candidates(workload: str, *, refresh: bool) -> dict[str, Step]:
     """Steps of AdamW, of ours, and of the peers at hand where refreshes are measured."""
     adamw = torch.optim.AdamW(workload_parameters(workload, "cpu"), betas=BETAS, foreach=True)
-    interval = CYCLE if refresh else 10**9
+    optimizer = _ours(workload, ShampooConfig(), refresh=refresh)
+    floor = products(count_steps(workload, ShampooConfig())[0].flops)
+    steps: dict[str, Step] = {"AdamW": adamw.step, FLOOR: floor, "ours": optimizer.step}
+    if refresh:
+        # The peers precondition vectors too.
+        everything = ShampooConfig(precondition_vectors=True)
+        steps["ours, vectors too"] = _ours(workload, everything, refresh=True).step
+        for name, make in available()[0].items():
+            steps[name] = _theirs(workload, make)
+    return steps
+
+
+def _ours(workload: str, config: ShampooConfig, *, refresh: bool) -> DistributedShampoo:
     optimizer = DistributedShampoo(
         workload_parameters(workload, "cpu"),
         betas=BETAS,
-        preconditioner=ShampooConfig(),
-        refresh=FixedRefresh(interval, start=CYCLE),
+        preconditioner=config,
+        refresh=FixedRefresh(CYCLE if refresh else 10**9, start=CYCLE),
     )
     if not refresh:
         # Past the first refresh, which is left out: identities take as long to multiply with.
         optimizer.param_groups[0]["step"] = CYCLE
-    floor = products(count_steps(workload, ShampooConfig())[0].flops)
-    steps: dict[str, Step] = {"AdamW": adamw.step, FLOOR: floor, "ours": optimizer.step}
-    if refresh:
-        for name, make in available()[0].items():
-            steps[name] = make(workload_parameters(workload, "cpu"), CYCLE).step
-    return steps
+    return optimizer
+
+
+def _theirs(workload: str, make: MakePeer) -> Step:
+    parameters = workload_parameters(workload, "cpu")
+    gradients = [parameter.grad for parameter in parameters]
+    optimizer = make(parameters, CYCLE)
+
+    def step() -> None:
+        # One of them takes the gradients away, and would have nothing to do at its second step.
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    return step
 
 
 def time_workload(workload: str, cycles: int, *, refresh: bool) -> list[dict[str, Any]]:

@@ -32,8 +32,9 @@ from shampoo_core import (
     health_report,
 )
 from shampoo_core.averaging import AveragingConfig
+from shampoo_core.counting import OperationCounter
 from shampoo_core.preconditioners.base import PreconditionerConfig
-from shampoo_core.refresh import RefreshPolicy
+from shampoo_core.refresh import FactorStackSize, RefreshPolicy
 from workloads_smoke import spec
 from workloads_smoke.registry import WORKLOADS, load_workload
 
@@ -44,6 +45,8 @@ BLOCK_SIZE = 128
 EVALUATIONS = 60
 TARGET_AT = 0.8
 WARMUP = 0.05
+COUNTED = range(41, 61)
+"""Steps whose operations are counted: every phase of an interval of 1, 2, 4, 5, 10 or 20 is among them."""
 LARGEST_SHARE = 0.25
 """Of a training step that the optimizer should take on the smoke workloads."""
 
@@ -70,6 +73,10 @@ class Course:
     state_bytes: int = 0
     refreshes: int = 0
     factors: int = 0
+    operations: float = 0.0
+    """Of the optimizer in a step, a mean over some."""
+    flops: float = 0.0
+    """Of its matrix products and decompositions, likewise."""
 
     @property
     def share(self) -> float:
@@ -125,7 +132,13 @@ def train(workload_name: str, variant: Variant, num_steps: int, seed: int = 0) -
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * schedule(step / num_steps)
         middle = time.process_time()
-        optimizer.step()
+        if step in COUNTED:
+            with OperationCounter() as counter:
+                optimizer.step()
+            course.operations += counter.num_operations / len(COUNTED)
+            course.flops += counter.flops / len(COUNTED)
+        else:
+            optimizer.step()
         course.other_seconds.append(middle - start)
         course.update_seconds.append(time.process_time() - middle)
         if step % every == 0:
@@ -175,16 +188,19 @@ def compare(
         reached = [run.steps_to(target) for run, target in zip(runs, targets, strict=True)]
         steps = [step for step in reached if step is not None]
         whole = len(steps) == len(runs)
-        due = runs[0].factors * num_steps // variant.refresh.interval
+        due = _num_due(variant.refresh, runs[0].factors, num_steps)
         rows.append(
             {
                 "workload": workload,
                 "variant": variant.name,
                 "steps": statistics.mean(steps) if whole else None,
+                "spread": statistics.stdev(steps) if whole and len(steps) > 1 else None,
                 "final_loss": statistics.mean(run.losses[-1] for run in runs),
                 "state_ratio": runs[0].state_bytes / first[0].state_bytes,
                 "refreshes": statistics.mean(run.refreshes for run in runs),
                 "due": due,
+                "operations": statistics.mean(run.operations for run in runs),
+                "mflop": statistics.mean(run.flops for run in runs) / 1e6,
                 "share": statistics.median(run.share for run in runs),
                 "update_ms": 1e3 * statistics.median(runs[0].update_seconds),
             }
@@ -193,6 +209,16 @@ def compare(
         if row["steps"] is not None and rows[0]["steps"]:
             row["steps_ratio"] = row["steps"] / rows[0]["steps"]
     return rows
+
+
+def _num_due(policy: RefreshPolicy, num_factors: int, num_steps: int) -> int:
+    """Refreshes, or tests, of factors of one size that a policy makes due."""
+    sizes = (FactorStackSize(num_factors, BLOCK_SIZE),)
+    return sum(
+        item.stop - item.start
+        for step in range(1, num_steps + 1)
+        for item in policy.due(step, sizes)
+    )
 
 
 def _loss_at(course: Course, progress: float) -> float:
@@ -216,7 +242,11 @@ def refresh_variants() -> list[Variant]:
     iterated = EigenvalueCorrectedConfig(solver=OrthogonalIterationSolver())
     return [
         Variant("every 10 steps", config, FixedRefresh(10, 1)),
-        Variant("adaptive, tested every 10", config, AdaptiveRefresh(10, 1, 0.1)),
+        Variant("staggered over 10", config, StaggeredRefresh(10)),
+        *(
+            Variant(f"adaptive, tested every 10, {t}", config, AdaptiveRefresh(10, 1, t))
+            for t in (0.1, 0.3)
+        ),
         Variant("warm-started, every 10", iterated, FixedRefresh(10, 1)),
         Variant("every 50 steps", config, FixedRefresh(50, 1)),
     ]
@@ -225,7 +255,8 @@ def refresh_variants() -> list[Variant]:
 def statistics_variants() -> list[Variant]:
     """Statistics of every step, and of some, with the decay adjusted."""
     return [
-        Variant(f"statistics every {n}", ShampooConfig(statistics_interval=n)) for n in (1, 4, 10)
+        Variant(f"statistics every {n}", ShampooConfig(statistics_interval=n))
+        for n in (1, 2, 4, 10)
     ]
 
 
@@ -233,11 +264,14 @@ COLUMNS = {
     "workload": "workload",
     "variant": "variant",
     "steps": "steps to target",
+    "spread": "over seeds",
     "steps_ratio": "ratio",
     "final_loss": "final loss",
     "state_ratio": "state",
     "refreshes": "refreshes",
     "due": "due",
+    "operations": "operations",
+    "mflop": "MFLOP",
     "update_ms": "update ms",
     "share": "share of step",
 }
@@ -294,11 +328,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS))
+    parser.add_argument(
+        "--only", default="", help="variants whose name has this; targets are those of the first"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     options = parser.parse_args()
-    variants = STUDIES[options.study]()
+    variants = [v for v in STUDIES[options.study]() if options.only in v.name]
     rows = []
     for workload in options.workload or ["mnist"]:
         # A study of several methods compares each with its own first variant.
