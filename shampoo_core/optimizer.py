@@ -75,10 +75,12 @@ class DistributedShampoo(torch.optim.Optimizer):
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
         max_wave_numel: Bounds the memory that a step needs for a while: blocks are stepped in waves, in
             each at most so many numbers of a rank (or one block, if that has more), and everything
-            temporary of one wave is freed before the next. A step then takes about 3 (Shampoo) to 4
-            times the bytes of a wave beside parameters, gradients and state, in more operations, and
-            with several ranks one message each way per wave. None steps everything at once: fewest
-            operations. Changes results by no more than rounding; checkpoints do not depend on it.
+            temporary of one wave is freed before the next. A plain step of Shampoo, eigenvalue-corrected
+            or not, then takes about 3 times the bytes of a wave beside parameters, gradients and state, so
+            that half of the largest stack keeps it below twice that; `shampoo_core.plan` counts it
+            for any model. The price is some 30 operations per wave, a host synchronisation per wave
+            that refreshes, and with several ranks a message each way per wave. None steps everything
+            at once. Changes results by no more than rounding; checkpoints do not depend on it.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
