@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Variant:
     config: PreconditionerConfig = field(default_factory=ShampooConfig)
     refresh: RefreshPolicy = field(default_factory=lambda: StaggeredRefresh(20))
     averaging: AveragingConfig | None = None
+    lr: float = LEARNING_RATE
+    """At its peak."""
 
 
 @dataclass
@@ -114,7 +116,7 @@ def train(workload_name: str, variant: Variant, num_steps: int, seed: int = 0) -
     )
     optimizer = DistributedShampoo(
         model.parameters(),
-        lr=LEARNING_RATE,
+        lr=variant.lr,
         betas=BETAS,
         weight_decay=WEIGHT_DECAY,
         max_block_size=BLOCK_SIZE,
@@ -130,7 +132,7 @@ def train(workload_name: str, variant: Variant, num_steps: int, seed: int = 0) -
         optimizer.zero_grad()
         loss_of(workload, model, batch, spec.ForwardPassMode.TRAIN).backward()
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * schedule(step / num_steps)
+            group["lr"] = variant.lr * schedule(step / num_steps)
         middle = time.process_time()
         if step in COUNTED:
             with OperationCounter() as counter:
@@ -253,11 +255,19 @@ def refresh_variants() -> list[Variant]:
 
 
 def statistics_variants() -> list[Variant]:
-    """Statistics of every step, and of some, with the decay adjusted."""
-    return [
+    """Statistics of every step, and of some: over as many steps, or of as many gradients."""
+    same_steps = [
         Variant(f"statistics every {n}", ShampooConfig(statistics_interval=n))
         for n in (1, 2, 4, 10)
     ]
+    same_number = [
+        Variant(
+            f"statistics every {n}, as many gradients",
+            ShampooConfig(statistics_interval=n, factor_decay=BETAS[1] ** (1 / n)),
+        )
+        for n in (4, 10)
+    ]
+    return same_steps + same_number
 
 
 COLUMNS = {
@@ -331,11 +341,16 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="variants whose name has this; targets are those of the first"
     )
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="of all variants")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     options = parser.parse_args()
-    variants = [v for v in STUDIES[options.study]() if options.only in v.name]
+    variants = [
+        replace(variant, lr=options.lr)
+        for variant in STUDIES[options.study]()
+        if options.only in variant.name
+    ]
     rows = []
     for workload in options.workload or ["mnist"]:
         # A study of several methods compares each with its own first variant.

@@ -31,8 +31,9 @@ Shampoo with stored roots, Adam graft, blocks of 1024, float32, factors dense, e
 in 100 steps, refreshes staggered; all numbers are of the largest rank. Bytes and operations are counted on
 the optimizer itself and exact; milliseconds are estimates from stated rates of the device
 (`shampoo_core/plan/devices.py`), good to a factor of two or so. Memory is parameters, gradients, state,
-communication and temporary tensors, without activations. Lookup tables (a side of 65,536 or more) are
-stepped by Adam."""
+communication and temporary tensors, without activations; everything steps at once, and waves
+(`max_wave_numel`) would need less. Sharded weights travel to the owners of their blocks along with
+gradients, as weight decay asks for. Lookup tables (a side of 65,536 or more) are stepped by Adam."""
 
 
 def official_rows(device: str, num_devices: int, memory_gib: float) -> Iterator[list[str]]:
