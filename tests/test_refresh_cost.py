@@ -24,7 +24,7 @@ from submission.refresh_cost import (
 
 CPU = torch.device("cpu")
 # Large enough that a staggered refresh takes them one by one.
-SIZES = (FactorStackSize(5, 300), FactorStackSize(2, 400))
+SIZES = (FactorStackSize(5, 600), FactorStackSize(2, 800))
 seconds = st.floats(0.0, 1e3)
 intervals = st.integers(1, 400)
 lengths = st.integers(1, 200_000)
