@@ -177,7 +177,7 @@ SMALLEST_SHARE = 512.0**3
 """Work of a refresh, in units of d^3, below which a `StaggeredRefresh` does not divide it further.
 
 All at once is better while it is no spike: fewer operations, and a block's bases, renewed together, fit
-each other. On the smoke workload `ogbg` 210 and 240 steps (two seeds) where three shares took 270 each.
+each other. On a small graph network 210 and 240 steps (two seeds) where three shares took 270 each.
 """
 
 

@@ -39,7 +39,7 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 
 def measured_interval(refresh_seconds: float) -> int:
     """What a rank decides on that sees each of eight shares of a refresh take so long."""
-    now, sizes = 0.0, (FactorStackSize(8, 300),)
+    now, sizes = 0.0, (FactorStackSize(8, 600),)
     cost = RefreshCost(8, 10_000, torch.device("cpu"))
     with mock.patch("submission.refresh_cost.time.perf_counter", lambda: now):
         for step in range(1, 60):
