@@ -112,13 +112,7 @@ def test_state_is_small(workload: str, dense: float, packed: float) -> None:
     ids=lambda config: type(config).__name__,
 )
 def test_every_method_waits_only_at_refreshes(preconditioner: Any) -> None:
-    params = parameters()
-    optimizer = optimizer_for(params, preconditioner=preconditioner, refresh=FixedRefresh(4, 2))
-    waits = []
-    for step in range(1, 11):
-        with OperationCounter() as ops:
-            run(optimizer, params, range(step, step + 1))
-        waits.append(ops.num_synchronisations)
+    waits = waits_of_ten_steps(preconditioner, FixedRefresh(4, 2))
     assert waits_only_at(refreshes=[2, 4, 8], waits=waits)
 
 
@@ -135,14 +129,7 @@ def test_every_method_waits_only_at_refreshes(preconditioner: Any) -> None:
     ids=lambda config: f"{type(config).__name__}-{type(config.solver).__name__}",
 )
 def test_an_adaptive_refresh_waits_once_for_test_and_solution(preconditioner: Any) -> None:
-    params = parameters()
-    refresh = AdaptiveRefresh(4, 2, threshold=0.01)
-    optimizer = optimizer_for(params, preconditioner=preconditioner, refresh=refresh)
-    waits = []
-    for step in range(1, 11):
-        with OperationCounter() as ops:
-            run(optimizer, params, range(step, step + 1))
-        waits.append(ops.num_synchronisations)
+    waits = waits_of_ten_steps(preconditioner, AdaptiveRefresh(4, 2, threshold=0.01))
     assert waits_only_at(refreshes=[2, 4, 8], waits=waits)
     assert sum(waits) == 3
 
@@ -172,6 +159,18 @@ def test_what_failed_unasked_falls_back_at_the_next_adaptive_refresh(
     assert counts == [[0, 0], [0, 1], [0, 1], [1, 1]]
     assert waits == [False, False, False, True]
     assert torch.isfinite(weight).all()
+
+
+def waits_of_ten_steps(preconditioner: Any, refresh: Any) -> list[int]:
+    """Host synchronisations of each step."""
+    params = parameters()
+    optimizer = optimizer_for(params, preconditioner=preconditioner, refresh=refresh)
+    waits = []
+    for step in range(1, 11):
+        with OperationCounter() as ops:
+            run(optimizer, params, range(step, step + 1))
+        waits.append(ops.num_synchronisations)
+    return waits
 
 
 def waits_only_at(refreshes: list[int], waits: list[int]) -> bool:
