@@ -1,4 +1,4 @@
-"""Small models trained for real: steps to target of options, and the optimizer's share of a step.
+"""Small models trained for real: steps to target of options.
 
 The workloads are those of `workloads_smoke`, the recipe is one for all: cosine schedule, weight decay,
 blocks of 128. The target is the validation loss of the first variant after 80 % of its steps; variants see
@@ -47,8 +47,6 @@ TARGET_AT = 0.8
 WARMUP = 0.05
 COUNTED = range(41, 61)
 """Steps whose operations are counted: every phase of an interval of 1, 2, 4, 5, 10 or 20 is among them."""
-LARGEST_SHARE = 0.25
-"""Of a training step that the optimizer should take on the smoke workloads."""
 
 
 @dataclass(frozen=True)
@@ -294,43 +292,6 @@ STUDIES: dict[str, Callable[[], list[Variant]]] = {
     "refresh": refresh_variants,
     "statistics": statistics_variants,
 }
-
-
-def share_rows(workloads: Sequence[str], num_steps: int) -> list[dict[str, Any]]:
-    """The default optimizer's share of a training step on each smoke workload."""
-    rows = []
-    for workload in workloads:
-        course = train(workload, Variant("default", refresh=StaggeredRefresh(100)), num_steps)
-        rows.append(
-            {
-                "workload": workload,
-                "update_ms": 1e3 * statistics.median(course.update_seconds),
-                "other_ms": 1e3 * statistics.median(course.other_seconds),
-                "share": course.share,
-                "limit": LARGEST_SHARE,
-            }
-        )
-    return rows
-
-
-SHARE_COLUMNS = {
-    "workload": "workload",
-    "update_ms": "update ms",
-    "other_ms": "all else ms",
-    "share": "share",
-    "limit": "limit",
-}
-
-
-def run_share(workloads: Sequence[str], folder: Path, num_steps: int = 12) -> None:
-    """Print and write the optimizer's share on the smoke workloads of the given names."""
-    names = [name for name in workloads if name in WORKLOADS]
-    publish(
-        "Share: of the optimizer in a training step of the smoke workloads, blocks of 128",
-        share_rows(names, num_steps),
-        SHARE_COLUMNS,
-        folder,
-    )
 
 
 def main() -> None:

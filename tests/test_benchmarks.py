@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counts, memory, methods, timing
+from benchmarks import counts, memory, methods, share, timing
 from benchmarks.tables import publish, text_table
 from benchmarks.training import Course
 
@@ -76,3 +76,11 @@ def test_steps_to_target_are_interpolated() -> None:
     assert course.steps_to(1.5) == 10
     assert course.steps_to(0.7) == pytest.approx(17.5)
     assert course.steps_to(0.1) is None
+
+
+def test_the_optimizers_share_is_a_part_of_the_step(tmp_path: Path) -> None:
+    share.run(["mnist", "not a smoke workload"], tmp_path)
+    (row,) = json.loads((tmp_path / "share.json").read_text())["rows"]
+    assert 0.0 < row["update_ms"] < row["step_ms"]
+    assert row["share"] == pytest.approx(row["update_ms"] / row["step_ms"])
+    assert 0.0 < row["share_with_refreshes"] < 1.0

@@ -1,0 +1,107 @@
+"""The optimizer's share of a training step of the submission on the smoke workloads.
+
+A step is what the benchmark's clock sees of it: the next batch, forward, backward, update. Times are of the
+processor on one thread, so that other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.tables import publish
+from submission import submission
+from workloads_smoke.registry import WORKLOADS, load_workload
+
+LARGEST_SHARE = 0.25
+"""Of a training step that the optimizer should take."""
+NUM_STEPS = 60
+FIRST_STEPS = 20
+"""Not looked at: these allocate memory."""
+
+
+@dataclass
+class _Clock:
+    """Seconds of steps and of the updates in them."""
+
+    steps: list[float] = field(default_factory=list)
+    updates: list[float] = field(default_factory=list)
+    begun: float = 0.0
+
+    def begin_update(self, *_: Any) -> None:
+        """A hook before the optimizer's step."""
+        self.begun = time.thread_time()
+
+    def end_update(self, *_: Any) -> None:
+        """A hook after the optimizer's step."""
+        self.updates.append(time.thread_time() - self.begun)
+
+
+def measure(workload_name: str, num_steps: int = NUM_STEPS) -> dict[str, Any]:
+    """A row of the table: median step and update in milliseconds, and shares.
+
+    Args:
+        workload_name: Of a smoke workload.
+        num_steps: Steps to take, those at the beginning that do not count included.
+    """
+    torch.set_num_threads(1)
+    workload: Any = load_workload(workload_name)
+    torch.manual_seed(0)
+    model, model_state = workload.init_model_fn([0, 1])
+    state = submission.init_optimizer_state(workload, model, model_state, None, [0, 2])
+    clock = _Clock()
+    state["optimizer"].register_step_pre_hook(clock.begin_update)
+    state["optimizer"].register_step_post_hook(clock.end_update)
+    batches = workload._build_input_queue([0, 3], "train", "", workload.smoke_batch_size)
+    for step in range(num_steps):
+        begun = time.thread_time()
+        batch = next(batches)
+        state, model, model_state = submission.update_params(
+            workload,
+            model,
+            None,
+            model_state,
+            None,
+            batch,
+            workload.loss_type,
+            state,
+            [],
+            step,
+            [0, 4],
+        )
+        clock.steps.append(time.thread_time() - begun)
+    steps, updates = clock.steps[FIRST_STEPS:], clock.updates[FIRST_STEPS:]
+    return {
+        "workload": workload_name,
+        "step_ms": 1e3 * statistics.median(steps),
+        "update_ms": 1e3 * statistics.median(updates),
+        "share": statistics.median(updates) / statistics.median(steps),
+        "share_with_refreshes": sum(updates) / sum(steps),
+        "limit": LARGEST_SHARE,
+    }
+
+
+COLUMNS = {
+    "workload": "workload",
+    "step_ms": "step ms",
+    "update_ms": "update ms",
+    "share": "share",
+    "share_with_refreshes": "with refreshes",
+    "limit": "limit",
+}
+
+
+def run(workloads: Sequence[str], folder: Path) -> None:
+    """Print and write the shares on the smoke workloads of the given names."""
+    publish(
+        "Share: of the optimizer in a step of the submission's default setting on smoke workloads",
+        [measure(name) for name in workloads if name in WORKLOADS],
+        COLUMNS,
+        folder,
+    )
