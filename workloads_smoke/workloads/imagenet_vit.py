@@ -12,7 +12,7 @@ from workloads_smoke.workloads.base import WorkloadFacts
 from workloads_smoke.workloads.imagenet_resnet import ImagenetResNetWorkload
 from workloads_smoke.workloads.layers import lecun_normal_
 
-PATCH = 4
+PATCH = 6
 
 
 class SelfAttention(nn.Module):
@@ -147,7 +147,7 @@ class ImagenetVitWorkload(ImagenetResNetWorkload):
         num_validation_examples=1_200,
         num_test_examples=1_200,
         eval_batch_size=400,
-        step_hint=800,
+        step_hint=1400,
         max_allowed_runtime_sec=400,
         eval_period_time_sec=2,
     )
