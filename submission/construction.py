@@ -15,6 +15,7 @@ from shampoo_core import (
     PrimalAveraging,
     ScheduleFree,
     ShampooConfig,
+    SpectralConfig,
     WeightEMA,
 )
 from shampoo_core.averaging import AveragingConfig
@@ -44,9 +45,12 @@ def build_optimizer(
         pace: The setting's time scales for this run.
         refresh: When roots and bases are recomputed.
     """
+    spectral = hyperparameters.preconditioner == "spectral"
     # A group more costs time, so that it has to have a reason.
-    apart = hyperparameters.embedding_rate_factor != 1.0
-    routes = routed(model, parameter_types, pace.max_block_size, embeddings_apart=apart)
+    apart = spectral or hyperparameters.embedding_rate_factor != 1.0
+    # A block cut out of a matrix has other singular vectors, however short the run.
+    size = hyperparameters.max_block_size if spectral else pace.max_block_size
+    routes = routed(model, parameter_types, size, embeddings_apart=apart)
     groups = [
         {"params": parameters, **_options(chosen, hyperparameters)}
         for chosen, parameters in routes.items()
@@ -73,11 +77,13 @@ def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
         "lr": rate,
         "initial_lr": rate,
     }
-    if chosen.kind is Kind.MATRIX:
+    spectral = hyperparameters.preconditioner == "spectral"
+    # Rows of an embedding meet in no product: as a matrix it has no norm that means anything.
+    if chosen.kind is Kind.MATRIX and not (spectral and chosen.is_embedding):
         return {**options, "preconditioner": _preconditioner(hyperparameters)}
     # An elementwise method needs no blocks: one vector per parameter.
     options.update(preconditioner=AdamConfig(), target_order=1)
-    if chosen.kind is Kind.TABLE:
+    if chosen.kind is not Kind.DIAGONAL:
         # But ranks share the work by blocks, and a table can be most of a model.
         options["max_block_size"] = TABLE_BLOCK_ROWS
     if chosen.kind is Kind.TABLE and hyperparameters.averaging == "weight_ema":
@@ -89,7 +95,11 @@ def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
 
 def _preconditioner(
     hyperparameters: Hyperparameters,
-) -> ShampooConfig | EigenvalueCorrectedConfig:
+) -> ShampooConfig | EigenvalueCorrectedConfig | SpectralConfig:
+    if hyperparameters.preconditioner == "spectral":
+        return SpectralConfig(
+            momentum=1.0 - hyperparameters.one_minus_beta1, nesterov=hyperparameters.nesterov
+        )
     exponent = hyperparameters.inverse_exponent
     if hyperparameters.preconditioner == "shampoo":
         return ShampooConfig(exponent=exponent)

@@ -76,7 +76,7 @@ class Hyperparameters:
     #: Decay rate of a second momentum, on the preconditioned direction; 0 has none.
     momentum: float = _number(_PROPER_FRACTION)
     #: Method for weights that are matrices or convolutions.
-    preconditioner: str = _choice("shampoo", "eigenvalue_corrected")
+    preconditioner: str = _choice("shampoo", "eigenvalue_corrected", "spectral")
     #: Power to which each side's factor is inverted; None is the method's own default.
     inverse_exponent: float | None = _number(_DECAY, optional=True)
     #: Largest side of a preconditioned block.

@@ -75,7 +75,7 @@ def test_is_frozen() -> None:
         ("grad_clip", 0.0, "must be a number in (0, inf) or null"),
         ("label_smoothing", None, "must be a number in [0, 1)"),
         ("nesterov", 1, "must be true or false"),
-        ("preconditioner", "adam", "must be one of shampoo, eigenvalue_corrected"),
+        ("preconditioner", "adam", "must be one of shampoo, eigenvalue_corrected, spectral"),
         ("schedule", "step", "must be one of cosine, linear, trapezoid, constant"),
     ],
 )
@@ -100,7 +100,8 @@ def test_the_tuning_space_has_five_different_good_points() -> None:
     points = json.loads(TUNING_SEARCH_SPACE.read_text())
     settings = [Hyperparameters.from_namespace(point) for point in points]
     assert len(settings) == len(set(settings)) == 5
-    assert {setting.preconditioner for setting in settings} == {"shampoo", "eigenvalue_corrected"}
+    methods = {setting.preconditioner for setting in settings}
+    assert methods == {"shampoo", "eigenvalue_corrected", "spectral"}
     # The harness takes the names of the first point for all.
     assert len({tuple(point) for point in points}) == 1
 

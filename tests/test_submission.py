@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from toy_workload import Run, assert_equal, namespace
 
+from shampoo_core import AdamConfig, SpectralConfig
 from submission import submission
 from submission.hyperparameters import Hyperparameters
 from submission.objective import mean_loss, training_mode
@@ -100,6 +101,22 @@ def test_embeddings_have_a_learning_rate_of_their_own() -> None:
             has_table = any(weight is table for weight in group["params"])
             assert group["lr"] == (4.0 if has_table else 1.0) * schedule(step)
             assert not has_table or len(group["params"]) == 1
+
+
+def test_the_spectral_method_takes_whole_matrices_and_leaves_embeddings_to_adam() -> None:
+    run = Run(namespace(preconditioner="spectral", max_block_size=4096), step_hint=20)
+    groups = run.state["optimizer"].param_groups
+    taken = {
+        name: (group["preconditioner"], group["max_block_size"])
+        for name, weight in run.model.named_parameters()
+        for group in groups
+        if any(weight is one for one in group["params"])
+    }
+    spectral = SpectralConfig(momentum=0.9)
+    for name in ("conv.weight", "head.weight"):
+        assert taken[name] == (spectral, 4096)  # also in a run of twenty steps
+    for name in ("position_embedding.weight", "norm.weight", "conv.bias"):
+        assert taken[name][0] == AdamConfig()
 
 
 def test_reports_now_and_then_only() -> None:

@@ -7,7 +7,7 @@ import torch
 from toy_workload import Run, assert_equal, namespace
 
 AVERAGES = ("weight_ema", "schedule_free", "primal")
-PRECONDITIONERS = ("shampoo", "eigenvalue_corrected")
+PRECONDITIONERS = ("shampoo", "eigenvalue_corrected", "spectral")
 
 
 @pytest.fixture(params=AVERAGES)
