@@ -59,7 +59,8 @@ class Hyperparameters:
             and what is allowed.
     """
 
-    #: Peak learning rate, in units of an Adam step.
+    #: Peak learning rate, in units of an Adam step; for matrices under the spectral method the largest
+    #: singular value of a step.
     learning_rate: float = _number(_POSITIVE)
     #: Embeddings learn at this many times the rate.
     embedding_rate_factor: float = _number(_POSITIVE)
@@ -79,7 +80,8 @@ class Hyperparameters:
     preconditioner: str = _choice("shampoo", "eigenvalue_corrected", "spectral")
     #: Power to which each side's factor is inverted; None is the method's own default.
     inverse_exponent: float | None = _number(_DECAY, optional=True)
-    #: Largest side of a preconditioned block.
+    #: Largest side of a preconditioned block. Lowered in short runs, see pace.py, but not for the
+    #: spectral method, which is about whole matrices.
     max_block_size: int = _number(Interval(1, 2**20), whole=True)
     #: Most steps between two refreshes of a root or basis. Shortened in short runs, see pace.py.
     refresh_interval: int = _number(Interval(1, 2**20), whole=True)
