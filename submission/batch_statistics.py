@@ -2,27 +2,26 @@
 
 Training collects the statistics of the training weights. Averaged weights give other activations,
 and a batch norm that normalises them with the old numbers can cost more than averaging gains. So
-the model looks at a few recent batches once more before an evaluation, on the clock.
+the model looks at the last few batches once more before an evaluation, on the clock.
+
+A running statistic that keeps the share s of its old value over these passes ends at s old + (1 - s) new,
+new being the mean over the passes. It is solved for new: nothing of the old weights is left, and a few
+passes do what decay alone would take thirty for, or three thousand.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .objective import logits_of
 
-#: Recent batches that are kept.
+#: Recent batches that are kept, and looked at once each.
 KEPT_BATCHES = 8
-#: Forward passes go on until the old statistics weigh no more than this ...
-OLD_SHARE = 0.05
-#: ... but never for longer than this.
-MOST_PASSES = 32
 
 
 class RecentBatches:
@@ -34,20 +33,17 @@ class RecentBatches:
     """
 
     def __init__(self, model: nn.Module, averaging: bool) -> None:
-        self._momenta = momenta(model) if averaging else []
+        self._are_needed = averaging and bool(modules_with_statistics(model))
         self._batches: deque[Mapping[str, Any]] = deque(maxlen=KEPT_BATCHES)
 
     def keep(self, batch: Mapping[str, Any]) -> None:
         """Keep a batch, or nothing where none is needed."""
-        if self._momenta:
+        if self._are_needed:
             self._batches.append(batch)
 
-    def in_turn(self) -> list[Mapping[str, Any]]:
-        """Return the kept batches, over and over, as often as the statistics need."""
-        if not self._batches:
-            return []
-        passes = passes_needed(self._momenta)
-        return [self._batches[index % len(self._batches)] for index in range(passes)]
+    def kept(self) -> list[Mapping[str, Any]]:
+        """Return the kept batches, the oldest first."""
+        return list(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: a resumed run has new batches before its next evaluation."""
@@ -59,31 +55,20 @@ class RecentBatches:
         self._batches.clear()
 
 
-def momenta(model: nn.Module) -> list[float]:
-    """Return the update rate of every running mean in the model, in (0, 1].
+class _Statistics(NamedTuple):
+    """Running statistics of a module at some time."""
 
-    A rate of None, torch's cumulative average, counts as slow: it never forgets.
-    """
-    rates: list[Any] = [
-        module.momentum
-        for module in model.modules()
-        if getattr(module, "running_mean", None) is not None
+    mean: Tensor
+    variance: Tensor
+    num_updates: int | None
+    """Ever made; None where the module does not count."""
+
+
+def modules_with_statistics(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that keep a running mean and variance of what they see in training."""
+    return [
+        module for module in model.modules() if getattr(module, "running_mean", None) is not None
     ]
-    return [0.0 if rate is None else float(rate) for rate in rates]
-
-
-def passes_needed(rates: Iterable[float]) -> int:
-    """Return how many updates bring the share of old statistics down to `OLD_SHARE`.
-
-    >>> passes_needed([0.1]), passes_needed([1.0]), passes_needed([0.001])
-    (29, 1, 32)
-    """
-    slowest = min(rates)
-    if slowest >= 1.0 - OLD_SHARE:
-        return 1
-    if slowest <= 0.0:
-        return MOST_PASSES
-    return min(MOST_PASSES, math.ceil(math.log(OLD_SHARE) / math.log1p(-slowest)))
 
 
 @torch.no_grad()
@@ -95,7 +80,49 @@ def refresh(
     rng: Any,
     dropout_rate: float | None,
 ) -> Any:
-    """Run the model forward on `batches` for its batch statistics; return the new model state."""
+    """Replace the model's batch statistics by those of `batches`; return the new model state.
+
+    Without batches the statistics stay as they are.
+    """
+    batches = list(batches)
+    if not batches:
+        return model_state
+    modules = modules_with_statistics(model)
+    old = [_statistics(module) for module in modules]
     for batch in batches:
         _, model_state = logits_of(workload, model, model_state, batch, rng, dropout_rate)
+    for module, before in zip(modules, old, strict=True):
+        share = kept_share(module, before.num_updates, len(batches))
+        if share < 1.0:
+            _remove(module.running_mean, before.mean, share)
+            _remove(module.running_var, before.variance, share).clamp_min_(0.0)
     return model_state
+
+
+def kept_share(module: Any, updates_before: int | None, num_passes: int) -> float:
+    """Return the share of the old statistics in a module's present ones, in [0, 1].
+
+    Args:
+        module: With an update rate `momentum`; None is torch's cumulative average.
+        updates_before: How many updates the module had counted; None if it does not count, then each
+            pass is taken for one.
+        num_passes: Forward passes since.
+    """
+    updates = num_passes
+    if updates_before is not None:
+        updates = int(module.num_batches_tracked) - updates_before
+    if module.momentum is None:
+        return (updates_before or 0) / max((updates_before or 0) + updates, 1)
+    return float((1.0 - module.momentum) ** updates)
+
+
+def _statistics(module: Any) -> _Statistics:
+    tracked = getattr(module, "num_batches_tracked", None)
+    num_updates = None if tracked is None else int(tracked)
+    return _Statistics(module.running_mean.clone(), module.running_var.clone(), num_updates)
+
+
+def _remove(statistic: Any, old: Tensor, share: float) -> Tensor:
+    """Solve ``statistic = share * old + (1 - share) * new`` for new, in place."""
+    solved: Tensor = statistic.sub_(old, alpha=share).div_(1.0 - share)
+    return solved

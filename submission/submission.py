@@ -123,7 +123,7 @@ def prepare_for_eval(
     if checkpoints_are_saved():
         # Rank 0 saves after this evaluation, alone: it needs the other ranks' state, too.
         optimizer.gather_state()
-    batches = optimizer_state["recent_batches"].in_turn()
+    batches = optimizer_state["recent_batches"].kept()
     dropout_rate = Hyperparameters.from_namespace(hyperparameters).dropout_rate
     model_state = refresh(
         workload, current_param_container, model_state, batches, rng, dropout_rate
