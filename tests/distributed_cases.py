@@ -57,9 +57,9 @@ class Case:
 
 
 FULL_RANK = 5
-"""First step at which every factor of the blocks has had gradients enough to have full rank. Before, rounding
-turns its eigenbasis: results of a batch and of its parts need not be bitwise equal, and are not on every
-processor."""
+"""First step at which every factor of the blocks has had gradients enough to have full rank. Before,
+rounding turns its eigenbasis: results of a batch and of its parts need not be bitwise equal, and are not
+on every processor."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "shampoo": {"refresh": FixedRefresh(3)},
