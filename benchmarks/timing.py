@@ -1,9 +1,10 @@
 """Seconds of a step on the shapes of real models, beside AdamW's and beside the products alone.
 
-The floor is as many operations as the step's matrix products, as products of square matrices: what is
-left when everything else costs nothing. Candidates take turns, the floor among them, so that a machine that
-slows down slows them all; compared are the shortest times, in seconds of the processor on one thread, which
-other work distorts least.
+The floor is as many multiplications and additions as the method's matrix products have, in products of
+square matrices: what is left when everything else costs nothing. Our step forms symmetric products by their
+upper triangle, so that it does fewer; how many is another column. Candidates take turns, the floor among
+them, so that a machine that slows down slows them all; compared are the shortest times, in seconds of the
+processor on one thread, which other work distorts least.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.counts import count_steps
 from benchmarks.models import workload_parameters
 from benchmarks.peers import MakePeer, available
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
+from shampoo_core.costs import plain_step_flops
+from shampoo_core.counting import OperationCounter
 from shampoo_core.model_shapes import official_workloads
 
 WORKLOADS = ("imagenet_resnet", "imagenet_vit", "librispeech_conformer", "ogbg")
@@ -61,11 +63,10 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def candidates(workload: str, *, refresh: bool) -> dict[str, Step]:
-    """Steps of AdamW, of ours, and of the peers at hand where refreshes are measured."""
+def candidates(workload: str, floor: Step, *, refresh: bool) -> dict[str, Step]:
+    """Steps of AdamW, of the floor, of ours, and of the peers at hand where refreshes are measured."""
     adamw = torch.optim.AdamW(workload_parameters(workload, "cpu"), betas=BETAS, foreach=True)
     optimizer = _ours(workload, ShampooConfig(), refresh=refresh)
-    floor = products(count_steps(workload, ShampooConfig())[0].flops)
     steps: dict[str, Step] = {"AdamW": adamw.step, FLOOR: floor, "ours": optimizer.step}
     if refresh:
         # The peers precondition vectors too.
@@ -74,6 +75,13 @@ def candidates(workload: str, *, refresh: bool) -> dict[str, Step]:
         for name, make in available()[0].items():
             steps[name] = _theirs(workload, make)
     return steps
+
+
+def method_flops(workload: str) -> float:
+    """Of the products that define a plain step of Shampoo: Gram matrices and preconditioning in full."""
+    (engine,) = DistributedShampoo(workload_parameters(workload), max_wave_numel=None)._engines[0]
+    layouts = engine.stack_set.layouts
+    return sum(layout.num_blocks * plain_step_flops(layout.block_shape) for layout in layouts)
 
 
 def _ours(workload: str, config: ShampooConfig, *, refresh: bool) -> DistributedShampoo:
@@ -111,7 +119,10 @@ def time_workload(workload: str, cycles: int, *, refresh: bool) -> list[dict[str
         cycles: How often three plain steps, and a refresh, are measured.
         refresh: Whether to measure steps that refresh everything: on a CPU these take seconds.
     """
-    rounds = interleaved(candidates(workload, refresh=refresh), CYCLE * (1 + cycles))
+    flops = method_flops(workload)
+    steps = candidates(workload, products(flops), refresh=refresh)
+    rounds = interleaved(steps, CYCLE * (1 + cycles))
+    done = {name: _flops(steps[name]) / flops for name in steps if name.startswith("ours")}
     plain = {name: _shortest(seconds, plain=True) for name, seconds in rounds.items()}
     rows = []
     for name, seconds in plain.items():
@@ -122,6 +133,7 @@ def time_workload(workload: str, cycles: int, *, refresh: bool) -> list[dict[str
             "to_adamw": seconds / plain["AdamW"],
             "to_floor": seconds / plain[FLOOR],
             "limit": LIMIT_TO_FLOOR if name == "ours" else None,
+            "arithmetic": done.get(name),
         }
         if refresh and name not in ("AdamW", FLOOR):
             refreshed = _shortest(rounds[name], plain=False)
@@ -142,6 +154,12 @@ def _shortest(seconds: Sequence[float], *, plain: bool) -> float:
     )
 
 
+def _flops(step: Step) -> float:
+    with OperationCounter() as counter:
+        step()
+    return counter.flops
+
+
 def _seconds(step: Step) -> float:
     start = time.process_time()
     step()
@@ -155,6 +173,7 @@ COLUMNS = {
     "to_adamw": "to AdamW",
     "to_floor": "to floor",
     "limit": "limit",
+    "arithmetic": "arithmetic",
     "refresh_ms": "refresh ms",
     **{f"mean_{interval}_ms": f"mean at {interval}" for interval in INTERVALS},
 }
@@ -178,7 +197,7 @@ def run(
         rows,
         COLUMNS,
         folder,
-        "\n".join(missing),
+        "\n".join(["arithmetic: products done, in units of the floor's.", *missing]),
     )
 
 

@@ -12,7 +12,7 @@ from shampoo_core.blocking import Tile, merge_dimensions, tiles_of
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.base import Exchange
 from shampoo_core.exchange.choice import Exchanges
-from shampoo_core.groups import constant_options, grafting_of, state_dtype
+from shampoo_core.groups import constant_options, grafting_of, state_dtype, wave_limit
 from shampoo_core.stacks import StackSet
 
 
@@ -66,7 +66,7 @@ def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> I
         grafting=grafting_of(group),
         refresh=refresh,
     )
-    limit = group["max_wave_numel"]
+    limit = wave_limit(group, whole.device, sends=exchange.sends)
     for wave in division.waves(limit):
         yield Engine(
             exchange,

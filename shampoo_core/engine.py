@@ -22,6 +22,7 @@ from shampoo_core.averaging import (
     Descent,
     StepOptions,
     TrainingWeights,
+    Update,
 )
 from shampoo_core.exchange.base import Collected, Exchange
 from shampoo_core.exchange.division import Division
@@ -85,8 +86,8 @@ class Engine:
         gradients: Sequence[Tensor | None],
         step: int,
         options: StepOptions,
-    ) -> list[Tensor] | None:
-        """Learn from gradients, and return what to add to the weights of the rank's own blocks.
+    ) -> Update | None:
+        """Learn from gradients, and return what to do to the weights of the rank's own blocks.
 
         Args:
             collected: Gradients as stacks, changed in place, and weights.
@@ -95,7 +96,7 @@ class Engine:
             options: Current learning rate and weight decay.
 
         Returns:
-            Stacks, or None where nothing moves.
+            The change, or None where nothing moves.
         """
         if self._parts is None:
             return None
@@ -113,12 +114,17 @@ class Engine:
             direction = direction._replace(scale=direction.scale * options.direction_shrink)
         return averaging.update(direction, weights, guarded.is_open, options)
 
-    def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
-        """Evaluated minus training weights as stacks; None where these are the same."""
-        return None if self._parts is None else self._parts.averaging.evaluation_shift(weights)
+    def evaluation_shift(self, weights: TrainingWeights) -> Update | None:
+        """Evaluated minus training weights; None where these are the same."""
+        parts = self._parts
+        shift = None if parts is None else parts.averaging.evaluation_shift(weights)
+        return None if shift is None else Update(shift)
 
     def state(self) -> StackState:
-        """All state that a checkpoint has to keep, by stack."""
+        """All state that a checkpoint has to keep, by stack: the live tensors, brought up to date.
+
+        Steps leave alone what nobody reads, the lower triangle of a symmetric matrix.
+        """
         if self._parts is None:
             return []
         preconditioner, averaging, guard = self._parts

@@ -80,8 +80,9 @@ class GradientGuard:
         if presence is not None:
             is_open = is_open * presence
             closed = is_open == 0
-        for stack, mask in zip(stacks, self._stack_set.split(closed), strict=True):
-            stack.masked_fill_(mask, 0.0)
+        # Zero times NaN is NaN. Both are faster than filling under a mask, and two operations for all.
+        self._stack_set.flat(stacks).nan_to_num_(0.0, 0.0, 0.0)
+        torch._foreach_mul_(stacks, self._stack_set.split(is_open))
         return StackedGradients(stacks, is_open, presence)
 
     def _presence_of(self, gradients: Sequence[Tensor | None]) -> Tensor | None:

@@ -20,6 +20,10 @@ CHANGEABLE = ("lr", "weight_decay", "initial_lr", "step")
 """Options that may change during training; a checkpoint sets them. All others are part of the state's
 shape or meaning and have to agree with the checkpoint's."""
 
+CPU_WAVE_NUMEL = 2**20
+"""Numbers in a wave by default on a CPU: a stack of as many is 4 MB, which the C library's allocator hands
+out again and again, where larger ones come from the system, page by page, at every step."""
+
 WITHOUT_MEANING = ("max_wave_numel",)
 """Options that neither results nor the state in a checkpoint depend on: they may differ from it, and
 are not taken from it."""
@@ -49,7 +53,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_choice(OWNER, "weight_decay_kind", group["weight_decay_kind"], WEIGHT_DECAY_KINDS)
     check_count(OWNER, "max_block_size", group["max_block_size"])
     check_count(OWNER, "target_order", group["target_order"])
-    check_count(OWNER, "max_wave_numel", group["max_wave_numel"])
+    if group["max_wave_numel"] != "auto":
+        check_count(OWNER, "max_wave_numel", group["max_wave_numel"])
     check_choice(
         OWNER, "merge_direction", group["merge_direction"], ("right_to_left", "left_to_right")
     )
@@ -130,6 +135,20 @@ def grafting_of(group: Mapping[str, Any]) -> GraftingConfig | None:
         return chosen
     named: GraftingConfig | None = group["grafting"]
     return named
+
+
+def wave_limit(group: Mapping[str, Any], device: torch.device, *, sends: bool) -> int | None:
+    """Most numbers that are stepped at once, None for all.
+
+    Args:
+        group: A parameter group.
+        device: Of its state.
+        sends: Whether every wave costs a message.
+    """
+    if group["max_wave_numel"] == "auto":
+        return CPU_WAVE_NUMEL if device.type == "cpu" and not sends else None
+    limit: int | None = group["max_wave_numel"]
+    return limit
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:

@@ -80,7 +80,9 @@ class DistributedShampoo(torch.optim.Optimizer):
             that half of the largest stack keeps it below twice that; `shampoo_core.plan` counts it
             for any model. The price is some 30 operations per wave, a host synchronisation per wave
             that refreshes, and with several ranks a message each way per wave. None steps everything
-            at once. Changes results by no more than rounding; checkpoints do not depend on it.
+            at once, and so does ``"auto"``, except on a CPU that shares its work with no other rank: there
+            waves of a million numbers are quicker, since small tensors are cheap to allocate. Changes
+            results by no more than rounding; checkpoints do not depend on it.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
@@ -114,7 +116,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         averaging: AveragingConfig | None = None,
         bias_correction: bool = True,
         momentum_normaliser: MomentumNormaliser = "exact",
-        max_wave_numel: int | None = None,
+        max_wave_numel: int | Literal["auto"] | None = "auto",
         distributed: Distribution | Literal["auto"] | None = "auto",
     ) -> None:
         defaults = dict(
@@ -304,6 +306,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         group = None if self._exchanges is None else self._exchanges.group
         if group is None:
             return 0
+        self._bring_state_up_to_date()
         states = [
             self.state.get(parameter, {})
             for param_group in self.param_groups
@@ -323,6 +326,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             ``param_groups``: options in plain form, configurations as dicts;
             ``complete``: whether the state of all blocks is there.
         """
+        self._bring_state_up_to_date()
         state_dict = super().state_dict()
         state_dict["param_groups"] = [describe(group) for group in state_dict["param_groups"]]
         state_dict["complete"] = self._is_complete()
@@ -334,6 +338,12 @@ class DistributedShampoo(torch.optim.Optimizer):
         state_dict["evaluates"] = self._evaluates
         state_dict["format_version"] = FORMAT_VERSION
         return state_dict
+
+    def _bring_state_up_to_date(self) -> None:
+        """`self.state` views the live tensors; see `Engine.state`."""
+        for engines in self._engines:
+            for engine in engines:
+                engine.state()
 
     def _is_complete(self) -> bool:
         group = None if self._exchanges is None else self._exchanges.group

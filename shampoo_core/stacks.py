@@ -117,6 +117,11 @@ class StackSet:
             piece.view(layout.shape) for piece, layout in zip(pieces, self.layouts, strict=True)
         ]
 
+    def flat(self, stacks: Sequence[Tensor]) -> Tensor:
+        """The flat tensor that `views` made stacks of, (numel,); a view."""
+        first = stacks[0]
+        return first.as_strided((self.numel,), (1,), first.storage_offset())
+
     def zeros(self) -> list[Tensor]:
         """One zero tensor per stack, each with its own storage."""
         return [
@@ -201,13 +206,36 @@ class StackSet:
             if tile.parameter not in merged:
                 merged[tile.parameter] = _merged(tensors[tile.parameter], tile.merged_shape)
             sources.append(_tile_view(merged[tile.parameter], tile))
-        per_stack = zip(self.split(factors), stacks, strict=True)
-        factor_slots = self.tile_slots([factor.expand_as(stack) for factor, stack in per_stack])
-        torch._foreach_addcmul_(self.tile_slots(stacks), sources, factor_slots, value=scale)
+        slots = self.tile_slots(stacks)
+        torch._foreach_addcmul_(slots, sources, self._spread(factors, stacks), value=scale)
 
-    def add_to(self, tensors: Sequence[Tensor], stacks: Sequence[Tensor]) -> None:
-        """Add every block to its place in parameter-shaped ``tensors``, in place."""
-        add_tiles(tensors, self.tiles, self.tile_slots(stacks))
+    def add_to(
+        self,
+        tensors: Sequence[Tensor],
+        stacks: Sequence[Tensor],
+        scale: Tensor | None = None,
+        growth: Tensor | None = None,
+    ) -> None:
+        """``tensor <- tensor + growth * tensor + scale * stack`` for every block in its place.
+
+        Args:
+            tensors: Parameter-shaped; changed in place.
+            stacks: What is added.
+            scale: Block vector; None is 1.
+            growth: Block vector; None is 0.
+        """
+        add_tiles(
+            tensors,
+            self.tiles,
+            self.tile_slots(stacks),
+            None if scale is None else self._spread(scale, stacks),
+            None if growth is None else self._spread(growth, stacks),
+        )
+
+    def _spread(self, block_vector: Tensor, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """A block vector as views, one per tile, of the shape of the tile's slot."""
+        per_stack = zip(self.split(block_vector), stacks, strict=True)
+        return self.tile_slots([part.expand_as(stack) for part, stack in per_stack])
 
     def tile_slots(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Views of the stacks, one per tile, of its `Tile.view_shape`."""
@@ -225,22 +253,43 @@ class StackSet:
         return slots
 
 
-def add_tiles(tensors: Sequence[Tensor], tiles: Sequence[Tile], slots: Sequence[Tensor]) -> None:
-    """Add tiles, `Tile.view_shape` each, to their places in parameter-shaped tensors, in place."""
+def add_tiles(
+    tensors: Sequence[Tensor],
+    tiles: Sequence[Tile],
+    slots: Sequence[Tensor],
+    scales: Sequence[Tensor] | None = None,
+    growths: Sequence[Tensor] | None = None,
+) -> None:
+    """``place <- place + growth * place + scale * slot`` for every tile, in place.
+
+    Args:
+        tensors: Parameter-shaped.
+        tiles: Whose places in these tensors are changed.
+        slots: What is added, `Tile.view_shape` each.
+        scales: Of the same shapes; None is 1.
+        growths: Likewise; None is 0.
+    """
     targets = []
     merged: dict[int, Tensor] = {}
     indirect: dict[int, Tensor] = {}
-    for tile, slot in zip(tiles, slots, strict=True):
+    for tile in tiles:
         if tile.parameter not in merged:
             view = _merged_view(tensors[tile.parameter].detach(), tile.merged_shape)
             if view is None:
-                view = indirect[tile.parameter] = slot.new_zeros(tile.merged_shape)
+                view = indirect[tile.parameter] = _merged(
+                    tensors[tile.parameter], tile.merged_shape
+                )
             merged[tile.parameter] = view
         targets.append(_tile_view(merged[tile.parameter], tile))
-    torch._foreach_add_(targets, list(slots))
-    for parameter, update in indirect.items():
+    if growths is not None:
+        torch._foreach_addcmul_(targets, targets, list(growths))
+    if scales is None:
+        torch._foreach_add_(targets, list(slots))
+    else:
+        torch._foreach_addcmul_(targets, list(slots), list(scales))
+    for parameter, changed in indirect.items():
         tensor = tensors[parameter].detach()
-        tensor.add_(update.view(tensor.shape))
+        tensor.copy_(changed.view(tensor.shape))
 
 
 def _tile_view(merged: Tensor, tile: Tile) -> Tensor:

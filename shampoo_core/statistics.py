@@ -156,6 +156,7 @@ class KroneckerFactors:
 
     def state(self) -> StackState:
         """The factors, one name per axis, and their weight unless it is the companion's."""
+        self._store.complete()
         per_stack = {}
         if self._companion is None:
             per_stack["weight"] = self._own_weight.split(self._stack_set.sizes)

@@ -57,11 +57,12 @@ def updates(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:
         update = None
         if any(gradient is not None for gradient in gradients):
             update = engine.step(collected, gradients, group["step"], chosen)
-        yield Result(engine.division, update, group["params"])
+        yield Result(engine.division, update, group["params"], collected.weights)
 
 
 def evaluation_shifts(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:
     """What brings training weights to those to evaluate."""
     requests = [Request(engine.division, group["params"], None, True) for engine, group, _ in tasks]
     for (engine, group, _), collected in zip(tasks, exchange.collect(requests), strict=True):
-        yield Result(engine.division, engine.evaluation_shift(collected.weights), group["params"])
+        shift = engine.evaluation_shift(collected.weights)
+        yield Result(engine.division, shift, group["params"], collected.weights)

@@ -21,6 +21,7 @@ from shampoo_core.averaging.base import (
     Descent,
     StepOptions,
     TrainingWeights,
+    Update,
 )
 from shampoo_core.averaging.fast_iterate import PrimalAveraging, ScheduleFree
 from shampoo_core.averaging.heavy_ball import HeavyBall
@@ -36,5 +37,6 @@ __all__ = [
     "ScheduleFree",
     "StepOptions",
     "TrainingWeights",
+    "Update",
     "WeightEMA",
 ]

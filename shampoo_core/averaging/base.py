@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,34 @@ class TrainingWeights(Protocol):
         """A copy of the weights."""
 
 
+class Update(NamedTuple):
+    """What a step does to the weights, block by block: ``W <- W + growth * W + scale * stacks``.
+
+    Not multiplied out: whoever holds the weights does it in two passes over memory, where stacks to be
+    added would have to be made first, in twice as many. Nobody may change ``stacks`` in place.
+    """
+
+    stacks: list[Tensor]
+    scale: Tensor | None = None
+    """Block vector; None is 1, without growth."""
+    growth: Tensor | None = None
+    """Block vector, negative for decay; None is 0."""
+
+    def to_add(self, stack_set: StackSet, weights: TrainingWeights) -> list[Tensor]:
+        """``growth * W + scale * stacks``, new unless nothing has to be done.
+
+        Args:
+            stack_set: Geometry.
+            weights: W; read only if there is growth.
+        """
+        if self.scale is None:
+            return self.stacks
+        stacks = list(torch._foreach_mul(self.stacks, stack_set.split(self.scale)))
+        if self.growth is not None:
+            weights.add_to(stacks, 1.0, self.growth)
+        return stacks
+
+
 class AveragingRule(Protocol):
     """State and step of one rule for one set of stacks."""
 
@@ -46,8 +74,8 @@ class AveragingRule(Protocol):
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
-    ) -> list[Tensor]:
-        """Return what has to be added to the training weights; 0 for closed blocks.
+    ) -> Update:
+        """Return what happens to the training weights; nothing to those of closed blocks.
 
         Args:
             direction: The search direction.
@@ -94,10 +122,11 @@ class Descent:
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
-    ) -> list[Tensor]:
+    ) -> Update:
         """See `AveragingRule`."""
         factors = -options.lr * is_open
-        return decayed(self._stack_set, direction, weights, options.direction_decay, factors)
+        growth = factors * options.direction_decay if options.direction_decay else None
+        return Update(direction.stacks, direction.scale * factors, growth)
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         """See `AveragingRule`."""
@@ -106,18 +135,3 @@ class Descent:
     def state(self) -> StackState:
         """See `AveragingRule`."""
         return stacked_state(len(self._stack_set), {})
-
-
-def decayed(
-    stack_set: StackSet,
-    direction: Direction,
-    weights: TrainingWeights,
-    decay: float,
-    factors: Tensor,
-) -> list[Tensor]:
-    """``factors * (direction + decay * weights)`` as new stacks; ``factors`` is a block vector."""
-    scales = stack_set.split(direction.scale * factors)
-    stacks = list(torch._foreach_mul(direction.stacks, scales))
-    if decay:
-        weights.add_to(stacks, decay, factors)
-    return stacks

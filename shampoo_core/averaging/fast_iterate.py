@@ -11,6 +11,7 @@ from shampoo_core.averaging.base import (
     AveragingRule,
     StepOptions,
     TrainingWeights,
+    Update,
 )
 from shampoo_core.config import check_choice, check_range
 from shampoo_core.filtering import Direction
@@ -135,7 +136,7 @@ class _FastIterateRule:
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
-    ) -> list[Tensor]:
+    ) -> Update:
         split, b = self._stack_set.split, self._interpolation
         y = weights.stacks()
         self._start(y, is_open)
@@ -153,7 +154,7 @@ class _FastIterateRule:
         torch._foreach_mul_(updates, split(c * is_open))
         torch._foreach_addcmul_(updates, u, split(b * (1.0 - c) - 1.0))
         torch._foreach_sub_(self.fast_iterate, u)
-        return list(updates)
+        return Update(list(updates))
 
     def averaging_weight(self, is_open: Tensor, lr: float) -> Tensor:
         """Block vector c: weight of the newest fast iterate in the average."""

@@ -11,7 +11,7 @@ from shampoo_core.averaging.base import (
     AveragingRule,
     StepOptions,
     TrainingWeights,
-    decayed,
+    Update,
 )
 from shampoo_core.config import check_range
 from shampoo_core.filtering import Direction
@@ -70,16 +70,19 @@ class _HeavyBallRule:
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
-    ) -> list[Tensor]:
+    ) -> Update:
         config, split = self._config, self._stack_set.split
         gain = is_open * (1.0 - config.dampening)
-        ascent = decayed(self._stack_set, direction, weights, options.direction_decay, gain)
+        growth = gain * options.direction_decay if options.direction_decay else None
+        ascent = Update(direction.stacks, direction.scale * gain, growth).to_add(
+            self._stack_set, weights
+        )
         torch._foreach_mul_(self.buffer, split(1.0 - (1.0 - config.momentum) * is_open))
         torch._foreach_add_(self.buffer, ascent)
         step: list[Tensor] = self.buffer
         if config.nesterov:
             step = list(torch._foreach_add(ascent, self.buffer, alpha=config.momentum))
-        return list(torch._foreach_mul(step, split(-options.lr * is_open)))
+        return Update(step, -options.lr * is_open)
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         return None

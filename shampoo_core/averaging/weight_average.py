@@ -20,6 +20,7 @@ from shampoo_core.averaging.base import (
     Descent,
     StepOptions,
     TrainingWeights,
+    Update,
 )
 from shampoo_core.config import check_count, check_range
 from shampoo_core.filtering import Direction
@@ -78,15 +79,15 @@ class _WeightEMARule(Descent):
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
-    ) -> list[Tensor]:
-        updates = super().update(direction, weights, is_open, options)
+    ) -> Update:
+        update = super().update(direction, weights, is_open, options)
         torch.maximum(self.moved, is_open, out=self.moved)
         if options.step % self._config.interval == 0:
             y = weights.stacks()
-            torch._foreach_add_(y, updates)
+            torch._foreach_add_(y, update.to_add(self._stack_set, weights))
             gain = is_open * (1.0 - self._config.decay)
             torch._foreach_lerp_(self.average, y, self._stack_set.split(gain))
-        return updates
+        return update
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         shift = torch._foreach_sub(self.average, weights.stacks())
@@ -145,16 +146,16 @@ class _LatestWeightAverageRule(Descent):
 
     def update(
         self, direction: Direction, weights: TrainingWeights, is_open: Tensor, options: StepOptions
-    ) -> list[Tensor]:
-        updates = super().update(direction, weights, is_open, options)
+    ) -> Update:
+        update = super().update(direction, weights, is_open, options)
         number, rest = divmod(options.step, self._config.interval)
         if rest == 0:
             place = (number - 1) % self._config.length
             y = weights.stacks()
-            torch._foreach_add_(y, updates)
+            torch._foreach_add_(y, update.to_add(self._stack_set, weights))
             torch._foreach_lerp_(self.copies[place], y, self._stack_set.split(is_open))
             torch.maximum(self.filled[place], is_open, out=self.filled[place])
-        return updates
+        return update
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         y = weights.stacks()

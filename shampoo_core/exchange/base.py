@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shampoo_core.averaging import TrainingWeights
+from shampoo_core.averaging import TrainingWeights, Update
 from shampoo_core.blocking import Shape
 from shampoo_core.exchange.division import Division
 from shampoo_core.stacks import StackSet
@@ -49,13 +49,23 @@ class Result(NamedTuple):
     """What is to be delivered for one division."""
 
     division: Division
-    updates: Sequence[Tensor] | None
-    """To be added to the parameters: stacks of the rank's own blocks, None for zero."""
+    update: Update | None
+    """Of the rank's own blocks; None where nothing moves."""
     parameters: Sequence[Tensor]
+    weights: TrainingWeights
+    """Of the rank's own blocks, as they were collected."""
+
+    def to_add(self) -> Sequence[Tensor] | None:
+        """What is to be added to the rank's own blocks, as stacks; None for zero."""
+        own = self.division.own
+        return None if self.update is None else self.update.to_add(own, self.weights)
 
 
 class Exchange(Protocol):
     """Three verbs; the optimizer knows nothing else about ranks."""
+
+    sends: bool
+    """Whether `collect` or `deliver` send messages."""
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """Decide who owns which blocks, the same on every rank.

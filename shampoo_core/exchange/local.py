@@ -13,6 +13,8 @@ from shampoo_core.stacks import StackSet
 class LocalExchange:
     """Needs no process group and sends nothing."""
 
+    sends = False
+
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """Everything is this rank's."""
         del cost_of
@@ -23,8 +25,13 @@ class LocalExchange:
         return map(slices, requests)
 
     def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
-        """Add blocks to parameters as they come."""
+        """Change parameters as results come."""
         del exact
-        for division, updates, parameters in results:
-            if updates is not None:
-                division.own.add_to(parameters, updates)
+        for result in results:
+            own, parameters = result.division.own, result.parameters
+            if result.update is None:
+                continue
+            if all(parameters[index].dtype == own.dtype for index in own.parameters):
+                own.add_to(parameters, *result.update)
+            else:  # what is kept in fewer bits should be rounded once, not in every pass
+                own.add_to(parameters, result.update.to_add(own, result.weights))

@@ -32,6 +32,8 @@ from shampoo_core.stacks import StackSet, add_tiles
 class ReplicatedExchange:
     """Shares the work on replicated parameters among the ranks of a process group."""
 
+    sends = True
+
     def __init__(
         self,
         group: dist.ProcessGroup,
@@ -92,10 +94,11 @@ class ReplicatedExchange:
         start = 0
         for result, length in zip(results, lengths[self._rank], strict=True):
             part = message[start : start + length]
-            if result.updates is None:
+            updates = result.to_add()
+            if updates is None:
                 part.zero_()
             else:
-                wire.write(result.division.own, result.updates, part)
+                wire.write(result.division.own, updates, part)
             start += length
         messages = message.new_empty(self._num_ranks * len(message))
         work = start_all_gather(messages, message, self._group)
@@ -104,16 +107,16 @@ class ReplicatedExchange:
     def _add(self, mail: _Mail) -> None:
         """Add what arrived from all ranks to the parameters."""
         starts = [0] * self._num_ranks
-        for index, (division, _, parameters) in enumerate(mail.results):
+        for index, result in enumerate(mail.results):
             tiles, slots = [], []
-            for rank, stack_set in enumerate(division.by_rank):
+            for rank, stack_set in enumerate(result.division.by_rank):
                 length = mail.lengths[rank][index]
                 part = mail.messages[rank, starts[rank] : starts[rank] + length]
                 starts[rank] += length
                 if stack_set.num_blocks:
                     tiles += stack_set.tiles
                     slots += stack_set.tile_slots(mail.wire.read(stack_set, part))
-            add_tiles([local_of(parameter) for parameter in parameters], tiles, slots)
+            add_tiles([local_of(parameter) for parameter in result.parameters], tiles, slots)
 
 
 class _Mail(NamedTuple):

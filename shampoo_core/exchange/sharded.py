@@ -32,6 +32,8 @@ from shampoo_core.stacks import StackSet
 class ShardedExchange:
     """Moves pieces of blocks among the ranks of a shard group."""
 
+    sends = True
+
     def __init__(
         self, group: dist.ProcessGroup, *, communication_dtype: torch.dtype | None = None
     ) -> None:
@@ -93,7 +95,9 @@ class ShardedExchange:
         """See `Exchange`; one all-to-all per device and dtype."""
         shipments = _Shipments(self._num_ranks)
         shards: list[tuple[Tensor, Tensor]] = []
-        for division, updates, parameters in results:
+        for result in results:
+            division, parameters = result.division, result.parameters
+            updates = result.to_add()
             route = self._route(division, parameters)
             shipment = shipments.on(division.own.device, division.own.dtype)
             rows: dict[int, Tensor] = {}

@@ -25,7 +25,7 @@ class Preconditioner(Protocol):
         """
 
     def state(self) -> StackState:
-        """All state that a checkpoint has to keep, by stack."""
+        """All state that a checkpoint has to keep, by stack: the live tensors, brought up to date."""
 
 
 class PreconditionerConfig(Protocol):

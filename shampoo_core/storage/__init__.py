@@ -35,7 +35,7 @@ from shampoo_core.refresh import FactorStackSize, whole_stacks
 from shampoo_core.stacks import StackSet
 from shampoo_core.storage.base import FactorStore, MatrixStore, StackStore
 from shampoo_core.storage.coded import CodedBases, CodedStacks, CodedSymmetric
-from shampoo_core.storage.dense import DenseMatrices, DenseStacks
+from shampoo_core.storage.dense import DenseFactors, DenseMatrices, DenseStacks
 from shampoo_core.storage.packed import PackedMatrices
 from shampoo_core.storage.quantization import Format
 
@@ -87,7 +87,7 @@ def factor_store(
         )
         for size in sizes
     )  # fmt: skip
-    return PackedMatrices(zeros) if storage == "packed" else DenseMatrices(zeros)
+    return PackedMatrices(zeros) if storage == "packed" else DenseFactors(zeros)
 
 
 def matrix_store(

@@ -44,6 +44,9 @@ class FactorStore(MatrixStore, Protocol):
     def scale(self, factors: Sequence[Tensor]) -> None:
         """Multiply matrix n of stack i by ``factors[i][n]``, in place."""
 
+    def complete(self) -> None:
+        """Bring up to date what is kept twice and was not needed so far, before `tensors` are looked at."""
+
     def add_grams(self, rows: Iterable[Tensor], *, decay: float, gain: float) -> None:
         """``A <- decay A + gain R R^T`` in place; R is (N, d, any number), one for every stack in turn."""
 

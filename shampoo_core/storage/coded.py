@@ -15,6 +15,7 @@ from torch import Tensor
 from shampoo_core.refresh import FactorSlice, FactorStackSize
 from shampoo_core.stacks import StackSet
 from shampoo_core.storage.base import batches
+from shampoo_core.storage.grams import add_gram, strip_bounds
 from shampoo_core.storage.joined import Joined, Run, copy_to, spread, taken
 from shampoo_core.storage.quantization import GROUP, CodedGroups, Format
 from shampoo_core.storage.triangles import triangle_indices
@@ -184,6 +185,9 @@ class CodedSymmetric:
         diagonals = self._places.by_stack(self._diagonals)
         torch._foreach_mul_(diagonals, [factor.view(-1, 1) for factor in factors])
 
+    def complete(self) -> None:
+        """See `FactorStore`; nothing is kept twice."""
+
     def add_grams(self, rows: Iterable[Tensor], *, decay: float, gain: float) -> None:
         """See `FactorStore`; a batch at a time."""
         remaining = iter(rows)
@@ -314,7 +318,7 @@ def _batches(sizes: Sequence[FactorStackSize], limit: int) -> list[list[FactorSl
 def _add_grams(stacks: Iterable[Tensor], rows: Iterator[Tensor], decay: float, gain: float) -> None:
     """A function of its own, which lets go of the stacks when it is done."""
     for matrices, own in zip(stacks, rows, strict=False):
-        matrices.baddbmm_(own, own.mT, beta=decay, alpha=gain)
+        add_gram(matrices, own, strip_bounds(own), decay=decay, gain=gain)
 
 
 def _apart(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from shampoo_core.refresh import FactorSlice
+from shampoo_core.storage.grams import add_gram, mirrored_parts, strip_bounds
 
 
 class DenseMatrices:
@@ -36,14 +38,48 @@ class DenseMatrices:
         """See `MatrixStore`."""
         torch._foreach_lerp_(self.read(where), list(new), [w.view(-1, 1, 1) for w in weights])
 
+
+class DenseFactors(DenseMatrices):
+    """Symmetric matrices that accumulate: the triangle below is filled in when somebody reads it."""
+
+    def __init__(self, initial: Iterable[Tensor]) -> None:
+        """Keep symmetric (N, d, d) tensors as they are."""
+        super().__init__(initial)
+        self._bounds: list[tuple[int, ...]] = [() for _ in self._matrices]
+        """Per stack, the strips that its Gram matrices are added in; none before the first."""
+
+    def read(self, where: Sequence[FactorSlice]) -> list[Tensor]:
+        """See `MatrixStore`; views."""
+        matrices = super().read(where)
+        self._mirror(matrices, [self._bounds[item.stack] for item in where])
+        return matrices
+
+    def read_all(self) -> Iterator[Tensor]:
+        """See `MatrixStore`; the tensors themselves."""
+        self.complete()
+        return super().read_all()
+
+    def complete(self) -> None:
+        """See `FactorStore`."""
+        self._mirror(self._matrices, self._bounds)
+
     def scale(self, factors: Sequence[Tensor]) -> None:
         """See `FactorStore`."""
         torch._foreach_mul_(self._matrices, [factor.view(-1, 1, 1) for factor in factors])
 
     def add_grams(self, rows: Iterable[Tensor], *, decay: float, gain: float) -> None:
         """See `FactorStore`."""
-        for matrices, own in zip(self._matrices, rows, strict=True):
-            matrices.baddbmm_(own, own.mT, beta=decay, alpha=gain)
+        for stack, own in enumerate(rows):
+            matrices = self._matrices[stack]
+            self._bounds[stack] = bounds = strip_bounds(own)
+            add_gram(matrices, own, bounds, decay=decay, gain=gain)
+
+    @staticmethod
+    def _mirror(matrices: Sequence[Tensor], bounds: Sequence[Sequence[int]]) -> None:
+        parts = list(itertools.chain.from_iterable(map(mirrored_parts, matrices, bounds)))
+        if parts:
+            targets, sources = zip(*parts, strict=True)
+            torch._foreach_copy_(targets, sources)
 
 
 class DenseStacks:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.refresh import FactorSlice
+from shampoo_core.storage.grams import upper_gram
 from shampoo_core.storage.triangles import triangle_indices
 
 
@@ -49,10 +50,13 @@ class PackedMatrices:
         """See `FactorStore`."""
         torch._foreach_mul_(self._triangles, [factor.view(-1, 1) for factor in factors])
 
+    def complete(self) -> None:
+        """See `FactorStore`; nothing is kept twice."""
+
     def add_grams(self, rows: Iterable[Tensor], *, decay: float, gain: float) -> None:
         """See `FactorStore`; every Gram matrix is dense for a while."""
         for triangles, own in zip(self._triangles, rows, strict=True):
-            triangles.mul_(decay).add_(_pack(torch.bmm(own, own.mT)), alpha=gain)
+            triangles.mul_(decay).add_(_pack(upper_gram(own)), alpha=gain)
 
 
 def _pack(matrices: Tensor) -> Tensor:

@@ -1,0 +1,138 @@
+"""Gram matrices by their upper triangle: the same factors for less arithmetic, whoever reads them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from distributed_cases import CASES, assert_close, tolerance_of, trajectory
+from hypothesis import given
+from hypothesis import strategies as st
+from quadratic import assert_same, optimizer_for, parameters, run
+from torch import Tensor
+
+from benchmarks.counts import count_steps
+from benchmarks.timing import method_flops
+from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
+from shampoo_core.blocking import tiles_of
+from shampoo_core.counting import OperationCounter
+from shampoo_core.refresh import FactorSlice, FactorStackSize
+from shampoo_core.stacks import StackSet
+from shampoo_core.storage import factor_store, grams
+from shampoo_core.storage.grams import MOST_STRIPS, add_gram, strip_bounds, upper_gram
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips however little they save."""
+    monkeypatch.setattr(grams, "LEAST_SAVING_CPU", 0.0)
+    monkeypatch.setattr(grams, "LEAST_ROWS", 1)
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, MOST_STRIPS))
+def test_upper_triangles_are_those_of_the_whole_product(
+    count: int, side: int, length: int, strips: int
+) -> None:
+    rows = torch.randn(count, side, length, dtype=torch.float64)
+    old = torch.randn(count, side, side, dtype=torch.float64)
+    old = old + old.mT
+    bounds = [index * side // strips for index in range(strips + 1)]
+    new = old.clone()
+    add_gram(new, rows, bounds, decay=0.75, gain=0.5)
+    expected = 0.75 * old + 0.5 * rows @ rows.mT
+    torch.testing.assert_close(new.triu(), expected.triu(), rtol=1e-13, atol=1e-13)
+
+
+def test_what_the_memory_held_before_is_not_read(eager: None) -> None:
+    rows = torch.randn(2, 8, 3)
+    bounds = strip_bounds(rows)
+    result = torch.full((2, 8, 8), torch.nan)
+    add_gram(result, rows, bounds, decay=0.0, gain=1.0)
+    torch.testing.assert_close(result.triu(), (rows @ rows.mT).triu())
+    torch.testing.assert_close(upper_gram(rows).triu(), (rows @ rows.mT).triu())
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_strips_pay_for_themselves(device: str) -> None:
+    """Small products stay one operation, large ones take 5/8 of the arithmetic in four."""
+    for shape in [(1, 16, 16), (8, 64, 64), (1, 10, 2048)]:
+        assert strip_bounds(torch.empty(shape, device=device)) == (0, shape[1])
+    large = torch.empty(4, 1024, 1024, device=device)
+    assert strip_bounds(large) == (0, 256, 512, 768, 1024)
+    matrices, rows = torch.empty(2, 4, 1024, 1024, device="meta")
+    with OperationCounter() as counter:
+        add_gram(matrices, rows, strip_bounds(large), decay=0.5, gain=0.5)
+    assert counter.num_operations == 4
+    assert counter.flops == 5 / 8 * 2 * 4 * 1024**3
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+def test_stores_give_whole_matrices_to_every_reader(eager: None, storage: Any) -> None:
+    sizes = (FactorStackSize(3, 7), FactorStackSize(2, 4), FactorStackSize(1, 1))
+    stack_set = StackSet(tiles_of(0, (10,), 10), dtype=torch.float64, device=torch.device("cpu"))
+    store = factor_store(stack_set, sizes, storage)
+    expected = [torch.zeros(n, d, d, dtype=torch.float64) for n, d in sizes]
+
+    def rows() -> list[Tensor]:
+        return [torch.randn(n, d, 5, dtype=torch.float64) for n, d in sizes]
+
+    def add() -> None:
+        added = rows()
+        store.add_grams(added, decay=0.9, gain=0.1)
+        for matrices, own in zip(expected, added, strict=True):
+            matrices.mul_(0.9).add_(own @ own.mT, alpha=0.1)
+
+    add()
+    where = [FactorSlice(0, 1, 3), FactorSlice(1, 0, 1)]
+    assert_same(store.read(where), [expected[0][1:3], expected[1][:1]], 1e-14)
+    add()
+    store.scale([torch.full((n,), 0.5, dtype=torch.float64) for n, _ in sizes])
+    for matrices in expected:
+        matrices.mul_(0.5)
+    assert_same(list(store.read_all()), expected, 1e-14)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if CASES[name].dtype == torch.float64 and "waves" not in name]
+)
+def test_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(CASES[name])
+    whole = trajectory(case)
+    monkeypatch.setattr(grams, "LEAST_SAVING_CPU", 0.0)
+    monkeypatch.setattr(grams, "LEAST_ROWS", 1)
+    assert_close(name, trajectory(case), whole, tolerance_of(case))
+
+
+def test_checkpoints_hold_whole_factors_and_continue(eager: None) -> None:
+    def make() -> tuple[list[torch.nn.Parameter], DistributedShampoo]:
+        params = parameters()
+        return params, optimizer_for(params, refresh=FixedRefresh(4), betas=(0.9, 0.99))
+
+    params, optimizer = make()
+    run(optimizer, params, range(1, 7))
+    state = optimizer.state_dict()
+    factors = [
+        tensor
+        for entries in state["state"].values()
+        for name, tensor in entries.items()
+        if ".factors.axis" in name
+    ]
+    assert len(factors) > 10
+    for factor in factors:
+        torch.testing.assert_close(factor, factor.mT, rtol=0.0, atol=0.0)
+    others, resumed = make()
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        for other, parameter in zip(others, params, strict=True):
+            other.copy_(parameter)
+    run(optimizer, params, range(7, 12))
+    run(resumed, others, range(7, 12))
+    assert_same(others, params)
+
+
+def test_real_models_save_a_third_of_the_statistics() -> None:
+    """Of the plain products of the method, statistics are half: 4 strips leave 13 of 16 parts."""
+    plain, _ = count_steps("wmt", ShampooConfig())
+    assert 13 / 16 <= plain.flops / method_flops("wmt") < 0.83
