@@ -73,7 +73,7 @@ def test_steps_dispatch_few_operations_and_only_a_refresh_waits(
 
 def test_counts_on_meta_are_those_of_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for copies from the host to the device, which a CPU does not need, and cheap operations."""
-    monkeypatch.setattr(grams, "LEAST_SAVING_CPU", grams.LEAST_SAVING)
+    monkeypatch.setattr(grams, "ON_CPU", grams.ON_ACCELERATOR)
     counted: dict[str, list[Any]] = {"meta": [], "cpu": []}
     for device, steps in counted.items():
         params = model("mnist", device)
