@@ -108,6 +108,7 @@ def constant_options(group: Mapping[str, Any]) -> GroupOptions:
         eps=group["eps"],
         bias_correction=group["bias_correction"],
         momentum_normaliser=group["momentum_normaliser"],
+        max_wave_numel=group["max_wave_numel"],
     )
 
 

@@ -74,13 +74,13 @@ class DistributedShampoo(torch.optim.Optimizer):
         momentum_normaliser: ``"algoperf_v05"`` divides a look-ahead gradient by 1 - beta1^t, as the
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
         max_wave_numel: Bounds the memory that a step needs for a while: blocks are stepped in waves, in
-            each at most so many numbers of a rank (or one block, if that has more), and everything
-            temporary of one wave is freed before the next. A plain step of Shampoo, eigenvalue-corrected
-            or not, then takes about 3 times the bytes of a wave beside parameters, gradients and state, so
-            that half of the largest stack keeps it below twice that; `shampoo_core.plan` counts it
-            for any model. The price is some 30 operations per wave, a host synchronisation per wave
-            that refreshes, and with several ranks a message each way per wave. None steps everything
-            at once. Changes results by no more than rounding; checkpoints do not depend on it.
+            each at most so many numbers of a rank (or one block, if that has more), due factors of a wave
+            are solved in portions of as many (or one factor), and everything temporary of one is freed
+            before the next. Shampoo, eigenvalue-corrected or not, then takes about 3 times the bytes of a
+            wave beside parameters, gradients and state, 3.5 at a refresh by `EighSolver`: half of the
+            largest stack keeps it below twice that; `shampoo_core.plan` counts it. Costs some 30 operations
+            and a message each way between ranks per wave, some 100 and a host synchronisation per portion.
+            None steps all at once. Results change by rounding only, checkpoints do not depend on it.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
