@@ -34,7 +34,7 @@ WAVES_OF_LARGEST_STACK = 2
 """The largest stack is cut into so many waves."""
 INTERVAL = 100
 LIMIT = 2.0
-"""Largest stacks that a plain step may take."""
+"""Largest stacks that a step may take, whether plain, of a staggered refresh or of one of everything."""
 
 
 def largest_stack(workload: str) -> int:
@@ -77,10 +77,12 @@ def _entries(
         "plain_mb": plain.peak / MIB,
         "plain_stacks": plain.peak / stack_bytes,
         "limit": LIMIT if max_wave_numel else None,
+        "refresh_limit": LIMIT if max_wave_numel else None,
         "staggered_stacks": max(step.peak for step in spread) / stack_bytes,
         "refresh_stacks": refresh.peak / stack_bytes,
         "operations": plain.counter.num_operations,
         "refresh_operations": refresh.counter.num_operations,
+        "refresh_waits": refresh.counter.num_synchronisations,
     }
 
 
@@ -97,8 +99,10 @@ COLUMNS = {
     "limit": "limit",
     "staggered_stacks": "staggered",
     "refresh_stacks": "all refreshed",
+    "refresh_limit": "limit",
     "operations": "operations",
     "refresh_operations": "all refreshed",
+    "refresh_waits": "waits",
 }
 
 
@@ -112,7 +116,7 @@ def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
             COLUMNS,
             folder,
             "in stacks: in units of the largest stack; so are the dearest step of a staggered refresh "
-            "and one that refreshes everything.",
+            "and one that refreshes everything. waits: of the host, in the latter.",
         )
 
 

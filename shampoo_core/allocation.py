@@ -60,13 +60,13 @@ def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> I
     division = exchange.divide(
         whole, partial(method.block_flops, refresh_interval=refresh.interval)
     )
+    limit = wave_limit(group, whole.device, sends=exchange.sends)
     create = partial(
         method.create,
-        options=constant_options(group),
+        options=constant_options(group, limit),
         grafting=grafting_of(group),
         refresh=refresh,
     )
-    limit = wave_limit(group, whole.device, sends=exchange.sends)
     for wave in division.waves(limit):
         yield Engine(
             exchange,

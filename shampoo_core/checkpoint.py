@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,12 @@ def block_views(engine: Engine) -> dict[int, dict[str, Tensor]]:
                     of_parameter[f"{prefix}.{name}"] = tensor[block]
                 block += 1
     return views
+
+
+def bring_up_to_date(engines: Iterable[Iterable[Engine]]) -> None:
+    """Complete what `block_views` views, see `Engine.state`."""
+    for engine in itertools.chain.from_iterable(engines):
+        engine.state()
 
 
 def block_name(position: Shape) -> str:

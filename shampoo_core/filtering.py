@@ -86,6 +86,6 @@ class GradientFilter:
 def blend(stack_set: StackSet, where: Tensor, first: Direction, second: Direction) -> Direction:
     """``first`` for the blocks where the block vector ``where`` is 1, ``second`` where it is 0."""
     stacks = torch._foreach_mul(first.stacks, stack_set.split(first.scale * where))
-    rest = torch._foreach_mul(second.stacks, stack_set.split(second.scale * (1.0 - where)))
-    torch._foreach_add_(stacks, rest)
+    rest = stack_set.split(second.scale * (1.0 - where))
+    torch._foreach_addcmul_(stacks, second.stacks, rest)
     return Direction(list(stacks), stack_set.block_vector(1.0))

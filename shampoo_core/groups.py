@@ -105,14 +105,20 @@ def facts(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def constant_options(group: Mapping[str, Any]) -> GroupOptions:
-    """Options fixed when the group's state is allocated."""
+def constant_options(group: Mapping[str, Any], max_wave_numel: int | None) -> GroupOptions:
+    """Options fixed when the group's state is allocated.
+
+    Args:
+        group: A parameter group.
+        max_wave_numel: From `wave_limit`.
+    """
     return GroupOptions(
         betas=(group["betas"][0], group["betas"][1]),
         beta3=group["beta3"],
         eps=group["eps"],
         bias_correction=group["bias_correction"],
         momentum_normaliser=group["momentum_normaliser"],
+        max_wave_numel=max_wave_numel,
     )
 
 

@@ -17,6 +17,7 @@ from shampoo_core.checkpoint import (
     TRAINING_WEIGHTS,
     block_names,
     block_views,
+    bring_up_to_date,
     check_format,
     check_groups,
     describe,
@@ -74,15 +75,15 @@ class DistributedShampoo(torch.optim.Optimizer):
         momentum_normaliser: ``"algoperf_v05"`` divides a look-ahead gradient by 1 - beta1^t, as the
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
         max_wave_numel: Bounds the memory that a step needs for a while: blocks are stepped in waves, in
-            each at most so many numbers of a rank (or one block, if that has more), and everything
-            temporary of one wave is freed before the next. A plain step of Shampoo, eigenvalue-corrected
-            or not, then takes about 3 times the bytes of a wave beside parameters, gradients and state, so
-            that half of the largest stack keeps it below twice that; `shampoo_core.plan` counts it
-            for any model. The price is some 30 operations per wave, a host synchronisation per wave
-            that refreshes, and with several ranks a message each way per wave. None steps everything
-            at once, and so does ``"auto"``, except on a CPU that shares its work with no other rank: there
-            waves of a million numbers are quicker, since small tensors are cheap to allocate. Changes
-            results by no more than rounding; checkpoints do not depend on it.
+            each at most so many numbers of a rank (or one block, if that has more), due factors of a wave
+            are solved in portions of as many (or one factor), and everything temporary of one is freed
+            before the next. Shampoo, eigenvalue-corrected or not, then takes about 3 times the bytes of a
+            wave beside parameters, gradients and state, 3.5 at a refresh by `EighSolver`: half of the
+            largest stack keeps it below twice that; `shampoo_core.plan` counts it. Costs some 30 operations
+            and a message each way between ranks per wave, some 100 and a host synchronisation per portion.
+            None steps all at once, and so does ``"auto"``, except on a CPU without other ranks: there waves
+            of a million numbers are quicker, since small tensors are cheap to allocate. Results change by
+            rounding only, checkpoints do not depend on it.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
@@ -306,7 +307,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         group = None if self._exchanges is None else self._exchanges.group
         if group is None:
             return 0
-        self._bring_state_up_to_date()
+        bring_up_to_date(self._engines)
         states = [
             self.state.get(parameter, {})
             for param_group in self.param_groups
@@ -326,7 +327,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             ``param_groups``: options in plain form, configurations as dicts;
             ``complete``: whether the state of all blocks is there.
         """
-        self._bring_state_up_to_date()
+        bring_up_to_date(self._engines)
         state_dict = super().state_dict()
         state_dict["param_groups"] = [describe(group) for group in state_dict["param_groups"]]
         state_dict["complete"] = self._is_complete()
@@ -338,12 +339,6 @@ class DistributedShampoo(torch.optim.Optimizer):
         state_dict["evaluates"] = self._evaluates
         state_dict["format_version"] = FORMAT_VERSION
         return state_dict
-
-    def _bring_state_up_to_date(self) -> None:
-        """`self.state` views the live tensors; see `Engine.state`."""
-        for engines in self._engines:
-            for engine in engines:
-                engine.state()
 
     def _is_complete(self) -> bool:
         group = None if self._exchanges is None else self._exchanges.group

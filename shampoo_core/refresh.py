@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -171,6 +172,34 @@ class StaggeredRefresh:
 def whole_stacks(sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
     """One slice per stack, covering all of it."""
     return [FactorSlice(stack, 0, size.num_factors) for stack, size in enumerate(sizes)]
+
+
+def portions(
+    due: Sequence[FactorSlice], sizes: Sequence[FactorStackSize], limit: int
+) -> list[list[FactorSlice]]:
+    """Cut what is due into portions of at most ``limit`` numbers, or of one factor that has more.
+
+    Args:
+        due: Slices of factor stacks.
+        sizes: Of all factor stacks.
+        limit: Numbers in the factors of a portion.
+
+    Returns:
+        Slices with the same factors, in the same order.
+    """
+    result: list[list[FactorSlice]] = []
+    room = 0
+    for stack, start, stop in due:
+        numel = sizes[stack].dimension ** 2
+        while start < stop:
+            if room < numel:
+                result.append([])
+                room = limit
+            count = min(stop - start, max(1, room // numel))
+            result[-1].append(FactorSlice(stack, start, start + count))
+            start += count
+            room -= count * numel
+    return result
 
 
 SMALLEST_SHARE = 512.0**3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from reference.section11 import Case
@@ -43,6 +43,8 @@ class UnsortedIterationSolver:
     Unsorted columns converge slower than those of `OrthogonalIterationSolver`, or not at all.
     """
 
+    warm_starts: ClassVar[bool] = True
+
     def without_fallback(self) -> UnsortedIterationSolver:
         """It has none."""
         return self
@@ -56,9 +58,14 @@ class UnsortedIterationSolver:
         return BasisResult(basis, values, torch.ones(len(basis), dtype=torch.bool))
 
     def bases(
-        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+        self,
+        batches: Sequence[Tensor],
+        warm_starts: Sequence[Tensor] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> list[BasisResult]:
-        """See `shampoo_core.solvers.BasisSolver`."""
+        """See `shampoo_core.solvers.BasisSolver`; does not overwrite."""
+        del overwrite
         starts = [None] * len(batches) if warm_starts is None else warm_starts
         return [self.basis(*pair) for pair in zip(batches, starts, strict=True)]
 

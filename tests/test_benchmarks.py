@@ -56,7 +56,8 @@ def test_rows_of_memory_have_the_limit_beside_them() -> None:
     assert [row["limit"] for row in rows] == [None, memory.LIMIT] * len(memory.METHODS)
     for whole, waves in zip(rows[::2], rows[1::2], strict=True):
         assert whole["waves"] == 1 < waves["waves"]
-        assert waves["plain_stacks"] <= memory.LIMIT < whole["plain_stacks"]
+        for kind in ("plain", "staggered", "refresh"):
+            assert waves[f"{kind}_stacks"] <= memory.LIMIT < whole[f"{kind}_stacks"]
         assert waves["operations"] > whole["operations"]
         assert waves["state_mb"] == whole["state_mb"]
 

@@ -77,7 +77,9 @@ def test_counts_on_meta_are_those_of_a_real_step(monkeypatch: pytest.MonkeyPatch
     counted: dict[str, list[Any]] = {"meta": [], "cpu": []}
     for device, steps in counted.items():
         params = model("mnist", device)
-        optimizer = DistributedShampoo(params, betas=(0.9, 0.99), refresh=FixedRefresh(10, 2))
+        optimizer = DistributedShampoo(
+            params, betas=(0.9, 0.99), refresh=FixedRefresh(10, 2), max_wave_numel=None
+        )
         for _ in range(3):
             with OperationCounter() as ops:
                 optimizer.step()

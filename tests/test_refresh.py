@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import math
 import statistics
@@ -24,7 +25,14 @@ from shampoo_core.blocking import merge_dimensions, tiles_of
 from shampoo_core.costs import plain_step_flops, refresh_flops
 from shampoo_core.preconditioners.axes import preconditioned_axes
 from shampoo_core.preconditioners.eigenvalue_corrected import SecondMoments
-from shampoo_core.refresh import SMALLEST_SHARE, FactorStackSize, RefreshPolicy
+from shampoo_core.refresh import (
+    SMALLEST_SHARE,
+    FactorSlice,
+    FactorStackSize,
+    RefreshPolicy,
+    portions,
+    whole_stacks,
+)
 from shampoo_core.stacks import StackSet
 
 sizes_strategy = st.lists(
@@ -42,6 +50,22 @@ def covered(
         for item in policy.due(step, sizes)
         for factor in range(item.start, item.stop)
     )
+
+
+@given(sizes_strategy, st.integers(1, 20000))
+def test_portions_hold_what_is_due_and_no_more_than_allowed(
+    sizes: tuple[FactorStackSize, ...], limit: int
+) -> None:
+    due = [item for item in whole_stacks(sizes) if item.stack % 3 != 1]
+    found = portions(due, sizes, limit)
+    numels = [[sizes[item.stack].dimension ** 2 for item in _singly(part)] for part in found]
+    assert _singly(due) == [item for part in found for item in _singly(part)]
+    assert all(part and (sum(part) <= limit or len(part) == 1) for part in numels)
+    assert all(sum(a) + b[0] > limit for a, b in itertools.pairwise(numels))
+
+
+def _singly(due: list[FactorSlice]) -> list[FactorSlice]:
+    return [FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)]
 
 
 @given(sizes_strategy, st.integers(1, 20), st.integers(1, 30))

@@ -15,6 +15,7 @@ from solver_cases import BASIS_SOLVERS, batch, each_solver
 from torch import Tensor
 
 from shampoo_core.counting import OperationCounter
+from shampoo_core.live_memory import LiveMemory
 from shampoo_core.solvers import (
     BasisSolver,
     ChebyshevSolver,
@@ -247,6 +248,47 @@ def test_full_precision_with_the_newer_settings() -> None:
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+@each_solver
+def test_overwriting_the_matrices_changes_no_root(solver: RootSolver, ridge: float) -> None:
+    batches, exponents = (
+        [*several_batches(), torch.full((2, 1, 1), 3.0)],
+        [0.25, 0.5, 0.25, 1.0, 0.5],
+    )
+    expected = solver.inverse_roots(batches, exponents, ridge=ridge)
+    given = [matrices.clone() for matrices in batches]
+    found = solver.inverse_roots(given, exponents, ridge=ridge, overwrite=True)
+    for own, one in zip(found, expected, strict=True):
+        assert torch.equal(own.accepted, one.accepted)
+        torch.testing.assert_close(own.roots, one.roots, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", BASIS_SOLVERS, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("warm", [False, True])
+def test_overwriting_the_matrices_changes_no_basis(solver: BasisSolver, warm: bool) -> None:
+    batches = [*several_batches(), torch.full((2, 1, 1), 3.0)]
+    starts = [torch.eye(matrices.shape[-1]).expand_as(matrices) for matrices in batches]
+    expected = solver.bases(batches, starts if warm else None)
+    given = [matrices.clone() for matrices in batches]
+    found = solver.bases(given, starts if warm else None, overwrite=True)
+    for own, one in zip(found, expected, strict=True):
+        assert torch.equal(own.accepted, one.accepted)
+        torch.testing.assert_close(own.eigenvectors, one.eigenvectors)
+        torch.testing.assert_close(own.eigenvalues, one.eigenvalues)
+
+
+def test_overwriting_the_matrices_takes_two_and_a_half_times_their_memory() -> None:
+    for num_matrices in (1, 3):
+        matrices = batch(num_matrices, side=64)
+        for solve in (
+            lambda given: EighSolver().bases([given], overwrite=True),
+            lambda given: EighSolver().inverse_roots([given], [0.25], overwrite=True),
+        ):
+            with LiveMemory() as memory:
+                solve(matrices.clone())
+            assert memory.peak <= 2.6 * matrices.nbytes
 
 
 def test_roots_of_parameters_do_not_record_gradients() -> None:

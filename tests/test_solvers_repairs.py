@@ -94,6 +94,22 @@ def test_a_failed_matrix_alone_is_solved_in_float64(
     torch.testing.assert_close(repaired.eigenvalues, basis.eigenvalues, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("fail", [returns_nan, gives_up])
+def test_a_failed_matrix_that_is_all_of_its_batch_is_solved_in_float64(
+    fail: Decompose, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrices = marked_batch()[2:3]
+    (expected,) = EighSolver().bases([matrices])
+    (root,) = EighSolver().inverse_roots([matrices], [0.25])
+    monkeypatch.setattr(torch.linalg, "eigh", FakeEigh(fail, (torch.float32,)))
+    (basis,) = EighSolver().bases([matrices.clone()], overwrite=overwrite)
+    assert basis.accepted.all()
+    torch.testing.assert_close(basis.eigenvalues, expected.eigenvalues, rtol=1e-4, atol=1e-6)
+    (repaired,) = EighSolver().inverse_roots([matrices.clone()], [0.25], overwrite=overwrite)
+    torch.testing.assert_close(repaired.roots, root.roots, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("fail", [returns_nan, gives_up, returns_a_basis_that_is_not_orthogonal])
 def test_a_hopeless_matrix_is_not_accepted_and_the_others_are(
     fail: Decompose, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from shampoo_core.moments import MovingAverage
@@ -32,36 +31,42 @@ def turn_first_moment(moment: MovingAverage, axis: FactorAxis, change: Replaceme
     Args:
         moment: Of all stacks.
         axis: Whose basis has turned.
-        change: Old and new bases of some of its blocks.
+        change: Of the bases of some of its blocks.
     """
     place = axis.stack, change.where.start, change.where.stop
-    turn = torch.bmm(change.old.mT, change.new)
-    moment.replace_blocks(*place, multiply_along_axis(moment.blocks(*place), axis.axis, turn))
+    turned = multiply_along_axis(moment.blocks(*place), axis.axis, change.turn)
+    moment.replace_blocks(*place, turned)
 
 
 def turn_second_moment(
     moment: MovingAverage, axis: FactorAxis, change: Replacement, rule: SecondMoments
 ) -> None:
-    """Carry a second moment into the new basis; arguments as of `turn_first_moment`, and `turned`'s."""
+    """Carry a second moment into the new basis, as the last to turn: ``change.turn`` is used up.
+
+    Arguments as of `turn_first_moment`, and `turned_squares`'.
+    """
     place = axis.stack, change.where.start, change.where.stop
-    blocks = turned(moment.blocks(*place), axis.axis, change, rule)
+    blocks = turned_squares(moment.blocks(*place), axis.axis, change, rule, overwrite=True)
     if blocks is not None:
         moment.replace_blocks(*place, blocks)
 
 
-def turned(blocks: Tensor, axis: int, change: Replacement, rule: SecondMoments) -> Tensor | None:
+def turned_squares(
+    blocks: Tensor, axis: int, change: Replacement, rule: SecondMoments, *, overwrite: bool = False
+) -> Tensor | None:
     """Second moments in the new basis; None where they stay as they are.
 
     Args:
         blocks: (K, d_0, ..., d_k).
         axis: The axis of blocks whose basis has turned.
-        change: Its K old and new bases.
+        change: Of its K bases.
         rule: See the module. Where a solver made a basis from scratch there is no order of its
             columns to follow, and "permute" keeps.
+        overwrite: Whether ``change.turn`` is not needed any more.
     """
     if rule == "transport":
-        turn = torch.bmm(change.old.mT, change.new)
-        return multiply_along_axis(blocks, axis, turn.square())
+        squares = change.turn.square_() if overwrite else change.turn.square()
+        return multiply_along_axis(blocks, axis, squares)
     if rule == "permute" and change.order is not None:
         shape = [1] * blocks.dim()
         shape[0], shape[axis + 1] = change.order.shape

@@ -42,8 +42,8 @@ from shampoo_core.preconditioners.basis_change import (
     turn_first_moment,
     turn_second_moment,
 )
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Stale, eigenbases
-from shampoo_core.refresh import RefreshPolicy, whole_stacks
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve, Stale, eigenbases
+from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
@@ -166,8 +166,14 @@ class EigenvalueCorrected:
             all_axes=axes_of(stack_set.whole),
         )
         self.bases = FactorMatrices(
-            stack_set, self.factors, [1.0] * len(axes), kind="bases", storage=config.storage
+            stack_set,
+            self.factors,
+            [1.0] * len(axes),
+            kind="bases",
+            storage=config.storage,
+            portion_numel=options.max_wave_numel,
         )
+        self._overwrites = options.max_wave_numel is not None
         self.filter = GradientFilter(stack_set, replace(options, storage=config.storage))
         self.scaling = SecondMomentScaling(
             stack_set,
@@ -212,8 +218,17 @@ class EigenvalueCorrected:
 
     def _turn(self, stale: Stale, *, continued: bool) -> None:
         """Recompute bases and carry the moments into them."""
-        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
-        for change in self.bases.continue_from_old(stale.due, solve):
+        solve = eigenbases(
+            self._config.solver,
+            continued=continued,
+            may_wait=stale.may_wait,
+            overwrite=self._overwrites,
+        )
+        for portion in self.bases.portions(stale.due):
+            self._turn_portion(portion, solve)
+
+    def _turn_portion(self, due: list[FactorSlice], solve: Solve) -> None:
+        for change in self.bases.replace(due, solve):
             axis = self.factors.axes[change.where.stack]
             if self.filter.moment is not None:
                 turn_first_moment(self.filter.moment, axis, change)

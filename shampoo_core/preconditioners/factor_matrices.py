@@ -1,21 +1,23 @@
 """One matrix per Kronecker factor that is recomputed from it now and then: its root, or its basis.
 
-A refresh hands all due factors to the solver in one call, those of one size and exponent as one batch,
-keeps the old matrix where the new one was not accepted, and counts both. Nothing here depends on what
-the matrices are used for.
+A refresh hands due factors to the solver in one call, those of one size and exponent as one batch,
+keeps the old matrix where the new one was not accepted, and counts both. Factors are many times larger
+than the blocks they belong to: where memory is bounded, what is due comes in portions, each of which is
+done with before the next begins. Nothing here depends on what the matrices are used for.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo_core.config import Storage
-from shampoo_core.refresh import FactorSlice
+from shampoo_core.refresh import FactorSlice, portions
 from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
@@ -43,10 +45,10 @@ class Batch(NamedTuple):
     """Due factors of one size and exponent."""
 
     factors: Tensor
-    """(K, d, d), bias-corrected."""
+    """(K, d, d), bias-corrected copies, which may be overwritten."""
     exponent: float
-    old: Tensor | None
-    """(K, d, d): the matrices so far, where these were asked for."""
+    read_old: Callable[[], Tensor]
+    """Gives (K, d, d), the matrices so far; maybe a view, so not to be written to."""
 
 
 class Stale(NamedTuple):
@@ -66,8 +68,8 @@ class Replacement(NamedTuple):
     """What a refresh did to one slice of factors."""
 
     where: FactorSlice
-    old: Tensor
-    new: Tensor
+    turn: Tensor
+    """(K, d, d), Q_old^T Q_new: what the new matrices are in the old ones."""
     order: Tensor | None
     """See `Solution`."""
 
@@ -83,6 +85,7 @@ class FactorMatrices:
         *,
         kind: MatrixKind,
         storage: Storage = "dense",
+        portion_numel: int | None = None,
     ) -> None:
         """Allocate one identity per factor.
 
@@ -93,8 +96,10 @@ class FactorMatrices:
                 exponent are solved together.
             kind: Of the matrices, ``"roots"`` or ``"bases"``.
             storage: How the matrices are kept.
+            portion_numel: Numbers in the factors of a portion, see `portions`; None makes one of all.
         """
         self._stack_set = stack_set
+        self._portion_numel = portion_numel
         self._factors = factors
         self._exponents = tuple(exponents)
         self._store = matrix_store(stack_set, factors.sizes, storage, kind)
@@ -112,68 +117,79 @@ class FactorMatrices:
         return self._store.read([where])[0]
 
     @torch.compiler.disable
+    def portions(self, due: Sequence[FactorSlice]) -> list[list[FactorSlice]]:
+        """Cut what is due into what is to be refreshed, and done with, before the rest begins.
+
+        Factors of one size and exponent come one after the other, so that batches are few.
+        """
+        if self._portion_numel is None or not due:
+            return [list(due)] if due else []
+        in_groups = [item for _, group in self._grouped(due) for item in group]
+        return portions(in_groups, self._factors.sizes, self._portion_numel)
+
+    @torch.compiler.disable
     def refresh(self, due: Sequence[FactorSlice], solve: Solve) -> None:
         """Recompute the matrices of the due factors in place.
 
         Args:
-            due: Slices of factor stacks.
-            solve: Computes all batches; is not given the old matrices.
+            due: Slices of factor stacks, not none.
+            solve: Computes all batches.
         """
-        self._replace(self._grouped(due), solve, give_old=False)
+        self.write(due, solve(self._batches(due)))
 
     @torch.compiler.disable
-    def continue_from_old(self, due: Sequence[FactorSlice], solve: Solve) -> list[Replacement]:
-        """As `refresh`, for solvers or averages that go on from the old matrices.
+    def replace(self, due: Sequence[FactorSlice], solve: Solve) -> list[Replacement]:
+        """As `refresh`, for averages that are kept in the matrices, and go on in the new ones.
 
         Returns:
-            The old and the new matrices of every slice.
+            How the matrices of every slice have turned.
         """
-        groups = self._grouped(due)
-        replacements = []
-        for group, batch, solution in self._replace(groups, solve, give_old=True):
-            assert batch.old is not None
-            counts = [item.stop - item.start for item in group]
-            new = torch.cat(self._store.read(group))  # what was accepted, as it is kept
-            order = solution.order
-            orders = [None] * len(group) if order is None else order.split(counts)
-            replacements += [
-                Replacement(*one)
-                for one in zip(
-                    group, batch.old.split(counts), new.split(counts), orders, strict=True
-                )
-            ]
-        return replacements
+        groups = [group for _, group in self._grouped(due)]
+        slices = list(itertools.chain.from_iterable(groups))
+        solutions = solve(self._batches(due))
+        orders = list(itertools.chain.from_iterable(map(_orders, groups, solutions)))
+        old = [matrices.clone() for matrices in self._store.read(slices)]
+        self.write(due, solutions)
+        del solutions  # as large as what follows
+        new = self._store.read(slices)  # what was accepted, as it is kept
+        turns = [torch.bmm(before.mT, after) for before, after in zip(old, new, strict=True)]
+        return [Replacement(*one) for one in zip(slices, turns, orders, strict=True)]
 
-    def _replace(
-        self, groups: list[tuple[float, list[FactorSlice]]], solve: Solve, *, give_old: bool
-    ) -> list[tuple[list[FactorSlice], Batch, Solution]]:
-        """Solve the groups and write back what was accepted."""
-        due = [item for _, group in groups for item in group]
-        if not due:
-            return []
-        factors = iter(self._factors.corrected(due))
-        batches = [
-            Batch(
-                torch.cat([next(factors) for _ in group]),
-                exponent,
-                torch.cat(self._store.read(group)) if give_old else None,
-            )
-            for exponent, group in groups
-        ]
-        solutions = solve(batches)
-        counts = [item.stop - item.start for item in due]
+    @torch.compiler.disable
+    def write(self, due: Sequence[FactorSlice], solutions: Sequence[Solution]) -> None:
+        """Put what was accepted into the place of the old matrices, and count.
+
+        Args:
+            due: Slices of factor stacks.
+            solutions: Of the batches that a solver was given for them.
+        """
+        groups = [group for _, group in self._grouped(due)]
+        slices = list(itertools.chain.from_iterable(groups))
+        counts = [item.stop - item.start for item in slices]
         accepted = torch.cat([solution.accepted for solution in solutions])
         weights = accepted.to(solutions[0].matrices.dtype).split(counts)
         new: list[Tensor] = []
-        for (_, group), solution in zip(groups, solutions, strict=True):
+        for group, solution in zip(groups, solutions, strict=True):
             new += solution.matrices.split([item.stop - item.start for item in group])
-        self._store.blend(due, new, weights)
-        torch._foreach_add_(_slices(self.num_refreshes, due), list(accepted.split(counts)))
-        torch._foreach_add_(_slices(self.num_failures, due), list((~accepted).split(counts)))
+        self._store.blend(slices, new, weights)
+        torch._foreach_add_(_slices(self.num_refreshes, slices), list(accepted.split(counts)))
+        torch._foreach_add_(_slices(self.num_failures, slices), list((~accepted).split(counts)))
+
+    def _batches(self, due: Sequence[FactorSlice]) -> list[Batch]:
+        """What the solver is given."""
+        groups = self._grouped(due)
+        factors = iter(self._factors.corrected([item for _, group in groups for item in group]))
         return [
-            (group, batch, solution)
-            for (_, group), batch, solution in zip(groups, batches, solutions, strict=True)
+            Batch(
+                _together([next(factors) for _ in group]),
+                exponent,
+                partial(self._read_together, group),
+            )
+            for exponent, group in groups
         ]
+
+    def _read_together(self, group: Sequence[FactorSlice]) -> Tensor:
+        return _together(self._store.read(group))
 
     @torch.compiler.disable
     def stale(
@@ -196,11 +212,11 @@ class FactorMatrices:
         """
         if tolerance <= 0.0 or not due:
             return Stale(list(due), may_wait=True)
-        bases = map(basis_of or self.read_slice, due)
-        ratios = [
-            off_diagonal_ratio(factors, basis)
-            for factors, basis in zip(self._factors.corrected(due), bases, strict=True)
-        ]
+        ratios: list[Tensor] = []
+        due_portions = self.portions(due)
+        for portion in due_portions:
+            ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
+        due = list(itertools.chain.from_iterable(due_portions))
         exceeds = ~(torch.cat(ratios) <= tolerance)
         has_failed = torch.cat(_slices(self.num_failures, due)) > 0
         candidates = [
@@ -209,6 +225,16 @@ class FactorMatrices:
         answers = zip(candidates, *torch.stack([exceeds, has_failed]).tolist(), strict=True)
         stale = [(candidate, failed) for candidate, exceeding, failed in answers if exceeding]
         return Stale(_joined([item for item, _ in stale]), any(failed for _, failed in stale))
+
+    def _off_diagonal_ratios(
+        self, due: Sequence[FactorSlice], basis_of: Callable[[FactorSlice], Tensor]
+    ) -> list[Tensor]:
+        """(K,) per slice: how far bases are from diagonalising their factors."""
+        factors = self._factors.corrected(due)
+        return [
+            off_diagonal_ratio(own, basis, overwrite=self._portion_numel is not None)
+            for own, basis in zip(factors, map(basis_of, due), strict=True)
+        ]
 
     def ready_blocks(self) -> Tensor:
         """Block vector: 1 where every factor of the block has been refreshed once, else 0."""
@@ -284,7 +310,9 @@ class FactorMatrices:
         ]
 
 
-def eigenbases(solver: BasisSolver, *, continued: bool, may_wait: bool = True) -> Solve:
+def eigenbases(
+    solver: BasisSolver, *, continued: bool, may_wait: bool = True, overwrite: bool = False
+) -> Solve:
     """Recompute matrices as eigenbases of their factors.
 
     Args:
@@ -292,20 +320,37 @@ def eigenbases(solver: BasisSolver, *, continued: bool, may_wait: bool = True) -
         may_wait: See `Stale`.
         continued: Whether the old matrices are eigenbases to start from; a first basis is made from
             scratch, for one iteration from the identity would be a poor start.
+        overwrite: See `BasisSolver.bases`.
     """
 
     def solve(batches: list[Batch]) -> list[Solution]:
-        starts = [batch.old for batch in batches if batch.old is not None] if continued else None
+        # Where a solver does not start from them, the old matrices stay for all that it has not accepted.
+        starts = None
+        if continued and solver.warm_starts:
+            starts = [batch.read_old() for batch in batches]
         chosen = solver if may_wait else solver.without_fallback()
-        results = chosen.bases([batch.factors for batch in batches], starts)
+        factors = [batch.factors for batch in batches]
+        results = chosen.bases(factors, starts, overwrite=overwrite)
         return [Solution(r.eigenvectors, r.accepted, r.order) for r in results]
 
     return solve
 
 
+def _orders(group: Sequence[FactorSlice], solution: Solution) -> Sequence[Tensor | None]:
+    """The order of columns for every slice of a batch."""
+    if solution.order is None:
+        return [None] * len(group)
+    return solution.order.split([item.stop - item.start for item in group])
+
+
 def _slices(tensors: Sequence[Tensor], due: Sequence[FactorSlice]) -> list[Tensor]:
     """Views of the due parts of tensors that exist once per factor stack."""
     return [tensors[item.stack][item.start : item.stop] for item in due]
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Several tensors as one; a single one itself."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _joined(singles: Sequence[FactorSlice]) -> list[FactorSlice]:

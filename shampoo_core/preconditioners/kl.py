@@ -171,6 +171,7 @@ class KLShampoo:
             second_moments=config.second_moments,
             solver=config.solver,
             storage=config.storage,
+            portion_numel=options.max_wave_numel,
         )
         self.filter = GradientFilter(stack_set, replace(options, storage=config.storage))
 
@@ -199,10 +200,9 @@ class KLShampoo:
 
     def _turn(self, due: list[FactorSlice], *, first: bool) -> bool:
         """Recompute bases, carry over what is kept in them, and say whether any has turned."""
-        changes = self.factors.refresh(due, self._refresh.tolerance, first=first) if due else []
-        for change in changes:
-            self._carry_over(self.factors.factors.axes[change.where.stack], change)
-        return bool(changes)
+        return bool(due) and self.factors.refresh(
+            due, self._refresh.tolerance, self._carry_over, first=first
+        )
 
     def _carry_over(self, axis: FactorAxis, change: Replacement) -> None:
         if self.filter.moment is not None:

@@ -21,7 +21,7 @@ Source: Lin et al. 2025 (arXiv 2509.03378); the limit on eigenvalues is that of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -29,12 +29,13 @@ from torch import Tensor
 
 from shampoo_core.config import Storage
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.preconditioners.basis_change import SecondMoments, turned
+from shampoo_core.preconditioners.basis_change import SecondMoments, turned_squares
 from shampoo_core.preconditioners.factor_matrices import (
     Batch,
     FactorMatrices,
     Replacement,
     Solution,
+    Solve,
     eigenbases,
 )
 from shampoo_core.refresh import FactorSlice
@@ -61,6 +62,7 @@ class KLFactors:
         second_moments: SecondMoments,
         solver: BasisSolver,
         storage: Storage = "dense",
+        portion_numel: int | None = None,
     ) -> None:
         """Start with factors zero and bases the identity.
 
@@ -75,6 +77,7 @@ class KLFactors:
             second_moments: What becomes of eigenvalues when their basis turns.
             solver: Computes the eigenbases.
             storage: How factors and bases are kept.
+            portion_numel: See `FactorMatrices`.
         """
         self._stack_set = stack_set
         self._solver = solver
@@ -98,8 +101,14 @@ class KLFactors:
             all_axes=all_axes,
         )
         self.bases = FactorMatrices(
-            stack_set, self.factors, [1.0] * len(axes), kind="bases", storage=storage
+            stack_set,
+            self.factors,
+            [1.0] * len(axes),
+            kind="bases",
+            storage=storage,
+            portion_numel=portion_numel,
         )
+        self._overwrites = portion_numel is not None
         # One until the first gradient has come, which is therefore not whitened.
         self.eigenvalues = [
             torch.ones(
@@ -160,43 +169,62 @@ class KLFactors:
         return products
 
     def refresh(
-        self, due: Sequence[FactorSlice], tolerance: float, *, first: bool
-    ) -> list[Replacement]:
+        self,
+        due: Sequence[FactorSlice],
+        tolerance: float,
+        carry_over: Callable[[FactorAxis, Replacement], None],
+        *,
+        first: bool,
+    ) -> bool:
         """Recompute the bases of due factors and turn factors and eigenvalues along.
 
         Args:
             due: Slices of factor stacks.
             tolerance: Of `FactorMatrices.stale`.
+            carry_over: Is told of every change, for what else is kept in the bases; the last to use it.
             first: Whether there is no basis to continue yet.
 
         Returns:
-            The old and the new bases, for what else is kept in them.
+            Whether any basis has changed.
         """
         # In the coordinates that factors are kept in, their old basis is the identity.
         stale = self.bases.stale(due, tolerance, self._identities)
+        solve = partial(self._rotate_bases, first=first, may_wait=stale.may_wait)
+        for portion in self.bases.portions(stale.due):
+            self._turn_portion(portion, solve, carry_over)
+        return bool(stale.due)
+
+    def _turn_portion(
+        self,
+        due: list[FactorSlice],
+        solve: Solve,
+        carry_over: Callable[[FactorAxis, Replacement], None],
+    ) -> None:
         with full_precision(self._stack_set.device):
-            solve = partial(self._rotate_bases, first=first, may_wait=stale.may_wait)
-            changes = self.bases.continue_from_old(stale.due, solve)
+            changes = self.bases.replace(due, solve)
             for change in changes:
                 where = change.where
-                self.factors.turn(where, torch.bmm(change.old.mT, change.new))
+                self.factors.turn(where, change.turn)
                 eigenvalues = self.eigenvalues[where.stack][where.start : where.stop]
-                moved = turned(eigenvalues, 0, change, self._second_moments)
+                moved = turned_squares(eigenvalues, 0, change, self._second_moments)
                 if moved is not None:
                     eigenvalues.copy_(moved)
-        return changes
+        for change in changes:
+            carry_over(self.factors.axes[change.where.stack], change)
 
     def _identities(self, where: FactorSlice) -> Tensor:
         return _identity_like(self.bases.read_slice(where))
 
     def _rotate_bases(self, batches: list[Batch], *, first: bool, may_wait: bool) -> list[Solution]:
-        rotations = eigenbases(self._solver, continued=not first, may_wait=may_wait)(
-            [batch._replace(old=_identity_like(batch.factors)) for batch in batches]
+        rotate = eigenbases(
+            self._solver, continued=not first, may_wait=may_wait, overwrite=self._overwrites
+        )
+        rotations = rotate(
+            [batch._replace(read_old=partial(_identity_like, batch.factors)) for batch in batches]
         )
         return [
-            rotation._replace(matrices=_rotated_basis(batch.old, rotation.matrices))
+            rotation._replace(matrices=_rotated_basis(batch.read_old(), rotation.matrices))
             for batch, rotation in zip(batches, rotations, strict=True)
-            if batch.old is not None
         ]
 
     def _broadcast(self, per_axis: list[Tensor]) -> list[dict[int, Tensor]]:

@@ -158,8 +158,14 @@ class PerFactorCorrected:
             all_axes=preconditioned_axes(stack_set.whole, precondition_vectors=vectors),
         )
         self.bases = FactorMatrices(
-            stack_set, self.factors, [1.0] * len(axes), kind="bases", storage=config.storage
+            stack_set,
+            self.factors,
+            [1.0] * len(axes),
+            kind="bases",
+            storage=config.storage,
+            portion_numel=options.max_wave_numel,
         )
+        self._overwrites = options.max_wave_numel is not None
         self._exponents = self._per_factor(inverse_exponents(stack_set, axes, config.exponent))
         sides = self._per_factor([float(axis.dimension) for axis in axes])
         default_tolerance = sides * torch.finfo(stack_set.dtype).eps
@@ -176,8 +182,9 @@ class PerFactorCorrected:
         self.factors.absorb(gradients, step)
         if self.grafting is not None:
             self.grafting.absorb(gradients)
-        self._refresh_bases(step)
         filtered = self.filter.filter(gradients)
+        gradients.free_stacks()  # before the refresh, which needs memory of its own
+        self._refresh_bases(step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
             return grafted
@@ -193,8 +200,14 @@ class PerFactorCorrected:
             return
         stale = self.bases.stale(due, self._refresh.tolerance)
         continued = step > self._refresh.settled_step
-        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
-        self.bases.continue_from_old(stale.due, solve)
+        solve = eigenbases(
+            self._config.solver,
+            continued=continued,
+            may_wait=stale.may_wait,
+            overwrite=self._overwrites,
+        )
+        for portion in self.bases.portions(stale.due):
+            self.bases.refresh(portion, solve)
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)

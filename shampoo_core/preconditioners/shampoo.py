@@ -47,7 +47,7 @@ from shampoo_core.preconditioners.axes import (
     preconditioned_axes,
 )
 from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution, Stale
-from shampoo_core.refresh import RefreshPolicy
+from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
@@ -190,29 +190,34 @@ class Shampoo:
             all_axes=axes_of(stack_set.whole),
         )
         exponents = inverse_exponents(stack_set, axes, config.exponent)
-        self.roots = FactorMatrices(
-            stack_set, self.factors, exponents, kind="roots", storage=config.storage
+        create = partial(
+            FactorMatrices,
+            stack_set,
+            self.factors,
+            exponents,
+            storage=config.storage,
+            portion_numel=options.max_wave_numel,
         )
+        self._overwrites = options.max_wave_numel is not None
+        self.roots = create(kind="roots")
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver
         continues from it."""
         if refresh.tolerance > 0.0 or config.solver.warm_starts:
-            self.bases = FactorMatrices(
-                stack_set, self.factors, exponents, kind="bases", storage=config.storage
-            )
+            self.bases = create(kind="bases")
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
         self.factors.absorb(gradients, step, self._rows_of(gradients))
         if self.grafting is not None:
             self.grafting.absorb(gradients)
+        filtered = self.filter.filter(gradients)
+        gradients.free_stacks()  # before the refresh, which needs memory of its own
         stale = Stale(self.factors.due(self._refresh, step), may_wait=True)
         if self.bases is not None:
             stale = self.bases.stale(stale.due, self._refresh.tolerance)
         if stale.due:
             self._refresh_roots(stale, first=step <= self._refresh.settled_step)
-        filtered = self.filter.filter(gradients)
-        gradients.free_stacks()
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
             return grafted
@@ -247,15 +252,27 @@ class Shampoo:
     def _refresh_roots(self, stale: Stale, *, first: bool) -> None:
         solver = self._config.solver if stale.may_wait else self._config.solver.without_fallback()
         if self.bases is None:
-            self.roots.refresh(stale.due, partial(self._solve, solver))
+            for portion in self.roots.portions(stale.due):
+                self.roots.refresh(portion, partial(self._solve, solver))
             return
+        # One iteration from the identity would make a poor first basis.
+        continued = not (first and self._config.solver.warm_starts)
+        for portion in self.roots.portions(stale.due):
+            self._refresh_with_bases(self.bases, portion, solver, continued=continued)
+
+    def _refresh_with_bases(
+        self,
+        bases: FactorMatrices,
+        due: list[FactorSlice],
+        solver: RootSolver,
+        *,
+        continued: bool,
+    ) -> None:
         solved: list[Solution] = []
 
         def solve_in_basis(batches: list[Batch]) -> list[Solution]:
-            # One iteration from the identity would make a poor first basis.
-            continued = not (first and self._config.solver.warm_starts)
-            starts = [batch.old for batch in batches if batch.old is not None]
-            results = self._inverse_roots(solver, batches, starts if continued else None)
+            starts = [batch.read_old() for batch in batches] if continued else None
+            results = self._inverse_roots(solver, batches, starts)
             solved.extend(Solution(result.roots, result.accepted) for result in results)
             return [
                 Solution(result.eigenvectors, result.accepted)
@@ -263,8 +280,8 @@ class Shampoo:
                 if result.eigenvectors is not None
             ]
 
-        self.bases.continue_from_old(stale.due, solve_in_basis)
-        self.roots.refresh(stale.due, lambda batches: solved)
+        bases.refresh(due, solve_in_basis)
+        self.roots.write(due, solved)
 
     def _solve(self, solver: RootSolver, batches: list[Batch]) -> list[Solution]:
         results = self._inverse_roots(solver, batches, None)
@@ -284,6 +301,7 @@ class Shampoo:
             ridge=config.ridge,
             relative_ridge=config.relative_ridge,
             warm_starts=starts,
+            overwrite=self._overwrites,
         )
 
     def state(self) -> StackState:
@@ -301,7 +319,7 @@ class Shampoo:
 
 
 def _scale_by_trace(factors: Tensor, exponent: float) -> Tensor:
-    """``A * trace(A)^(-exponent)``; a zero factor stays zero."""
+    """``A * trace(A)^(-exponent)``, in place; a zero factor stays zero."""
     trace = factors.diagonal(dim1=-2, dim2=-1).sum(-1)
     scale = torch.where(trace > 0, trace, torch.ones_like(trace)).pow(-exponent)
-    return factors * scale.view(-1, 1, 1)
+    return factors.mul_(scale.view(-1, 1, 1))

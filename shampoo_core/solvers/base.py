@@ -14,6 +14,7 @@ symmetric positive semi-definite matrices. The laws that hold for all of them:
   truncation or a relative ridge it is not accepted (the old root, at first the identity, stays).
   With an absolute ridge it is an ordinary matrix.
 - **The same on every rank.** No random numbers, no iteration counts that depend on the batch.
+- **Inputs stay as they are**, unless they may be overwritten. Then results may lie in their memory.
 - **Full precision.** Matrix products inside are true float32 or float64, whatever TF32 or autocast
   settings surround the call (ALGORITHMS.md 5.1: TF32 breaks every coupled iteration).
 
@@ -123,11 +124,22 @@ class RootSolver(Protocol):
         ridge: float = 0.0,
         relative_ridge: float = 0.0,
         warm_starts: Sequence[Tensor] | None = None,
+        overwrite: bool = False,
     ) -> list[RootResult]:
         """`inverse_root` of several batches, of any sides, each with an exponent of its own.
 
-        Everything that one refresh needs goes into one call, so that a solver can share operations
-        and its host synchronisation between the batches.
+        Everything that is refreshed together goes into one call, so that a solver can share
+        operations and its host synchronisation between the batches.
+
+        Args:
+            batches: As ``matrices`` of `inverse_root`.
+            exponents: Of the batches.
+            rank_tolerance: As of `inverse_root`.
+            ridge: As of `inverse_root`.
+            relative_ridge: As of `inverse_root`.
+            warm_starts: One for every batch, or none.
+            overwrite: Whether the matrices may be overwritten, and memory is worth more than
+                operations. Not every solver saves any.
         """
         ...
 
@@ -139,10 +151,19 @@ class BasisSolver(Protocol):
         """See `RootSolver.without_fallback`."""
         ...
 
+    @property
+    def warm_starts(self) -> bool:
+        """Whether it goes on from earlier eigenvectors; without, they are the result where not accepted."""
+        ...
+
     def bases(
-        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+        self,
+        batches: Sequence[Tensor],
+        warm_starts: Sequence[Tensor] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> list[BasisResult]:
-        """`basis` of several batches, of any sides."""
+        """`basis` of several batches, of any sides; ``overwrite`` as of `RootSolver.inverse_roots`."""
         ...
 
     def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
@@ -172,6 +193,7 @@ class ManyBatchesSolver(ABC):
         ridge: float = 0.0,
         relative_ridge: float = 0.0,
         warm_starts: Sequence[Tensor] | None = None,
+        overwrite: bool = False,
     ) -> list[RootResult]:
         """See :meth:`RootSolver.inverse_roots`."""
 

@@ -10,7 +10,7 @@ from shampoo_core.solvers.precision import full_precision
 from shampoo_core.solvers.scaling import scale_to_unit
 
 
-def off_diagonal_ratio(matrices: Tensor, basis: Tensor) -> Tensor:
+def off_diagonal_ratio(matrices: Tensor, basis: Tensor, *, overwrite: bool = False) -> Tensor:
     """Return (N,): ``||B - diag(B)||_F / ||B||_F`` of ``B = Q^T A Q``.
 
     It is the relative error of ``Q diag(B) Q^T``, the best reconstruction of A in the old basis
@@ -20,6 +20,7 @@ def off_diagonal_ratio(matrices: Tensor, basis: Tensor) -> Tensor:
     Args:
         matrices: (N, d, d) symmetric.
         basis: (N, d, d) orthogonal.
+        overwrite: Whether the matrices may be overwritten, to save memory.
 
     Returns:
         Between 0 and 1; 0 for matrices of zeros, which any basis diagonalises; infinity for matrices
@@ -27,8 +28,10 @@ def off_diagonal_ratio(matrices: Tensor, basis: Tensor) -> Tensor:
     """
     check_matrices(matrices, basis)
     with full_precision(matrices.device):
-        unit, scales = scale_to_unit(matrices)
-        ratio = relative_off_diagonal(torch.bmm(basis.mT, torch.bmm(unit, basis)))
+        unit, scales = scale_to_unit(matrices, overwrite=overwrite)
+        product = torch.bmm(unit, basis)
+        rotated = torch.bmm(basis.mT, product, out=unit if overwrite else None)
+        ratio = relative_off_diagonal(rotated)
         return ratio.masked_fill_(~(scales < float("inf")), float("inf"))
 
 

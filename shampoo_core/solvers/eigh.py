@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
@@ -25,6 +26,9 @@ from shampoo_core.solvers.scaling import (
     spectral_power,
 )
 
+PARTS = 4
+"""So many of them rows or columns of matrices are cut into where memory is worth more than operations."""
+
 
 @dataclass(frozen=True)
 class EighSolver(ManyBatchesSolver):
@@ -39,7 +43,9 @@ class EighSolver(ManyBatchesSolver):
 
     Accuracy: eigenvalues are off by a few epsilons of the largest one, so that in float32 a root with
     p = 4 has a relative error of 1e-5 at condition 1e3 and 2e-2 at 1e6; ``double_precision`` takes
-    that to 5e-7 and 6e-4, what the rounding of the input leaves. Peak memory is five times the batch.
+    that to 5e-7 and 6e-4, what the rounding of the input leaves. Peak memory is five times the batch,
+    or two and a half times where it may be overwritten: then residuals and roots are made in parts,
+    in more operations. What ``torch.linalg.eigh`` takes inside comes on top.
 
     Attributes:
         double_precision: Solve float32 batches in float64 from the start and round the result. Takes
@@ -72,6 +78,7 @@ class EighSolver(ManyBatchesSolver):
         ridge: float = 0.0,
         relative_ridge: float = 0.0,
         warm_starts: Sequence[Tensor] | None = None,
+        overwrite: bool = False,
     ) -> list[RootResult]:
         """See :meth:`RootSolver.inverse_roots`. ``warm_starts`` only ask for eigenvectors."""
         regularizations = []
@@ -83,8 +90,12 @@ class EighSolver(ManyBatchesSolver):
         if not sum(map(len, batches)):
             return [RootResult(batch, batch.new_zeros(0, dtype=torch.bool)) for batch in batches]
         with full_precision(batches[0].device):
-            units, scales = scale_batches_to_unit(self._working_copies(batches), ridge)
-            spectra = self._decompose(units)
+            units, scales = scale_batches_to_unit(
+                self._working_copies(batches), ridge, overwrite=overwrite
+            )
+            spectra = self._decompose(units, PARTS if overwrite else 1)
+            # Units have served: their memory takes the roots.
+            slots = units if overwrite else [None] * len(units)
             powers, accepted = spectral_power(
                 spectra.values,
                 scales,
@@ -100,12 +111,13 @@ class EighSolver(ManyBatchesSolver):
             counts = [len(batch) for batch in batches]
             return [
                 RootResult(
-                    _from_spectrum(vectors, part).to(batch.dtype),
+                    _from_spectrum(vectors, part, slot).to(batch.dtype),
                     kept,
                     None if warm_starts is None else vectors.flip(-1).to(batch.dtype),
                 )
-                for batch, vectors, part, kept in zip(
+                for batch, slot, vectors, part, kept in zip(
                     batches,
+                    slots,
                     spectra.vectors,
                     powers.split(counts),
                     accepted.split(counts),
@@ -119,36 +131,44 @@ class EighSolver(ManyBatchesSolver):
         return result
 
     def bases(
-        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+        self,
+        batches: Sequence[Tensor],
+        warm_starts: Sequence[Tensor] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> list[BasisResult]:
         """See :meth:`BasisSolver.bases`. ``warm_starts`` only stand in where not accepted."""
-        starts = (
-            [_identity_like(batch) for batch in batches] if warm_starts is None else warm_starts
-        )
+        starts = [None] * len(batches) if warm_starts is None else warm_starts
         for batch, start in zip(batches, starts, strict=True):
             check_matrices(batch, start)
         if not sum(map(len, batches)):
             return [BasisResult(batch, batch[:, 0], batch[:, 0, 0] > 0) for batch in batches]
         with full_precision(batches[0].device):
-            units, scales = scale_batches_to_unit(self._working_copies(batches))
-            spectra = self._decompose(units)
+            units, scales = scale_batches_to_unit(
+                self._working_copies(batches), overwrite=overwrite
+            )
+            spectra = self._decompose(units, PARTS if overwrite else 1)
+            slots = units if overwrite else [None] * len(units)
             all_values = (spectra.values * scales[:, None]).to(batches[0].dtype)
             largest = all_values.amax(-1)
             all_accepted = (largest > 0) & (largest < float("inf"))
-            all_values = all_values.masked_fill_(~all_accepted[:, None], 0.0)
+            all_rejected = ~all_accepted
+            all_values = all_values.masked_fill_(all_rejected[:, None], 0.0)
             counts = [len(batch) for batch in batches]
             return [
                 BasisResult(
-                    torch.where(accepted[:, None, None], vectors.flip(-1).to(batch.dtype), start),
+                    _replaced(_reversed(vectors, slot).to(batch.dtype), rejected, start),
                     values[:, : batch.shape[-1]].flip(-1),
                     accepted,
                 )
-                for batch, start, vectors, values, accepted in zip(
+                for batch, start, slot, vectors, values, accepted, rejected in zip(
                     batches,
                     starts,
+                    slots,
                     spectra.vectors,
                     all_values.split(counts),
                     all_accepted.split(counts),
+                    all_rejected.split(counts),
                     strict=True,
                 )
             ]
@@ -156,10 +176,14 @@ class EighSolver(ManyBatchesSolver):
     def _working_copies(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
         return [batch.double() for batch in batches] if self.double_precision else batches
 
-    def _decompose(self, units: Sequence[Tensor]) -> _Spectra:
+    def _decompose(self, units: Sequence[Tensor], parts: int) -> _Spectra:
         """Eigenvalues (ascending) and eigenvectors of finite matrices of unit size.
 
         What cannot be solved at all has NaN eigenvalues and the identity for a basis.
+
+        Args:
+            units: Changed by a rounding error.
+            parts: See `_residuals`.
         """
         # Exactly singular blocks (embedding rows that saw no gradient) send LAPACK's divide and
         # conquer through denormals, where it fails or returns NaN for every second such matrix,
@@ -167,7 +191,7 @@ class EighSolver(ManyBatchesSolver):
         shift = torch.finfo(units[0].dtype).eps
         torch._foreach_add_([unit.diagonal(dim1=-2, dim2=-1) for unit in units], shift)
         pairs = [_eigh(unit) for unit in units]
-        residuals = _residuals(units, pairs)
+        residuals = _residuals(units, pairs, parts)
         bounds = _per_matrix([self._bound(unit) for unit in units], units).squeeze(-1)
         failed = ~(residuals <= bounds)  # NaN is a failure too
         by_batch = list(zip(units, pairs, failed.split([len(u) for u in units]), strict=True))
@@ -238,9 +262,32 @@ def _per_matrix(numbers: Sequence[float | Tensor], batches: Sequence[Tensor]) ->
     return column.to(like.device, non_blocking=True)
 
 
-def _from_spectrum(vectors: Tensor, powers: Tensor) -> Tensor:
-    """``V diag(powers) V^T``."""
-    return torch.bmm(vectors * powers[:, None, : vectors.shape[-1]], vectors.mT)
+def _from_spectrum(vectors: Tensor, powers: Tensor, out: Tensor | None) -> Tensor:
+    """``V diag(powers) V^T``; with ``out``, which takes it, some rows at a time."""
+    powers = powers[:, None, : vectors.shape[-1]]
+    if out is None:
+        return torch.bmm(vectors * powers, vectors.mT)
+    for part in range(PARTS):
+        rows = _part(vectors.shape[-1], part, PARTS)
+        out[:, rows] = torch.bmm(vectors[:, rows] * powers, vectors.mT)
+    return out
+
+
+def _reversed(vectors: Tensor, out: Tensor | None) -> Tensor:
+    """Columns from last to first; in ``out`` if given."""
+    if out is None:
+        return vectors.flip(-1)
+    last_to_first = torch.arange(vectors.shape[-1] - 1, -1, -1, device=vectors.device)
+    return torch.index_select(vectors, -1, last_to_first, out=out)
+
+
+def _replaced(vectors: Tensor, where: Tensor, new: Tensor | None = None) -> Tensor:
+    """``new``, None for the identity, in the place of the matrices where ``where``, (N,) bool, is true."""
+    if new is not None:
+        return torch.where(where[:, None, None], new, vectors, out=vectors)
+    vectors.masked_fill_(where[:, None, None], 0.0)
+    vectors.diagonal(dim1=-2, dim2=-1).masked_fill_(where[:, None], 1.0)
+    return vectors
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,8 +302,9 @@ def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         if not _is_solver_failure(error):
             raise
         if matrices.shape[0] == 1:
+            # Values and vectors in memory of their own, for both may be repaired in place.
             nan = torch.full_like(matrices, float("nan"))
-            return nan[:, 0], nan
+            return nan[:, 0].clone(), nan
         halves = [_eigh(half) for half in matrices.tensor_split(2)]
         return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
     return values, vectors
@@ -273,27 +321,42 @@ def _is_solver_failure(error: RuntimeError) -> bool:
     return "cusolver" in text and "alloc" not in text
 
 
-def _residuals(batches: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """(K,): the larger of ``max|A V - V D| / lambda_max`` and ``max|V'V - I|`` of each matrix."""
-    errors = [
-        (vectors * values[:, None, :]).baddbmm_(matrices, vectors, beta=-1)
-        for matrices, (values, vectors) in zip(batches, pairs, strict=True)
-    ]
-    skews = [torch.bmm(vectors.mT, vectors) for _, vectors in pairs]
-    torch._foreach_sub_([skew.diagonal(dim1=-2, dim2=-1) for skew in skews], 1.0)
+def _residuals(
+    batches: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], parts: int = 1
+) -> Tensor:
+    """(K,): the larger of ``max|A V - V D| / lambda_max`` and ``max|V'V - I|`` of each matrix.
+
+    Args:
+        batches: A.
+        pairs: D and V.
+        parts: The columns of V are tested so many parts after each other.
+    """
+    of_parts = [_part_of_residuals(batches, pairs, part, parts) for part in range(parts)]
+    return functools.reduce(torch.maximum, of_parts)
+
+
+def _part_of_residuals(
+    batches: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]], part: int, parts: int
+) -> Tensor:
+    errors, skews, diagonals = [], [], []
+    for matrices, (values, vectors) in zip(batches, pairs, strict=True):
+        columns = _part(vectors.shape[-1], part, parts)
+        some = vectors[:, :, columns]
+        errors.append((some * values[:, None, columns]).baddbmm_(matrices, some, beta=-1))
+        skews.append(torch.bmm(vectors.mT, some))
+        diagonals.append(skews[-1].diagonal(-columns.start, dim1=-2, dim2=-1))
+    torch._foreach_sub_(diagonals, 1.0)
     largest = torch.cat([values[:, -1] for values, _ in pairs])
     error, skew = largest_entries([*errors, *skews]).chunk(2)
     return torch.maximum(error / largest, skew)
 
 
+def _part(side: int, part: int, parts: int) -> slice:
+    """Rows or columns of one of several parts; not none, so that those of small matrices overlap."""
+    start = side * part // parts
+    return slice(start, max(start + 1, side * (part + 1) // parts))
+
+
 def _marked(values: Tensor, vectors: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:
-    """NaN eigenvalues and the identity for a basis where a decomposition failed."""
-    return (
-        values.masked_fill(failed[:, None], float("nan")),
-        torch.where(failed[:, None, None], _identity_like(vectors), vectors),
-    )
-
-
-def _identity_like(matrices: Tensor) -> Tensor:
-    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-    return identity.expand_as(matrices)
+    """NaN eigenvalues and, in place, the identity for a basis where a decomposition failed."""
+    return values.masked_fill(failed[:, None], float("nan")), _replaced(vectors, failed)

@@ -91,9 +91,10 @@ class MatrixProductSolver(ManyBatchesSolver):
         ridge: float = 0.0,
         relative_ridge: float = 0.0,
         warm_starts: Sequence[Tensor] | None = None,
+        overwrite: bool = False,
     ) -> list[RootResult]:
-        """See :meth:`RootSolver.inverse_roots`. ``warm_starts`` are not used."""
-        del warm_starts
+        """See :meth:`RootSolver.inverse_roots`. Uses neither ``warm_starts`` nor ``overwrite``."""
+        del warm_starts, overwrite
         fractions = []
         for batch, exponent in zip(batches, exponents, strict=True):
             check_matrices(batch)

@@ -82,11 +82,15 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
             )
 
     def bases(
-        self, batches: Sequence[Tensor], warm_starts: Sequence[Tensor] | None = None
+        self,
+        batches: Sequence[Tensor],
+        warm_starts: Sequence[Tensor] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> list[BasisResult]:
-        """See :meth:`BasisSolver.bases`."""
+        """See :meth:`BasisSolver.bases`. Only eigendecompositions ``overwrite``."""
         if warm_starts is None:
-            return self._eigh().bases(batches)
+            return self._eigh().bases(batches, overwrite=overwrite)
         return [self.basis(*pair) for pair in zip(batches, warm_starts, strict=True)]
 
     def inverse_roots(
@@ -98,13 +102,15 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         ridge: float = 0.0,
         relative_ridge: float = 0.0,
         warm_starts: Sequence[Tensor] | None = None,
+        overwrite: bool = False,
     ) -> list[RootResult]:
-        """See :meth:`RootSolver.inverse_roots`.
+        """See :meth:`RootSolver.inverse_roots`. Does not ``overwrite``.
 
         ``warm_starts`` are the ``eigenvectors`` of the previous results, not their roots. Small
         eigenvalues need an accurate basis: without enough iterations most roots will come from the
         fallback.
         """
+        del overwrite
         regularizations = []
         for batch, exponent in zip(batches, exponents, strict=True):
             check_matrices(batch)

@@ -11,12 +11,15 @@ from torch import Tensor
 from shampoo_core.solvers.base import Regularization
 
 
-def scale_to_unit(matrices: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+def scale_to_unit(
+    matrices: Tensor, ridge: float = 0.0, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Divide every matrix by its largest absolute entry (plus the absolute ridge).
 
     Args:
         matrices: (N, d, d), any content.
         ridge: >= 0; part of the size, so that a matrix of zeros with a ridge has a size as well.
+        overwrite: Whether to divide in place.
 
     Returns:
         unit: (N, d, d), always finite, entries in [-1, 1]; zeros for matrices that are zero or not
@@ -26,12 +29,12 @@ def scale_to_unit(matrices: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor]
     """
     if not len(matrices):
         return matrices, matrices.new_zeros(0)
-    (unit,), scales = scale_batches_to_unit([matrices], ridge)
+    (unit,), scales = scale_batches_to_unit([matrices], ridge, overwrite=overwrite)
     return unit, scales
 
 
 def scale_batches_to_unit(
-    batches: Sequence[Tensor], ridge: float = 0.0
+    batches: Sequence[Tensor], ridge: float = 0.0, *, overwrite: bool = False
 ) -> tuple[list[Tensor], Tensor]:
     """`scale_to_unit` of several batches, of any sides.
 
@@ -44,11 +47,16 @@ def scale_batches_to_unit(
         scales = scales + ridge
     scales = scales.clamp(min=torch.finfo(scales.dtype).tiny)
     per_batch = scales.split([len(batch) for batch in batches])
-    units = torch._foreach_div(list(batches), [part[:, None, None] for part in per_batch])
+    divisors = [part[:, None, None] for part in per_batch]
+    if overwrite:
+        units = list(batches)
+        torch._foreach_div_(units, divisors)
+    else:
+        units = list(torch._foreach_div(list(batches), divisors))
     for unit in units:
         # A finite entry over an infinite or NaN size is 0 or NaN: one NaN anywhere empties its matrix.
         unit.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    return list(units), scales
+    return units, scales
 
 
 def largest_entries(batches: Sequence[Tensor]) -> Tensor:
