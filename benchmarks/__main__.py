@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import counts, memory, methods, scaling, share, timing
+from benchmarks import counts, measured, memory, methods, scaling, share, timing
 from benchmarks.tables import DEFAULT_FOLDER
 from shampoo_core.model_shapes import official_workloads
 
@@ -17,6 +17,7 @@ SECTIONS: dict[str, Callable[[Sequence[str], Path], None]] = {
     "memory": memory.run,
     "scaling": scaling.run,
     "time": timing.run_affordable,
+    "measured": measured.run,
     "share": share.run,
 }
 """By name: prints tables for some workloads and writes them to a folder."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import counts, memory, methods, share, timing
+from benchmarks import counts, measured, memory, methods, share, timing
+from benchmarks.phases import PARTS
 from benchmarks.tables import publish, text_table
 from benchmarks.training import Course
 
@@ -85,3 +86,14 @@ def test_the_optimizers_share_is_a_part_of_the_step(tmp_path: Path) -> None:
     assert 0.0 < row["update_ms"] < row["step_ms"]
     assert row["share"] == pytest.approx(row["update_ms"] / row["step_ms"])
     assert 0.0 < row["share_with_refreshes"] < 1.0
+
+
+def test_parts_of_a_step_add_up() -> None:
+    """Of every method, nested parts counted once."""
+    rows = list(measured.method_rows("mnist", methods.methods()[:2]))
+    assert [row["method"] for row in rows] == ["Adam", "Shampoo"]
+    for row in rows:
+        parts = [row[f"{part}_ms"] for part in PARTS if part != "refresh"]
+        assert sum(parts) == pytest.approx(row["plain_ms"], rel=0.1)
+    assert rows[0]["statistics_ms"] == 0.0 < rows[1]["statistics_ms"]
+    assert rows[1]["spike"] > 1.5
