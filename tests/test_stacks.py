@@ -20,6 +20,27 @@ def stack_set_of(tensors: list[Tensor], limit: int) -> StackSet:
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=4), st.integers(1, 8))
+def test_blocks_grow_and_are_added_in_their_places(shapes: list[list[int]], limit: int) -> None:
+    """Also in a layout that no view of merged dimensions has."""
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors = [
+        tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+        for tensor in tensors
+    ]
+    added = [torch.randn(shape) for shape in shapes]
+    stack_set = stack_set_of(tensors, limit)
+    scale, growth = torch.randn(2, stack_set.num_blocks)
+    stacks, expected = stack_set.gather(added), stack_set.gather(tensors)
+    for stack, factor, rate, into in zip(
+        stacks, stack_set.split(scale), stack_set.split(growth), expected, strict=True
+    ):
+        into += rate * into + factor * stack
+    stack_set.add_to(tensors, stacks, scale, growth)
+    for actual, wanted in zip(stack_set.gather(tensors), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=4), st.integers(1, 8))
 def test_gathered_blocks_added_to_zero_give_the_tensors(
     shapes: list[list[int]], limit: int
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from torch import Tensor
+
 from shampoo_core.blocking import Shape
 from shampoo_core.exchange.base import Collected, Request, Result, slices
 from shampoo_core.exchange.division import Division
@@ -31,7 +33,17 @@ class LocalExchange:
             own, parameters = result.division.own, result.parameters
             if result.update is None:
                 continue
-            if all(parameters[index].dtype == own.dtype for index in own.parameters):
+            if _in_passes(own, parameters):
                 own.add_to(parameters, *result.update)
-            else:  # what is kept in fewer bits should be rounded once, not in every pass
+            else:
                 own.add_to(parameters, result.update.to_add(own, result.weights))
+
+
+def _in_passes(own: StackSet, parameters: Sequence[Tensor]) -> bool:
+    """Whether growth and scale are best applied to the parameters themselves.
+
+    On a GPU they would be a kernel for every parameter, where adding is one for many. What is kept in fewer
+    bits than the state should be rounded once, not in every pass.
+    """
+    same_dtype = all(parameters[index].dtype == own.dtype for index in own.parameters)
+    return own.device.type == "cpu" and same_dtype

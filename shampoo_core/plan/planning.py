@@ -232,9 +232,9 @@ def _buffer_bytes(
     if placement.num_owners == 1:
         return 0
     longest = max(map(max, numbers_owned(methods, placement, max_wave_numel)))
-    # Updates multiplied out, what is sent, and what is received.
-    received = placement.num_owners if placement.sharding == "ddp" else 1
-    return (2 + received) * longest * FLOAT32
+    if placement.sharding == "ddp":  # one's own segment, and those of all
+        return (placement.num_owners + 1) * longest * FLOAT32
+    return 2 * longest * FLOAT32  # to send, and received
 
 
 def _milliseconds(request: Request, steps: RankSteps, sent: int) -> dict[str, float]:
