@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.parts import Part, coded_alone
 from shampoo_core import DistributedShampoo, ShampooConfig, StaggeredRefresh, health_report
 from shampoo_core.averaging import AveragingConfig
 from shampoo_core.counting import OperationCounter
@@ -46,6 +47,8 @@ class Variant:
     """At its peak."""
     perturbation: float = 0.0
     """Relative noise on the weights at first, of this standard deviation."""
+    coded: Part | None = None
+    """The only part of the state that is kept as the configuration says, the rest dense; None: all is."""
 
 
 @dataclass
@@ -102,16 +105,17 @@ def train(
     batches = workload._build_input_queue([seed, 2], "train", "", workload.smoke_batch_size)
     validation = workload._build_input_queue([seed, 3], "validation", "", workload.eval_batch_size)
     held_out = list(itertools.islice(validation, eval_batches))
-    optimizer = DistributedShampoo(
-        model.parameters(),
-        lr=variant.lr,
-        betas=BETAS,
-        weight_decay=WEIGHT_DECAY,
-        max_block_size=BLOCK_SIZE,
-        preconditioner=variant.config,
-        refresh=variant.refresh,
-        averaging=variant.averaging,
-    )
+    with coded_alone(variant.coded):
+        optimizer = DistributedShampoo(
+            model.parameters(),
+            lr=variant.lr,
+            betas=BETAS,
+            weight_decay=WEIGHT_DECAY,
+            max_block_size=BLOCK_SIZE,
+            preconditioner=variant.config,
+            refresh=variant.refresh,
+            averaging=variant.averaging,
+        )
     course = Course()
     every = max(1, num_steps // EVALUATIONS)
     for step in range(1, num_steps + 1):

@@ -2,7 +2,7 @@
 
 The workloads are those of `workloads_smoke`, the recipe is that of `benchmarks.courses`; variants see the
 same batches and start from the same weights. The target is the validation loss of the first variant after
-80 % of its steps; the storage study, which has to tell two per cent, follows `benchmarks.pairs`.
+80 % of its steps; the studies of storage, which have to tell two per cent, follow `benchmarks.pairs`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import pairs
 from benchmarks.courses import BETAS, BLOCK_SIZE, LEARNING_RATE, Course, Variant, train
+from benchmarks.parts import Part
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import (
     AdaptiveRefresh,
@@ -101,6 +102,23 @@ def storage_variants() -> list[Variant]:
     return variants
 
 
+def parts_variants() -> list[Variant]:
+    """Methods in full precision, and with one part of the state alone in four bits."""
+    configs: dict[Callable[..., Any], Part] = {
+        ShampooConfig: "roots",
+        EigenvalueCorrectedConfig: "bases",
+    }
+    variants = []
+    for config, matrices in configs.items():
+        name = config.__name__.removesuffix("Config")
+        parts: list[Part] = ["factors", matrices, "first", "second"]
+        variants += [
+            Variant(f"{name} dense", config(storage="dense")),
+            *(Variant(f"{name} 4bit {p}", config(storage="4bit"), coded=p) for p in parts),
+        ]
+    return variants
+
+
 def refresh_variants() -> list[Variant]:
     """Ways to spend refreshes, and what each costs and buys."""
     config = EigenvalueCorrectedConfig()
@@ -158,6 +176,7 @@ COLUMNS = {
 }
 STUDIES = {
     "storage": Study(storage_variants, pairs.compare_pairs, pairs.COLUMNS),
+    "parts": Study(parts_variants, pairs.compare_pairs, pairs.COLUMNS),
     "refresh": Study(refresh_variants, compare, COLUMNS),
     "statistics": Study(statistics_variants, compare, COLUMNS),
 }

@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import counts, memory, methods, pairs, share, timing
+from benchmarks import counts, memory, methods, pairs, parts, share, timing
 from benchmarks.courses import Course
 from benchmarks.tables import publish, text_table
+from shampoo_core.config import Storage
 
 
 def test_tables_line_up_and_show_what_is_missing() -> None:
@@ -113,6 +115,26 @@ def test_a_pair_shares_the_target_that_lies_between_its_losses() -> None:
     assert row["loss"] == pytest.approx(100.0 * (math.sqrt(2.0 * 5.0) - 1.0))
     itself = pairs.pair_row([first, first], [first, first])
     assert itself["steps"] == itself["steps_low"] == itself["steps_high"] == pytest.approx(0.0)
+
+
+def test_one_part_of_the_state_is_coded_alone() -> None:
+    """Codes are bytes; the sum over parts of what they save is what four bits save."""
+    from shampoo_core import DistributedShampoo, ShampooConfig
+
+    def kept(part: parts.Part | None, storage: Storage = "4bit") -> dict[str, int]:
+        with parts.coded_alone(part):
+            optimizer = DistributedShampoo(
+                [torch.nn.Parameter(torch.zeros(64, 64))],
+                preconditioner=ShampooConfig(storage=storage),
+            )
+        (entries,) = optimizer.state.values()
+        return {name: tensor.numel() * tensor.element_size() for name, tensor in entries.items()}
+
+    dense = sum(kept(None, "dense").values())
+    choices: list[parts.Part] = ["factors", "roots", "first", "second"]
+    saved = {part: dense - sum(kept(part).values()) for part in choices}
+    assert min(saved.values()) > 0
+    assert sum(saved.values()) == dense - sum(kept(None).values())
 
 
 def test_the_optimizers_share_is_a_part_of_the_step(tmp_path: Path) -> None:
