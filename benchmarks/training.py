@@ -1,178 +1,39 @@
 """Small models trained for real: steps to target of options.
 
-The workloads are those of `workloads_smoke`, the recipe is one for all: cosine schedule, weight decay,
-blocks of 128. The target is the validation loss of the first variant after 80 % of its steps; variants see
-the same batches and start from the same weights. Times are of the processor, on one thread: other work on
-the machine does not count.
+The workloads are those of `workloads_smoke`, the recipe is that of `benchmarks.courses`; variants see the
+same batches and start from the same weights. The target is the validation loss of the first variant after
+80 % of its steps; the studies of storage, which have to tell two per cent, follow `benchmarks.pairs`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import re
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import pairs
+from benchmarks.courses import BETAS, BLOCK_SIZE, LEARNING_RATE, Course, Variant, train
+from benchmarks.parts import Part
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import (
     AdaptiveRefresh,
-    DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
     KLSOAPConfig,
     OrthogonalIterationSolver,
     ShampooConfig,
     StaggeredRefresh,
-    health_report,
 )
-from shampoo_core.averaging import AveragingConfig
-from shampoo_core.counting import OperationCounter
-from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.refresh import FactorStackSize, RefreshPolicy
-from workloads_smoke import spec
-from workloads_smoke.registry import WORKLOADS, load_workload
+from workloads_smoke.registry import WORKLOADS
 
-LEARNING_RATE = 0.01
-BETAS = (0.9, 0.97)
-WEIGHT_DECAY = 0.1
-BLOCK_SIZE = 128
-EVALUATIONS = 60
 TARGET_AT = 0.8
-WARMUP = 0.05
-COUNTED = range(41, 61)
-"""Steps whose operations are counted: every phase of an interval of 1, 2, 4, 5, 10 or 20 is among them."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to set the optimizer."""
-
-    name: str
-    config: PreconditionerConfig = field(default_factory=ShampooConfig)
-    refresh: RefreshPolicy = field(default_factory=lambda: StaggeredRefresh(20))
-    averaging: AveragingConfig | None = None
-    lr: float = LEARNING_RATE
-    """At its peak."""
-
-
-@dataclass
-class Course:
-    """What happened in one run."""
-
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    """Validation losses after these steps."""
-    update_seconds: list[float] = field(default_factory=list)
-    other_seconds: list[float] = field(default_factory=list)
-    state_bytes: int = 0
-    refreshes: int = 0
-    factors: int = 0
-    operations: float = 0.0
-    """Of the optimizer in a step, a mean over some."""
-    flops: float = 0.0
-    """Of its matrix products and decompositions, likewise."""
-
-    @property
-    def share(self) -> float:
-        """Of the optimizer in a median training step."""
-        update = statistics.median(self.update_seconds)
-        return update / (update + statistics.median(self.other_seconds))
-
-    def steps_to(self, target: float) -> float | None:
-        """Steps until the loss is at most ``target``, between evaluations by interpolation."""
-        for i, (step, loss) in enumerate(zip(self.steps, self.losses, strict=True)):
-            if loss <= target:
-                if i == 0:
-                    return float(step)
-                before, drop = self.steps[i - 1], self.losses[i - 1] - loss
-                return before + (step - before) * (self.losses[i - 1] - target) / drop
-        return None
-
-
-def train(workload_name: str, variant: Variant, num_steps: int, seed: int = 0) -> Course:
-    """Train one model.
-
-    Args:
-        workload_name: Of the smoke workloads.
-        variant: The optimizer.
-        num_steps: Length of the run and of its schedule.
-        seed: Of weights and batches.
-    """
-    torch.set_num_threads(1)
-    workload = load_workload(workload_name)
-    torch.manual_seed(seed)
-    model: Any = workload.init_model_fn([seed, 1])[0]
-    batches = workload._build_input_queue([seed, 2], "train", "", workload.smoke_batch_size)
-    held_out = next(
-        workload._build_input_queue([seed, 3], "validation", "", workload.eval_batch_size)
-    )
-    optimizer = DistributedShampoo(
-        model.parameters(),
-        lr=variant.lr,
-        betas=BETAS,
-        weight_decay=WEIGHT_DECAY,
-        max_block_size=BLOCK_SIZE,
-        preconditioner=variant.config,
-        refresh=variant.refresh,
-        averaging=variant.averaging,
-    )
-    course = Course()
-    every = max(1, num_steps // EVALUATIONS)
-    for step in range(1, num_steps + 1):
-        start = time.process_time()
-        batch = next(batches)
-        optimizer.zero_grad()
-        loss_of(workload, model, batch, spec.ForwardPassMode.TRAIN).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = variant.lr * schedule(step / num_steps)
-        middle = time.process_time()
-        if step in COUNTED:
-            with OperationCounter() as counter:
-                optimizer.step()
-            course.operations += counter.num_operations / len(COUNTED)
-            course.flops += counter.flops / len(COUNTED)
-        else:
-            optimizer.step()
-        course.other_seconds.append(middle - start)
-        course.update_seconds.append(time.process_time() - middle)
-        if step % every == 0:
-            with torch.no_grad():
-                loss = loss_of(workload, model, held_out, spec.ForwardPassMode.EVAL)
-            course.steps.append(step)
-            course.losses.append(loss.item())
-    _summarise(course, optimizer)
-    return course
-
-
-def schedule(progress: float) -> float:
-    """Warm-up, then cosine to zero."""
-    if progress < WARMUP:
-        return progress / WARMUP
-    return 0.5 * (1.0 + math.cos(math.pi * (progress - WARMUP) / (1.0 - WARMUP)))
-
-
-def loss_of(workload: Any, model: Any, batch: Any, mode: Any) -> torch.Tensor:
-    """Mean loss of a batch."""
-    logits = workload.model_fn(
-        model, batch, None, mode, None, update_batch_norm=mode == spec.ForwardPassMode.TRAIN
-    )[0]
-    losses = workload.loss_fn(batch["targets"], logits, batch.get("weights"))
-    mean: torch.Tensor = losses["summed"] / losses["n_valid_examples"]
-    return mean
-
-
-def _summarise(course: Course, optimizer: DistributedShampoo) -> None:
-    for entries in optimizer.state.values():
-        for name, tensor in entries.items():
-            course.state_bytes += tensor.numel() * tensor.element_size()
-            course.factors += ".refreshes." in name
-    course.refreshes = health_report(optimizer).refreshes
+ROUNDING = 1e-6
+"""Relative noise on weights that only makes runs round otherwise."""
 
 
 def compare(
@@ -196,7 +57,6 @@ def compare(
                 "steps": statistics.mean(steps) if whole else None,
                 "spread": statistics.stdev(steps) if whole and len(steps) > 1 else None,
                 "final_loss": statistics.mean(run.losses[-1] for run in runs),
-                "state_ratio": runs[0].state_bytes / first[0].state_bytes,
                 "refreshes": statistics.mean(run.refreshes for run in runs),
                 "due": due,
                 "operations": statistics.mean(run.operations for run in runs),
@@ -227,13 +87,36 @@ def _loss_at(course: Course, progress: float) -> float:
     return min(course.losses[:index])
 
 
-def storage_variants(config: Callable[..., Any]) -> list[Variant]:
-    """A method in full precision, in eight and in four bits."""
-    name = config.__name__.removesuffix("Config")
-    return [
-        Variant(f"{name} {storage}", config(storage=storage))
-        for storage in ("dense", "8bit", "4bit")
-    ]
+def storage_variants() -> list[Variant]:
+    """Methods in full precision, likewise but perturbed by rounding alone, in eight and in four bits."""
+    variants = []
+    configs: list[Callable[..., Any]] = [ShampooConfig, EigenvalueCorrectedConfig, KLSOAPConfig]
+    for config in configs:
+        name = config.__name__.removesuffix("Config")
+        dense = Variant(f"{name} dense", config(storage="dense"))
+        variants += [
+            dense,
+            replace(dense, name=f"{name} dense, perturbed", perturbation=ROUNDING),
+            *(Variant(f"{name} {bits}", config(storage=bits)) for bits in ("8bit", "4bit")),
+        ]
+    return variants
+
+
+def parts_variants() -> list[Variant]:
+    """Methods in full precision, and with one part of the state alone in four bits."""
+    configs: dict[Callable[..., Any], Part] = {
+        ShampooConfig: "roots",
+        EigenvalueCorrectedConfig: "bases",
+    }
+    variants = []
+    for config, matrices in configs.items():
+        name = config.__name__.removesuffix("Config")
+        parts: list[Part] = ["factors", matrices, "first", "second"]
+        variants += [
+            Variant(f"{name} dense", config(storage="dense")),
+            *(Variant(f"{name} 4bit {p}", config(storage="4bit"), coded=p) for p in parts),
+        ]
+    return variants
 
 
 def refresh_variants() -> list[Variant]:
@@ -268,6 +151,15 @@ def statistics_variants() -> list[Variant]:
     return same_steps + same_number
 
 
+@dataclass(frozen=True)
+class Study:
+    """Variants, how those of one method are compared, and what of it is printed."""
+
+    variants: Callable[[], list[Variant]]
+    compare: Callable[[str, Sequence[Variant], int, Sequence[int]], list[dict[str, Any]]]
+    columns: Mapping[str, str]
+
+
 COLUMNS = {
     "workload": "workload",
     "variant": "variant",
@@ -275,7 +167,6 @@ COLUMNS = {
     "spread": "over seeds",
     "steps_ratio": "ratio",
     "final_loss": "final loss",
-    "state_ratio": "state",
     "refreshes": "refreshes",
     "due": "due",
     "operations": "operations",
@@ -283,14 +174,11 @@ COLUMNS = {
     "update_ms": "update ms",
     "share": "share of step",
 }
-STUDIES: dict[str, Callable[[], list[Variant]]] = {
-    "storage": lambda: [
-        variant
-        for config in (ShampooConfig, EigenvalueCorrectedConfig, KLSOAPConfig)
-        for variant in storage_variants(config)
-    ],
-    "refresh": refresh_variants,
-    "statistics": statistics_variants,
+STUDIES = {
+    "storage": Study(storage_variants, pairs.compare_pairs, pairs.COLUMNS),
+    "parts": Study(parts_variants, pairs.compare_pairs, pairs.COLUMNS),
+    "refresh": Study(refresh_variants, compare, COLUMNS),
+    "statistics": Study(statistics_variants, compare, COLUMNS),
 }
 
 
@@ -300,25 +188,28 @@ def main() -> None:
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS))
     parser.add_argument(
-        "--only", default="", help="variants whose name has this; targets are those of the first"
+        "--only",
+        default="",
+        help="variants whose name has this regular expression; targets are those of the first",
     )
     parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="of all variants")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     options = parser.parse_args()
+    study = STUDIES[options.study]
     variants = [
         replace(variant, lr=options.lr)
-        for variant in STUDIES[options.study]()
-        if options.only in variant.name
+        for variant in study.variants()
+        if re.search(options.only, variant.name)
     ]
     rows = []
     for workload in options.workload or ["mnist"]:
         # A study of several methods compares each with its own first variant.
         for kind in dict.fromkeys(type(variant.config) for variant in variants):
             own = [variant for variant in variants if type(variant.config) is kind]
-            rows += compare(workload, own, options.steps, range(options.seeds))
-    publish(f"Training-{options.study}: steps to target", rows, COLUMNS, options.out)
+            rows += study.compare(workload, own, options.steps, range(options.seeds))
+    publish(f"Training-{options.study}: steps to target", rows, study.columns, options.out)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import counts, measured, memory, methods, share, timing
+from benchmarks import counts, measured, memory, methods, pairs, parts, share, timing
+from benchmarks.courses import Course
 from benchmarks.phases import PARTS
 from benchmarks.tables import publish, text_table
-from benchmarks.training import Course
+from shampoo_core.config import Storage
 
 
 def test_tables_line_up_and_show_what_is_missing() -> None:
@@ -78,6 +81,62 @@ def test_steps_to_target_are_interpolated() -> None:
     assert course.steps_to(1.5) == 10
     assert course.steps_to(0.7) == pytest.approx(17.5)
     assert course.steps_to(0.1) is None
+
+
+def test_a_mean_ratio_has_the_interval_of_students_t() -> None:
+    """Logarithms 0, 0.1 and 0.2: mean 0.1, deviation 0.1, and t = 4.303 at two degrees of freedom."""
+    found = pairs.mean_ratio([1.0, math.exp(0.1), math.exp(0.2)])
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert found.mean == pytest.approx(math.exp(0.1))
+    assert found.low == pytest.approx(math.exp(0.1 - half))
+    assert found.high == pytest.approx(math.exp(0.1 + half))
+    assert pairs.mean_ratio([2.0]) == pairs.MeanRatio(pytest.approx(2.0), None, None)
+    assert pairs.mean_ratio([0.5, 2.0]).mean == pytest.approx(1.0)  # no side counts more
+    many = pairs.mean_ratio([1.0, math.exp(0.2)] * 50)
+    deviation = 0.1 * math.sqrt(100 / 99)
+    assert many.high == pytest.approx(math.exp(0.1 + 2.042 * deviation / 10))
+
+
+def test_losses_are_smoothed_over_their_neighbours() -> None:
+    course = Course(steps=[1, 2, 3, 4], losses=[4.0, 1.0, 1.0, 0.0])
+    assert pairs.smoothed(course, 3).losses == pytest.approx([2.5, 2.0, 2 / 3, 0.5])
+    assert course.losses == [4.0, 1.0, 1.0, 0.0]
+
+
+def test_a_pair_shares_the_target_that_lies_between_its_losses() -> None:
+    """After 3 of 5 evaluations the losses are 2 and 4; 3 is reached after 20 and after 40 steps."""
+    steps = [10, 20, 30, 40, 50]
+    first = Course(steps=steps, losses=[4.0, 3.0, 2.0, 1.0, 1.0], state_bytes=100)
+    slower = Course(steps=steps, losses=[6.0, 5.0, 4.0, 3.0, 2.0], state_bytes=25)
+    never = Course(steps=steps, losses=[6.0, 6.0, 6.0, 5.0, 5.0], state_bytes=25)
+    assert pairs.steps_of_pair(first, slower) == pytest.approx((20.0, 40.0))
+    assert pairs.steps_of_pair(first, never) is None
+    row = pairs.pair_row([first, first], [slower, never])
+    assert (row["reached"], row["state_ratio"]) == (1, 0.25)
+    assert (row["steps"], row["steps_low"]) == (pytest.approx(100.0), None)
+    assert row["loss"] == pytest.approx(100.0 * (math.sqrt(2.0 * 5.0) - 1.0))
+    itself = pairs.pair_row([first, first], [first, first])
+    assert itself["steps"] == itself["steps_low"] == itself["steps_high"] == pytest.approx(0.0)
+
+
+def test_one_part_of_the_state_is_coded_alone() -> None:
+    """Codes are bytes; the sum over parts of what they save is what four bits save."""
+    from shampoo_core import DistributedShampoo, ShampooConfig
+
+    def kept(part: parts.Part | None, storage: Storage = "4bit") -> dict[str, int]:
+        with parts.coded_alone(part):
+            optimizer = DistributedShampoo(
+                [torch.nn.Parameter(torch.zeros(64, 64))],
+                preconditioner=ShampooConfig(storage=storage),
+            )
+        (entries,) = optimizer.state.values()
+        return {name: tensor.numel() * tensor.element_size() for name, tensor in entries.items()}
+
+    dense = sum(kept(None, "dense").values())
+    choices: list[parts.Part] = ["factors", "roots", "first", "second"]
+    saved = {part: dense - sum(kept(part).values()) for part in choices}
+    assert min(saved.values()) > 0
+    assert sum(saved.values()) == dense - sum(kept(None).values())
 
 
 def test_the_optimizers_share_is_a_part_of_the_step(tmp_path: Path) -> None:
