@@ -69,8 +69,15 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def candidates(workload: str, floor: Step, *, refresh: bool) -> dict[str, Step]:
-    """Steps of AdamW, of the floor, of ours, and of the peers at hand where refreshes are measured."""
+def candidates(workload: str, floor: Step, *, refresh: bool, peers: str = "") -> dict[str, Step]:
+    """Steps of AdamW, of the floor, of ours, and of the peers at hand where refreshes are measured.
+
+    Args:
+        workload: Official.
+        floor: Products alone.
+        refresh: Whether optimizers refresh, and peers are asked for.
+        peers: What the name of a peer has to contain.
+    """
     adamw = torch.optim.AdamW(workload_parameters(workload, "cpu"), betas=BETAS, foreach=True)
     optimizer = _ours(workload, ShampooConfig(), refresh=refresh)
     steps: dict[str, Step] = {"AdamW": adamw.step, FLOOR: floor, "ours": optimizer.step}
@@ -79,7 +86,8 @@ def candidates(workload: str, floor: Step, *, refresh: bool) -> dict[str, Step]:
         everything = ShampooConfig(precondition_vectors=True)
         steps["ours, vectors too"] = _ours(workload, everything, refresh=True).step
         for name, make in available()[0].items():
-            steps[name] = _theirs(workload, make)
+            if peers in name:
+                steps[name] = _theirs(workload, make)
     return steps
 
 
@@ -117,16 +125,19 @@ def _theirs(workload: str, make: MakePeer) -> Step:
     return step
 
 
-def time_workload(workload: str, cycles: int, *, refresh: bool) -> list[dict[str, Any]]:
+def time_workload(
+    workload: str, cycles: int, *, refresh: bool, peers: str = ""
+) -> list[dict[str, Any]]:
     """Rows of one workload: AdamW, ours, and the peers at hand.
 
     Args:
         workload: Official.
         cycles: How often three plain steps, and a refresh, are measured.
         refresh: Whether to measure steps that refresh everything: on a CPU these take seconds.
+        peers: See `candidates`.
     """
     flops = method_flops(workload)
-    steps = candidates(workload, products(flops), refresh=refresh)
+    steps = candidates(workload, products(flops), refresh=refresh, peers=peers)
     rounds = interleaved(steps, CYCLE * (1 + cycles))
     done = {name: _flops(steps[name]) / flops for name in steps if name.startswith("ours")}
     plain = {name: _shortest(seconds, plain=True) for name, seconds in rounds.items()}
@@ -191,10 +202,15 @@ def run(
     *,
     cycles: int = 2,
     refresh: bool = False,
+    peers: str = "",
 ) -> None:
     """Print the table and write its JSON."""
     torch.set_num_threads(1)
-    rows = [row for name in workloads for row in time_workload(name, cycles, refresh=refresh)]
+    rows = [
+        row
+        for name in workloads
+        for row in time_workload(name, cycles, refresh=refresh, peers=peers)
+    ]
     missing = (
         available()[1] if refresh else ["refreshes and peers: not measured (ask for --refresh)"]
     )
@@ -220,10 +236,16 @@ def main() -> None:
         "--cycles", type=int, default=2, help="three plain steps and a refresh each"
     )
     parser.add_argument("--refresh", action="store_true", help="refreshes and peers, too: minutes")
+    parser.add_argument("--peers", default="", help="only those whose name has this")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     options = parser.parse_args()
-    workloads = options.workload or WORKLOADS
-    run(workloads, options.out, cycles=options.cycles, refresh=options.refresh)
+    run(
+        options.workload or WORKLOADS,
+        options.out,
+        cycles=options.cycles,
+        refresh=options.refresh,
+        peers=options.peers,
+    )
 
 
 if __name__ == "__main__":
