@@ -8,7 +8,7 @@ number, the error of rounding included:
     what is kept                 "8bit"    "4bit"
     ==========================  ========  ========
     factors, half of them        8 + 8     4 + 8
-    inverse roots, half of them  8         4
+    inverse roots, half of them  8         8
     eigenbases                   8         8
     first moments                8 + 8     8, or 4 + 8 with beta1 > 0.9
     second moments               8 + 8     8 + 8
@@ -53,6 +53,8 @@ __all__ = [
 CODE_BITS = {"8bit": 8, "4bit": 4}
 BASIS_BITS = 8
 """Of eigenbases in either: what four bits leave would have to be made orthogonal again at every use."""
+ROOT_BITS = 8
+"""Of inverse roots in either: no error is fed back to them, and four bits alone cost 2 % more steps."""
 SECOND_MOMENT_BITS = 8
 """Of second moments in either: with four, one with beta2 = 0.999 would stand still."""
 
@@ -114,7 +116,7 @@ def matrix_store(
     if kind == "bases":
         coded = CodedBases(stack_set, sizes, Format(BASIS_BITS, keeps_error=False))
     else:
-        coded = CodedSymmetric(stack_set, sizes, Format(CODE_BITS[storage], keeps_error=False))
+        coded = CodedSymmetric(stack_set, sizes, Format(ROOT_BITS, keeps_error=False))
     for place, matrices in zip(whole_stacks(tuple(sizes)), identities, strict=True):
         coded.blend([place], [matrices], [torch.ones_like(matrices[:, 0, 0])])
     return coded
