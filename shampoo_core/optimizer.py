@@ -68,22 +68,19 @@ class DistributedShampoo(torch.optim.Optimizer):
         preconditioner: The method.
         grafting: Where the step length comes from; ``"auto"`` leaves it to the preconditioner.
         refresh: When roots or bases are recomputed.
-        averaging: Momentum on the direction, or which weights are evaluated; see
-            `shampoo_core.averaging`. With one that averages, call `eval` before evaluating and
-            `train` before the next step.
+        averaging: Momentum on the direction, or which weights are evaluated (`shampoo_core.averaging`):
+            then call `eval` before evaluating and `train` before the next step.
         bias_correction: Whether averages are divided by the weight of what they hold.
         momentum_normaliser: ``"algoperf_v05"`` divides a look-ahead gradient by 1 - beta1^t, as the
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
-        max_wave_numel: Bounds the memory that a step needs for a while: blocks are stepped in waves, in
-            each at most so many numbers of a rank (or one block, if that has more), due factors of a wave
-            are solved in portions of as many (or one factor), and everything temporary of one is freed
-            before the next. Shampoo, eigenvalue-corrected or not, then takes about 3 times the bytes of a
-            wave beside parameters, gradients and state, 3.5 at a refresh by `EighSolver`: half of the
-            largest stack keeps it below twice that; `shampoo_core.plan` counts it. Costs some 30 operations
-            and a message each way between ranks per wave, some 100 and a host synchronisation per portion.
-            None steps all at once, and so does ``"auto"``, except on a CPU without other ranks: there waves
-            of a million numbers are quicker, since small tensors are cheap to allocate. Results change by
-            rounding only, checkpoints do not depend on it.
+        max_wave_numel: Bounds the memory that a step needs for a while: blocks are stepped in waves of at
+            most so many numbers of a rank, due factors solved in portions of as many (or one block, one
+            factor), and everything temporary of one is freed before the next. Takes about 3 times the
+            bytes of a wave, 3.5 at a refresh by `EighSolver`: half of the largest stack keeps a step below
+            twice that. Costs some 30 operations and a message each way between ranks per wave, some 100
+            and a host synchronisation per portion. None steps all at once, and so does ``"auto"``, except on
+            a CPU without other ranks, where waves of a million numbers are quicker. Results change by
+            rounding only, checkpoints not at all.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
@@ -308,11 +305,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         if group is None:
             return 0
         bring_up_to_date(self._engines)
-        states = [
-            self.state.get(parameter, {})
-            for param_group in self.param_groups
-            for parameter in param_group["params"]
-        ]
+        states = [self.state.get(p, {}) for g in self.param_groups for p in g["params"]]
         self._gathered = gather_states(states, group)
         return sum(tensor.nbytes for tensor in self._gathered.values())
 
