@@ -78,7 +78,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             factor), and everything temporary of one is freed before the next. Takes about 3 times the
             bytes of a wave, 3.5 at a refresh by `EighSolver`: half of the largest stack keeps a step below
             twice that. Costs some 30 operations and a message each way between ranks per wave, some 100
-            and a host synchronisation per portion. None steps all at once, and so does ``"auto"``, except on
+            and a host synchronisation per portion. None steps all at once, and so does ``"auto"``, but on
             a CPU without other ranks, where waves of a million numbers are quicker. Results change by
             rounding only, checkpoints not at all.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
