@@ -1,5 +1,6 @@
 """Submissions load from any path as they stand, and say what is wrong with them when they do not."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,3 +158,18 @@ def test_the_stand_in_leaves_an_installed_package_alone(monkeypatch: pytest.Monk
     assert algoperf_standin.install_if_needed() == []
     assert sys.modules["algoperf"] is sys
     assert spec.__name__ == "workloads_smoke.spec"
+
+
+def test_a_checkout_beside_us_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """Only a folder of the package's name, which Python would import as an empty namespace."""
+    (tmp_path / "algoperf").mkdir()
+    code = "from workloads_smoke import spec; print(spec.is_package('algoperf'), spec.LossType)"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())])},
+    )
+    assert found.stdout.startswith(f"{spec.is_package('algoperf')} ")

@@ -24,7 +24,7 @@ def install_if_needed() -> list[str]:
     packages = [
         name
         for name in ("algoperf", _FORMER_NAME)
-        if name not in sys.modules and importlib.util.find_spec(name) is None
+        if name not in sys.modules and not spec.is_package(name)
     ]
     for package in packages:
         _install(package)

@@ -44,7 +44,16 @@ __all__ = [
 
 def harness_installed() -> bool:
     """Whether the official `algoperf` package can be found, without importing it."""
-    return importlib.util.find_spec("algoperf") is not None
+    return is_package("algoperf")
+
+
+def is_package(name: str) -> bool:
+    """Whether a package can be found, without importing it.
+
+    A folder of its name on the path, such as a checkout that is not installed, is none.
+    """
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None
 
 
 # The type checker always reads the stand-in: algoperf carries no types.
