@@ -75,11 +75,9 @@ class GradientGuard:
         # in a second moment and stay there for good. Written to a float tensor it is 1 or 0. On a CPU
         # torch takes twenty times as long for the largest entry as for the Euclidean norm.
         is_open = torch.lt(self._stack_set.norms(stacks), self._limit, out=self._is_open)
-        closed = is_open == 0
-        self.num_non_finite += closed
+        self.num_non_finite += is_open == 0
         if presence is not None:
             is_open = is_open * presence
-            closed = is_open == 0
         # Zero times NaN is NaN. Both are faster than filling under a mask, and two operations for all.
         self._stack_set.flat(stacks).nan_to_num_(0.0, 0.0, 0.0)
         torch._foreach_mul_(stacks, self._stack_set.split(is_open))
