@@ -12,7 +12,13 @@ from shampoo_core.blocking import Tile, merge_dimensions, tiles_of
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.base import Exchange
 from shampoo_core.exchange.choice import Exchanges
-from shampoo_core.groups import constant_options, grafting_of, state_dtype, wave_limit
+from shampoo_core.groups import (
+    block_size_of,
+    constant_options,
+    grafting_of,
+    state_dtype,
+    wave_limit,
+)
 from shampoo_core.stacks import StackSet
 
 
@@ -45,14 +51,14 @@ def make_engines(
 
 
 def _tiles(group: Mapping[str, Any], index: int) -> list[Tile]:
-    parameter = group["params"][index]
+    parameter, max_block_size = group["params"][index], block_size_of(group, index)
     merged = merge_dimensions(
         tuple(parameter.shape),
-        group["max_block_size"] or parameter.numel(),
+        max_block_size or parameter.numel(),
         target_order=group["target_order"],
         direction=group["merge_direction"],
     )
-    return tiles_of(index, merged, group["max_block_size"], group["cut"])
+    return tiles_of(index, merged, max_block_size, group["cut"])
 
 
 def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> Iterator[Engine]:

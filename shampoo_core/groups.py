@@ -29,6 +29,20 @@ WITHOUT_MEANING = ("max_wave_numel",)
 are not taken from it."""
 
 
+def check_names(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse options that nobody knows.
+
+    Raises:
+        ValueError: There is one; the message names it and those that there are.
+    """
+    unknown = set(group) - set(defaults) - {"params", "initial_lr", "param_names"}
+    if unknown:
+        raise ValueError(
+            f"{OWNER}: unknown options {sorted(unknown)} in a parameter group; "
+            f"known are {sorted(defaults)}"
+        )
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Check every option of a parameter group.
 
@@ -51,7 +65,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_range(OWNER, "eps", group["eps"], low=0.0, low_open=True)
     check_range(OWNER, "weight_decay", group["weight_decay"], low=0.0)
     check_choice(OWNER, "weight_decay_kind", group["weight_decay_kind"], WEIGHT_DECAY_KINDS)
-    check_count(OWNER, "max_block_size", group["max_block_size"])
+    check_block_sizes(group["max_block_size"])
     check_count(OWNER, "target_order", group["target_order"])
     if group["max_wave_numel"] != "auto":
         check_count(OWNER, "max_wave_numel", group["max_wave_numel"])
@@ -70,12 +84,40 @@ def check_group(group: Mapping[str, Any]) -> None:
         _check_method("averaging", group["averaging"], "create")
 
 
-def check_parameters(parameters: Sequence[Tensor]) -> None:
-    """Refuse what cannot be optimized.
+def check_block_sizes(max_block_size: object) -> None:
+    """Check one block size, or one for each parameter.
+
+    Raises:
+        TypeError: One is not a whole number.
+        ValueError: One is smaller than 1.
+    """
+    if isinstance(max_block_size, tuple | list):
+        for index, size in enumerate(max_block_size):
+            check_count(OWNER, f"max_block_size[{index}]", size)
+    else:
+        check_count(OWNER, "max_block_size", max_block_size)  # type: ignore[arg-type]
+
+
+def block_size_of(group: Mapping[str, Any], index: int) -> int | None:
+    """Longest side of a block of one of the group's parameters, None for any."""
+    sizes = group["max_block_size"]
+    size: int | None = sizes[index] if isinstance(sizes, tuple | list) else sizes
+    return size
+
+
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Refuse what cannot be optimized, and options that do not fit the parameters.
 
     Raises:
         TypeError: A parameter is complex or not floating point; the message names its index.
+        ValueError: There are more or fewer block sizes than parameters.
     """
+    parameters, sizes = group["params"], group["max_block_size"]
+    if isinstance(sizes, tuple | list) and len(sizes) != len(parameters):
+        raise ValueError(
+            f"{OWNER}: max_block_size has {len(sizes)} entries for the {len(parameters)} parameters of "
+            "the group; give one for each, or a single number for all"
+        )
     for index, parameter in enumerate(parameters):
         if parameter.is_complex():
             raise TypeError(

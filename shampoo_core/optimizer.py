@@ -34,6 +34,7 @@ from shampoo_core.groups import (
     CHANGEABLE,
     OWNER,
     check_group,
+    check_names,
     check_parameters,
     facts,
 )
@@ -61,7 +62,8 @@ class DistributedShampoo(torch.optim.Optimizer):
             ``betas[0] ** 2`` looks one step ahead, as NAdam does.
         weight_decay_kind: ``"decoupled"``, ``"l2"``, ``"corrected"`` or ``"independent"``; see
             `shampoo_core.weight_decay`.
-        max_block_size: Longest side of a block; None preconditions whole matrices.
+        max_block_size: Longest side of a block; None preconditions whole matrices. A sequence has one
+            for each parameter of a group.
         target_order: Dimensions left after merging small ones; None merges nothing.
         merge_direction: Which end merging starts from; see `merge_dimensions`.
         cut: How long sides are cut; see `cut_side`.
@@ -104,7 +106,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         *,
         beta3: float | None = None,
         weight_decay_kind: WeightDecayKind = "decoupled",
-        max_block_size: int | None = 1024,
+        max_block_size: int | Sequence[int | None] | None = 1024,
         target_order: int | None = 2,
         merge_direction: MergeDirection = "right_to_left",
         cut: Cut = "balanced",
@@ -158,16 +160,15 @@ class DistributedShampoo(torch.optim.Optimizer):
             TypeError: An option is of the wrong type, or a parameter is complex.
             ValueError: An option is out of range or unknown.
         """
-        unknown = set(param_group) - set(self.defaults) - {"params", "initial_lr", "param_names"}
-        if unknown:
-            raise ValueError(
-                f"{OWNER}: unknown options {sorted(unknown)} in a parameter group; "
-                f"known are {sorted(self.defaults)}"
-            )
+        check_names(param_group, self.defaults)
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_parameters(group["params"])
+        try:
+            check_parameters(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
         # Schedulers overwrite lr at once, so that its peak has to be kept here.
         group["peak_lr"] = group["lr"]
         group["step"] = 0

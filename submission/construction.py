@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -51,12 +51,8 @@ def build_optimizer(
     # A block cut out of a matrix has other singular vectors, however short the run.
     size = hyperparameters.max_block_size if spectral else pace.max_block_size
     routes = routed(model, parameter_types, size, embeddings_apart=apart)
-    groups = [
-        {"params": parameters, **_options(chosen, hyperparameters)}
-        for chosen, parameters in routes.items()
-    ]
     return DistributedShampoo(
-        groups,
+        _groups(routes, hyperparameters),
         betas=(pace.beta1, pace.beta2),
         # Reading the first moment with the squared rate is NAdam's look-ahead.
         beta3=pace.beta1**2 if hyperparameters.nesterov else None,
@@ -67,30 +63,63 @@ def build_optimizer(
     )
 
 
-def _options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
-    """Return what a route's group overrides."""
+def _groups(
+    routes: Mapping[Route, Sequence[nn.Parameter]], hyperparameters: Hyperparameters
+) -> list[dict[str, Any]]:
+    """Return parameter groups: routes that differ in the size of their blocks alone share one.
+
+    A group costs half a millisecond a step on a CPU and some fifty kernels on a GPU, however small.
+    """
+    kinds: list[dict[str, Any]] = []
+    members: list[dict[str, list[Any]]] = []
+    for chosen, parameters in routes.items():
+        options = route_options(chosen, hyperparameters)
+        if options not in kinds:
+            kinds.append(options)
+            members.append({"params": [], "max_block_size": []})
+        member = members[kinds.index(options)]
+        member["params"] += parameters
+        member["max_block_size"] += [_block_size(chosen, options)] * len(parameters)
+    return [{**member, **options} for member, options in zip(members, kinds, strict=True)]
+
+
+def route_options(chosen: Route, hyperparameters: Hyperparameters) -> dict[str, Any]:
+    """Return what a route's group overrides, but for the size of blocks."""
     factor = hyperparameters.embedding_rate_factor if chosen.is_embedding else 1.0
     rate = factor * hyperparameters.learning_rate
     # The schedule overwrites lr; initial_lr says in which proportion.
-    options: dict[str, Any] = {
-        "max_block_size": chosen.max_block_size,
-        "lr": rate,
-        "initial_lr": rate,
-    }
-    spectral = hyperparameters.preconditioner == "spectral"
+    options: dict[str, Any] = {"lr": rate, "initial_lr": rate}
+    method = _preconditioner(hyperparameters)
     # Rows of an embedding meet in no product: as a matrix it has no norm that means anything.
-    if chosen.kind is Kind.MATRIX and not (spectral and chosen.is_embedding):
-        return {**options, "preconditioner": _preconditioner(hyperparameters)}
+    is_matrix = chosen.kind is Kind.MATRIX and not (
+        chosen.is_embedding and isinstance(method, SpectralConfig)
+    )
+    if is_matrix or (chosen.kind is Kind.DIAGONAL and _steps_vectors_by_adam(method)):
+        return {**options, "preconditioner": method}
     # An elementwise method needs no blocks: one vector per parameter.
     options.update(preconditioner=AdamConfig(), target_order=1)
-    if chosen.kind is not Kind.DIAGONAL:
-        # But ranks share the work by blocks, and a table can be most of a model.
-        options["max_block_size"] = TABLE_BLOCK_ROWS
     if chosen.kind is Kind.TABLE and hyperparameters.averaging == "weight_ema":
         # An average and, during evaluation, the training weights would be two more copies of what
         # fills the memory already; a row moves seldom, so that there is little to average.
         options["averaging"] = None
     return options
+
+
+def _block_size(chosen: Route, options: Mapping[str, Any]) -> int | None:
+    """Return the longest side of a block of a route whose group has the given options."""
+    if isinstance(options["preconditioner"], AdamConfig) and chosen.kind is not Kind.DIAGONAL:
+        # Ranks share the work by blocks, and a table can be most of a model.
+        return TABLE_BLOCK_ROWS
+    return chosen.max_block_size
+
+
+def _steps_vectors_by_adam(
+    method: ShampooConfig | EigenvalueCorrectedConfig | SpectralConfig,
+) -> bool:
+    """Return whether what a method does to a vector is what Adam does to it."""
+    if isinstance(method, EigenvalueCorrectedConfig):
+        return method.exponent == 0.5  # without an eigenbasis its second moments are Adam's
+    return isinstance(method, ShampooConfig)  # grafted to Adam, which steps what has no factor
 
 
 def _preconditioner(

@@ -140,6 +140,9 @@ CASES |= {
         METHODS["staggered"], missing={2: (0,), 3: (0, 1, 2, 3), 5: tuple(range(7)), 6: (6,)}
     ),
     "frozen": Case(METHODS["staggered"], frozen_until=3),
+    "blocks of several sizes": Case(
+        {**METHODS["eigenvalue-corrected"], "max_block_size": (16, 4, 8, 9, 16, None, 12)}
+    ),
     "two groups": Case(METHODS["eigenvalue-corrected"], split_at=3),
     "two groups, missing": Case(METHODS["schedule-free"], split_at=2, missing={3: (2, 3, 4, 5, 6)}),
     "not finite": Case(METHODS["staggered"], poisoned={2: 0, 5: 6}),

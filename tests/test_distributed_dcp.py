@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from shampoo_core import DistributedShampoo
 
-NAMES = ("staggered", "weight average", "two groups")
+NAMES = ("staggered", "weight average", "two groups", "blocks of several sizes")
 STOP = 5
 
 

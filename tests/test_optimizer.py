@@ -13,6 +13,7 @@ from quadratic import assert_same, gradient, optimizer_for, parameters, run
 from shampoo_core import (
     AdamGrafting,
     DistributedShampoo,
+    EigenvalueCorrectedConfig,
     FixedRefresh,
     SGDGrafting,
     ShampooConfig,
@@ -174,6 +175,49 @@ def test_groups_override_everything() -> None:
         for each in (optimizer, first, second):
             each.step()
     assert_same(params, expected)
+
+
+@pytest.mark.parametrize("method", [ShampooConfig(), EigenvalueCorrectedConfig()])
+def test_parameters_of_a_group_may_have_blocks_of_their_own_size(method: Any) -> None:
+    sizes = [16, 4, 8, None, 16, 8, 16]
+    together, apart = parameters(), parameters()
+    options: dict[str, Any] = {
+        "preconditioner": method,
+        "refresh": FixedRefresh(3, start=8),
+    }  # by when factors have full rank
+    optimizer = optimizer_for([{"params": together, "max_block_size": sizes}], **options)
+    groups = [
+        {"params": [weight], "max_block_size": size}
+        for weight, size in zip(apart, sizes, strict=True)
+    ]
+    expected = optimizer_for(groups, **options)
+    run(optimizer, together, range(1, 15))
+    run(expected, apart, range(1, 15))
+    assert_same(together, apart, 1e-10)
+    resumed = parameters()
+    again = optimizer_for([{"params": resumed, "max_block_size": tuple(sizes)}], **options)
+    again.load_state_dict(optimizer.state_dict())
+    assert all(
+        torch.equal(entry, again.state[new][name])
+        for old, new in zip(together, resumed, strict=True)
+        for name, entry in optimizer.state[old].items()
+    )
+
+
+def test_block_sizes_that_do_not_fit_are_named_and_add_no_group() -> None:
+    optimizer = optimizer_for(parameters())
+    message = r"max_block_size has 2 entries for the 3 parameters of the group; give one for each"
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(
+            {"params": parameters([(3, 3), (4,), (2, 2)]), "max_block_size": [2, 3]}
+        )
+    with pytest.raises(ValueError, match=r"max_block_size\[1\] must be at least 1, got 0"):
+        optimizer.add_param_group({"params": parameters([(3,), (4,)]), "max_block_size": [2, 0]})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=r"max_block_size is \[.*\] here and 16 in the checkpoint"):
+        optimizer_for(
+            [{"params": parameters(), "max_block_size": [16, 8, 8, 8, 8, 8, 8]}]
+        ).load_state_dict(optimizer.state_dict())
 
 
 def test_a_parameter_without_gradient_is_left_alone_with_all_its_state() -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_workload import Run, assert_equal, namespace
+from toy_workload import Run, ToyWorkload, assert_equal, namespace
 
-from shampoo_core import AdamConfig, SpectralConfig
+from shampoo_core import AdamConfig, DistributedShampoo, FixedRefresh, SpectralConfig
 from submission import submission
+from submission.construction import build_optimizer, route_options
 from submission.hyperparameters import Hyperparameters
 from submission.objective import mean_loss, training_mode
 from submission.pace import pace
+from submission.routing import Kind, routed
 
 POINTS = json.loads((Path(__file__).parents[1] / "tuning_search_space.json").read_text())
 
@@ -107,16 +109,69 @@ def test_the_spectral_method_takes_whole_matrices_and_leaves_embeddings_to_adam(
     run = Run(namespace(preconditioner="spectral", max_block_size=4096), step_hint=20)
     groups = run.state["optimizer"].param_groups
     taken = {
-        name: (group["preconditioner"], group["max_block_size"])
+        name: (group["preconditioner"], size)
         for name, weight in run.model.named_parameters()
         for group in groups
-        if any(weight is one for one in group["params"])
+        for one, size in zip(group["params"], group["max_block_size"], strict=True)
+        if weight is one
     }
     spectral = SpectralConfig(momentum=0.9)
     for name in ("conv.weight", "head.weight"):
         assert taken[name] == (spectral, 4096)  # also in a run of twenty steps
     for name in ("position_embedding.weight", "norm.weight", "conv.bias"):
         assert taken[name][0] == AdamConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_groups"),
+    [
+        ({}, 1),
+        ({"preconditioner": "shampoo"}, 1),
+        ({"preconditioner": "shampoo", "inverse_exponent": 0.5, "averaging": "schedule_free"}, 1),
+        ({"inverse_exponent": 0.25}, 2),
+        ({"embedding_rate_factor": 4.0}, 2),
+        ({"preconditioner": "spectral"}, 2),
+        ({"preconditioner": "spectral", "embedding_rate_factor": 4.0}, 3),
+    ],
+    ids=str,
+)
+def test_routes_that_share_a_group_are_stepped_as_if_they_did_not(
+    changes: dict[str, Any], num_groups: int
+) -> None:
+    """Vectors by Adam, blocks of each size by the setting's method."""
+    point = Hyperparameters.from_namespace(namespace(**{"averaging": "weight_ema", **changes}))
+    workload = ToyWorkload()
+    models = [workload.init_model_fn()[0].double() for _ in range(2)]
+    types = workload.model_params_types
+    refresh = FixedRefresh(3, start=12)  # by when the factors have full rank
+    together = build_optimizer(models[0], types, point, pace(point, 20), refresh)
+    assert len(together.param_groups) == num_groups
+    routes = routed(
+        models[1],
+        types,
+        128,
+        embeddings_apart=point.embedding_rate_factor != 1 or point.preconditioner == "spectral",
+    )
+    groups = [
+        {
+            "params": parameters,
+            **route_options(route, point),
+            **({"preconditioner": AdamConfig()} if route.kind is Kind.DIAGONAL else {}),
+        }
+        for route, parameters in routes.items()
+    ]
+    apart = DistributedShampoo(groups, **{**together.defaults, "max_block_size": 128})
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(18):
+        for left, right in zip(*(model.parameters() for model in models), strict=True):
+            left.grad = torch.randn(left.shape, generator=generator, dtype=left.dtype)
+            right.grad = left.grad.clone()
+        together.step()
+        apart.step()
+    together.eval()
+    apart.eval()
+    for left, right in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(left, right, rtol=0.0, atol=1e-9)
 
 
 def test_reports_now_and_then_only() -> None:

@@ -133,16 +133,17 @@ def available_bytes() -> int:
 def plan_for(workload: str, setting: str, num_ranks: int) -> Plan:
     """What the planner says about the options that the submission gives its matrices."""
     _, optimizer = optimizer_for(workload, setting, "meta")
-    options = max(
-        (g for g in optimizer.param_groups if not isinstance(g["preconditioner"], AdamConfig)),
-        key=lambda group: group["max_block_size"],
+    matrices = (
+        g for g in optimizer.param_groups if not isinstance(g["preconditioner"], AdamConfig)
     )
+    largest = {max(size or 0 for size in group["max_block_size"]): group for group in matrices}
+    block_size, options = max(largest.items(), key=lambda item: item[0])
     return planned(
         workload,
         num_ranks,
         options["preconditioner"],
         options["averaging"],
-        options["max_block_size"],
+        block_size,
         options["refresh"].interval,
     )
 
