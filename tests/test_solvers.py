@@ -25,6 +25,8 @@ from shampoo_core.solvers import (
     OrthogonalIterationSolver,
     RootSolver,
     coupled_newton,
+    eigh,
+    scaling,
 )
 from shampoo_core.solvers.precision import full_precision
 
@@ -187,8 +189,12 @@ def test_number_of_operations_does_not_grow_with_the_batch(solver: RootSolver) -
     ],
 )
 def test_operations_and_synchronisations_of_a_call(
-    call: Callable[[Tensor], object], num_operations: int, num_synchronisations: int
+    call: Callable[[Tensor], object],
+    num_operations: int,
+    num_synchronisations: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)  # as anywhere but on a CPU
     matrices = batch(4)
     with OperationCounter() as ops:
         call(matrices)
@@ -280,8 +286,10 @@ def test_overwriting_the_matrices_changes_no_basis(solver: BasisSolver, warm: bo
 
 
 def test_overwriting_the_matrices_takes_two_and_a_half_times_their_memory() -> None:
-    for num_matrices in (1, 3):
-        matrices = batch(num_matrices, side=64)
+    """Of as many as are worth cutting up."""
+    for num_matrices in (2, 3):
+        matrices = batch(num_matrices, side=512)
+        assert matrices.numel() >= eigh.PARTS * eigh.LEAST_PART_NUMEL
         for solve in (
             lambda given: EighSolver().bases([given], overwrite=True),
             lambda given: EighSolver().inverse_roots([given], [0.25], overwrite=True),
@@ -297,13 +305,32 @@ def test_roots_of_parameters_do_not_record_gradients() -> None:
     assert not CoupledNewtonSolver().inverse_root(matrices, 0.25).roots.requires_grad
 
 
+def test_largest_entries_are_the_same_by_norm_and_by_extremes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches = [batch(3), -batch(2)[:, :3, :3], batch(1)[:, :1, :1], batch(3)[:0]]
+    batches[0][1, 2, 3], batches[1][0, 0, 1], batches[1][1, 2, 2] = (
+        float("nan"),
+        -7e9,
+        -float("inf"),
+    )
+    by_extremes = scaling.largest_entries(batches)
+    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)
+    expected = torch.cat([each.abs().flatten(1).amax(-1) for each in batches])
+    for found in (by_extremes, scaling.largest_entries(batches)):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_examples_in_docstrings() -> None:
     outcome = doctest.testmod(coupled_newton)
     assert outcome.attempted > 0
     assert outcome.failed == 0
 
 
-def test_batches_of_one_call_share_operations_and_the_synchronisation() -> None:
+def test_batches_of_one_call_share_operations_and_the_synchronisation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)  # as anywhere but on a CPU
     batches = [batch(3)[:, :side, :side].contiguous() for side in (2, 3, 5, 6, 7, 8)]
     exponents = [0.25, 0.5, 0.25, 1 / 6, 0.25, 0.25]
     with OperationCounter() as ops:

@@ -28,6 +28,8 @@ from shampoo_core.solvers.scaling import (
 
 PARTS = 4
 """So many of them rows or columns of matrices are cut into where memory is worth more than operations."""
+LEAST_PART_NUMEL = 2**17
+"""Numbers in a part that are worth its operations: half a megabyte."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class EighSolver(ManyBatchesSolver):
             units, scales = scale_batches_to_unit(
                 self._working_copies(batches), ridge, overwrite=overwrite
             )
-            spectra = self._decompose(units, PARTS if overwrite else 1)
+            spectra = self._decompose(units, _num_parts(units) if overwrite else 1)
             # Units have served: their memory takes the roots.
             slots = units if overwrite else [None] * len(units)
             powers, accepted = spectral_power(
@@ -147,7 +149,7 @@ class EighSolver(ManyBatchesSolver):
             units, scales = scale_batches_to_unit(
                 self._working_copies(batches), overwrite=overwrite
             )
-            spectra = self._decompose(units, PARTS if overwrite else 1)
+            spectra = self._decompose(units, _num_parts(units) if overwrite else 1)
             slots = units if overwrite else [None] * len(units)
             all_values = (spectra.values * scales[:, None]).to(batches[0].dtype)
             largest = all_values.amax(-1)
@@ -342,13 +344,20 @@ def _part_of_residuals(
     for matrices, (values, vectors) in zip(batches, pairs, strict=True):
         columns = _part(vectors.shape[-1], part, parts)
         some = vectors[:, :, columns]
-        errors.append((some * values[:, None, columns]).baddbmm_(matrices, some, beta=-1))
+        # Not baddbmm_: its result would lie in memory as LAPACK's vectors do, which MKL multiplies one
+        # matrix at a time.
+        errors.append(torch.bmm(matrices, some).addcmul_(some, values[:, None, columns], value=-1))
         skews.append(torch.bmm(vectors.mT, some))
         diagonals.append(skews[-1].diagonal(-columns.start, dim1=-2, dim2=-1))
     torch._foreach_sub_(diagonals, 1.0)
     largest = torch.cat([values[:, -1] for values, _ in pairs])
     error, skew = largest_entries([*errors, *skews]).chunk(2)
     return torch.maximum(error / largest, skew)
+
+
+def _num_parts(batches: Sequence[Tensor]) -> int:
+    """How many parts are worth their operations."""
+    return min(PARTS, max(1, sum(batch.numel() for batch in batches) // LEAST_PART_NUMEL))
 
 
 def _part(side: int, part: int, parts: int) -> slice:
