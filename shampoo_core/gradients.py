@@ -39,6 +39,16 @@ def largest_gradient(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).max) / 1024
 
 
+def _known_to_be_ones(block_vector: Tensor) -> bool:
+    """Whether a block vector holds nothing but ones, as far as that is known without waiting for it.
+
+    On a CPU it is there, and a look is cheaper than two passes over all gradients.
+    """
+    if block_vector.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(block_vector.all())
+
+
 class GradientGuard:
     """Closes blocks, and counts the ones whose gradient was not finite."""
 
@@ -78,9 +88,10 @@ class GradientGuard:
         self.num_non_finite += is_open == 0
         if presence is not None:
             is_open = is_open * presence
-        # Zero times NaN is NaN. Both are faster than filling under a mask, and two operations for all.
-        self._stack_set.flat(stacks).nan_to_num_(0.0, 0.0, 0.0)
-        torch._foreach_mul_(stacks, self._stack_set.split(is_open))
+        if not _known_to_be_ones(is_open):
+            # Zero times NaN is NaN. Both are faster than filling under a mask, and two operations for all.
+            self._stack_set.flat(stacks).nan_to_num_(0.0, 0.0, 0.0)
+            torch._foreach_mul_(stacks, self._stack_set.split(is_open))
         return StackedGradients(stacks, is_open, presence)
 
     def _presence_of(self, gradients: Sequence[Tensor | None]) -> Tensor | None:

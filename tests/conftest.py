@@ -9,12 +9,26 @@ import pytest
 import torch
 from hypothesis import settings
 
+from shampoo_core import gradients
+from shampoo_core.exchange import local
+from shampoo_core.solvers import scaling
+from shampoo_core.storage import grams
+
 # How long an example takes says nothing on a machine that does other work as well.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 # Two workers share two cores: more threads each would only wait for one another.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done otherwise because the device is a CPU, where operations and looks cost little."""
+    monkeypatch.setattr(grams, "ON_CPU", grams.ON_ACCELERATOR)
+    monkeypatch.setattr(local, "_in_passes", lambda *_: False)
+    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)
+    monkeypatch.setattr(gradients, "_known_to_be_ones", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

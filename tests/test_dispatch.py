@@ -24,11 +24,10 @@ from shampoo_core import (
     StaggeredRefresh,
 )
 from shampoo_core.counting import OperationCounter
-from shampoo_core.exchange import local
-from shampoo_core.solvers import eigh, scaling
-from shampoo_core.storage import grams
+from shampoo_core.solvers import eigh
 
 DATA = Path(__file__).parent / "data"
+pytestmark = pytest.mark.usefixtures("as_on_an_accelerator")
 SHAPES = json.loads((DATA / "algoperf_param_shapes.json").read_text())
 
 
@@ -72,14 +71,8 @@ def test_steps_dispatch_few_operations_and_only_a_refresh_waits(
     assert refresh.num_operations <= PEERS[workload][THEIRS]["refresh_step_ops"] / REFRESH_SHARE
 
 
-def test_counts_on_meta_are_those_of_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for copies from the host to the device, which a CPU does not need.
-
-    What is done otherwise on a CPU, because operations cost little there, is done as elsewhere.
-    """
-    monkeypatch.setattr(grams, "ON_CPU", grams.ON_ACCELERATOR)
-    monkeypatch.setattr(local, "_in_passes", lambda *_: False)
-    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)
+def test_counts_on_meta_are_those_of_a_real_step() -> None:
+    """But for copies from the host to the device, which a CPU does not need."""
     counted: dict[str, list[Any]] = {"meta": [], "cpu": []}
     for device, steps in counted.items():
         params = model("mnist", device)

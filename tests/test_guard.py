@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import gradient, optimizer_for, parameters, run
+from quadratic import assert_same, gradient, optimizer_for, parameters, run
 from test_state import METHODS
 
-from shampoo_core import FixedRefresh, log_health
+from shampoo_core import FixedRefresh, gradients, log_health
 
 
 def poison(params: list[torch.nn.Parameter], value: float) -> None:
@@ -45,6 +45,23 @@ def test_a_bad_block_stays_where_it_is_and_the_others_move(name: str, value: flo
         if key.endswith("guard.non_finite")
     )
     assert counted == 1
+
+
+def test_gradients_that_are_seen_to_be_good_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where one can look; a device masks all of them, to the same effect."""
+    ways = []
+    for looks in (True, False):
+        if not looks:
+            monkeypatch.setattr(gradients, "_known_to_be_ones", lambda *_: False)
+        params = parameters()
+        optimizer = optimizer_for(params, weight_decay=0.1, weight_decay_kind="l2")
+        run(optimizer, params, range(1, 4))
+        poison(params, float("inf"))
+        params[3].grad = None  # l2 decay alone may not move it
+        optimizer.step()
+        run(optimizer, params, range(5, 7))
+        ways.append(params)
+    assert_same(*ways)
 
 
 def test_statistics_of_a_bad_block_keep_their_corrected_value() -> None:

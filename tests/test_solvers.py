@@ -175,6 +175,7 @@ def test_number_of_operations_does_not_grow_with_the_batch(solver: RootSolver) -
     assert counts[0] == counts[1]
 
 
+@pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize(
     ("call", "num_operations", "num_synchronisations"),
     [
@@ -189,12 +190,8 @@ def test_number_of_operations_does_not_grow_with_the_batch(solver: RootSolver) -
     ],
 )
 def test_operations_and_synchronisations_of_a_call(
-    call: Callable[[Tensor], object],
-    num_operations: int,
-    num_synchronisations: int,
-    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[[Tensor], object], num_operations: int, num_synchronisations: int
 ) -> None:
-    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)  # as anywhere but on a CPU
     matrices = batch(4)
     with OperationCounter() as ops:
         call(matrices)
@@ -327,10 +324,8 @@ def test_examples_in_docstrings() -> None:
     assert outcome.failed == 0
 
 
-def test_batches_of_one_call_share_operations_and_the_synchronisation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)  # as anywhere but on a CPU
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_batches_of_one_call_share_operations_and_the_synchronisation() -> None:
     batches = [batch(3)[:, :side, :side].contiguous() for side in (2, 3, 5, 6, 7, 8)]
     exponents = [0.25, 0.5, 0.25, 1 / 6, 0.25, 0.25]
     with OperationCounter() as ops:

@@ -187,6 +187,7 @@ def test_portions_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(whole, expected, 1e-10)
 
 
+@pytest.mark.usefixtures("as_on_an_accelerator")
 def test_a_refresh_waits_once_for_every_portion() -> None:
     params = parameters([(16, 16), (16, 16), (3, 5)], torch.float32)
     for limit, waits in ((None, 1), (1000, 2), (256, 5)):
