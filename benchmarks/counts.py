@@ -90,6 +90,7 @@ def operation_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
                     "refresh": refresh.num_operations,
                     "refresh_limit": refreshed // REFRESH_SHARE if limits else None,
                     "refresh_theirs": refreshed,
+                    "plain_kernels": plain.num_kernels,
                     "plain_waits": plain.num_synchronisations,
                     "refresh_waits": refresh.num_synchronisations,
                     "plain_gflop": plain.flops / 1e9,
@@ -127,6 +128,7 @@ OPERATION_COLUMNS = {
     "refresh": "refresh",
     "refresh_limit": "limit",
     "refresh_theirs": "theirs",
+    "plain_kernels": "kernels",
     "plain_waits": "waits",
     "refresh_waits": "at refresh",
     "plain_gflop": "GFLOP",
@@ -161,6 +163,7 @@ def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
         OPERATION_COLUMNS,
         folder,
         "theirs: facebookresearch/optimizers f606606, measured once, see peers_measured.json. "
+        "kernels: of the plain step on a GPU, by torch's rules for _foreach, not measured. "
         "waits: host synchronisations. MB moved: arguments and results of every operation, no cache.",
     )
     publish(

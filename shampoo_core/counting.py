@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -24,6 +24,11 @@ READS = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.cp
 SYNCHRONISATIONS = frozenset(
     {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", *READS.values()}
 )
+ALLOCATIONS = ("aten::empty", "aten::new_empty")
+FUSED_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+"""Tensors that ``_foreach`` takes in one launch, by number of lists, results counted; before CUDA 13."""
+CHUNK_NUMEL, FUSED_CHUNKS = 65536, 320
+"""They are cut into chunks, and so many are in a launch."""
 QR_FLOPS_PER_CUBE = 16.0 / 3.0
 """Householder QR of a square matrix with its orthogonal factor formed: 4/3 for R, 4 for Q."""
 FLOPS_PER_CUBE = {"_linalg_eigh": EIGH_FLOPS_PER_CUBE, "linalg_qr": QR_FLOPS_PER_CUBE}
@@ -43,6 +48,8 @@ class Operation(NamedTuple):
     """Side of the matrices of a decomposition; None for all other operations."""
     num_matrices: int = 0
     """How many matrices a decomposition has in its batch."""
+    num_kernels: int = 1
+    """Kernels that a GPU has to launch, at least: see `_num_kernels`."""
 
 
 class OperationCounter(TorchDispatchMode):
@@ -84,7 +91,8 @@ class OperationCounter(TorchDispatchMode):
         result = func(*args, **kwargs)
         touched = [*_tensors(args), *_tensors(kwargs.values()), *_tensors((result,))]
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in touched)
-        self.operations.append(_operation(name, args, num_bytes))
+        operation = _operation(name, args, num_bytes)
+        self.operations.append(operation._replace(num_kernels=_num_kernels(name, args)))
         return result
 
     @property
@@ -106,6 +114,11 @@ class OperationCounter(TorchDispatchMode):
     def num_operations(self) -> int:
         """Operations that are not views; on a GPU each is at least one kernel."""
         return len(self.operations)
+
+    @property
+    def num_kernels(self) -> int:
+        """Kernels that they are on a GPU, at least, by the rules of `_num_kernels`; not measured."""
+        return sum(operation.num_kernels for operation in self.operations)
 
     @property
     def num_synchronisations(self) -> int:
@@ -144,6 +157,45 @@ def _operation(name: str, args: Any, bytes_moved: int) -> Operation:
         flops = FLOPS_PER_CUBE[kind] * count * float(side) ** 3
         return Operation(name, flops, bytes_moved, side, count)
     return Operation(name, 0.0, bytes_moved)
+
+
+def _num_kernels(name: str, args: Sequence[Any]) -> int:
+    """Kernels of an operation: one, or one for every tensor where ``_foreach`` cannot take them together.
+
+    It can where the tensors of a place in all lists have one dtype, shape and strides, and no gaps: not
+    where one is broadcast, or a part of a matrix.
+
+    Source: ``can_use_fast_route`` in torch's ``ForeachUtils.h``, and ``MultiTensorApply.cuh``.
+    """
+    if name.startswith(ALLOCATIONS):
+        return 0
+    lists = [
+        arg for arg in args if isinstance(arg, list | tuple) and all(map(torch.is_tensor, arg))
+    ]
+    if not name.startswith("aten::_foreach") or not lists:
+        return 1
+    if not all(map(_fit_together, *lists)):
+        return len(lists[0])
+    is_in_place = name.split(".")[0].endswith("_")
+    num_lists = len(lists) + (not is_in_place)
+    chunks = sum(-(-tensor.numel() // CHUNK_NUMEL) for tensor in lists[0])
+    return max(-(-len(lists[0]) // FUSED_TENSORS[num_lists]), -(-chunks // FUSED_CHUNKS))
+
+
+def _fit_together(*tensors: Tensor) -> bool:
+    """Whether tensors have one dtype, shape and strides, and their elements lie side by side."""
+    layouts = set()
+    for tensor in tensors:
+        sides = [pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] != 1]
+        layouts.add((tensor.dtype, tensor.shape, tuple(sides)))
+    if len(layouts) > 1:
+        return False
+    reach = 1
+    for stride, side in sorted(sides):
+        if stride != reach:
+            return False
+        reach *= side
+    return True
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -62,6 +63,7 @@ def join(rank: int, num_ranks: int, store: Path, *, seconds: float) -> None:
 
 def _process(rank: int, num_ranks: int, folder: str, job: Job, arguments: tuple[Any, ...]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    faulthandler.enable()  # a process that is killed by a signal says where it was
     join(rank, num_ranks, Path(folder) / "store", seconds=120)
     answer = job(*arguments)
     torch.save(answer, Path(folder) / f"answer_{rank}")

@@ -229,3 +229,30 @@ def test_compiled_steps_reuse_their_graphs() -> None:
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[-1] == graphs[5], graphs
+
+
+def test_kernels_are_one_for_a_list_that_fits_together_and_else_one_for_each() -> None:
+    """By the rules of torch's fused path, of which a CPU has none: lists of 5 tensors."""
+    matrices = [torch.ones(3, 4) for _ in range(5)]
+    more = [torch.ones(3, 4) for _ in range(5)]
+    cases: list[tuple[list[torch.Tensor], int]] = [
+        (more, 1),
+        ([torch.ones(4, 3).mT for _ in range(5)], 5),  # other strides
+        ([*more[:4], torch.ones(4, 3).mT], 5),  # one suffices
+        ([torch.ones(3, 8)[:, :4] for _ in range(5)], 5),  # gaps
+        ([torch.ones(1, 1) for _ in range(5)], 5),  # broadcast
+        ([one.double() for one in more], 5),
+    ]
+    for others, expected in cases:
+        with OperationCounter() as counter:
+            torch._foreach_add_(matrices, others)
+        assert counter.num_kernels == expected
+    many = [torch.ones(2) for _ in range(130)]
+    large = [torch.ones(65536 * 321, device="meta")]
+    one = torch.ones(3)
+    with OperationCounter() as counter:
+        torch._foreach_mul(many, 2.0)  # 64 at a time, for the results are a list too
+        torch._foreach_mul_(large, 2.0)  # 320 chunks at a time
+        torch.empty(3)
+        one.add_(1.0)
+    assert [operation.num_kernels for operation in counter.operations] == [3, 2, 0, 1]
