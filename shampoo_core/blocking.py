@@ -54,6 +54,11 @@ class Tile:
         """Whether the parameter is one block, this one."""
         return self.sizes == self.merged_shape
 
+    @functools.cached_property
+    def is_contiguous(self) -> bool:
+        """Whether it is cut along the first axis only: its blocks lie one after the other in memory."""
+        return self.sizes[1:] == self.merged_shape[1:]
+
     def grid_indices(self) -> list[Shape]:
         """Grid position of each block, in the order in which the tile's blocks are stacked."""
         ranges = (range(g, g + c) for g, c in zip(self.grid_starts, self.counts, strict=True))

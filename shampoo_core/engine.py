@@ -105,7 +105,7 @@ class Engine:
         if step == self._first_step:
             averaging.start(weights)
         if options.l2_decay:
-            weights.add_to(stacks, options.l2_decay, self.stack_set.block_vector(1.0))
+            weights.add_to(stacks, options.l2_decay)
         guarded = guard.close_bad_blocks(stacks, gradients)
         direction = preconditioner.step(guarded, step)
         if direction is None:

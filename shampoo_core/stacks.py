@@ -17,7 +17,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -171,18 +171,19 @@ class StackSet:
         if any(tensors[parameter] is None for parameter in self.parameters):
             torch._foreach_zero_(stacks)
         merged: dict[int, Tensor] = {}
-        sources, targets = [], []
+        tiles, sources, targets = [], [], []
         for tile, target in zip(self.tiles, self.tile_slots(stacks), strict=True):
             tensor = tensors[tile.parameter]
             if tensor is None:
                 continue
+            tiles.append(tile)
             if tile.parameter not in merged:
                 dense = tensor.to_dense() if tensor.is_sparse else tensor
                 merged[tile.parameter] = _merged(dense, tile.merged_shape)
             sources.append(_tile_view(merged[tile.parameter], tile))
             targets.append(target)
-        if sources:
-            torch._foreach_copy_(targets, sources)
+        for some_targets, some_sources in _by_contiguity(tiles, targets, sources):
+            torch._foreach_copy_(some_targets, some_sources)
         return stacks
 
     def add_from(
@@ -190,7 +191,6 @@ class StackSet:
         stacks: Sequence[Tensor],
         tensors: Sequence[Tensor],
         scale: float,
-        factors: Tensor,
     ) -> None:
         """Add blocks to the stacks, in place.
 
@@ -198,7 +198,6 @@ class StackSet:
             stacks: What to add to.
             tensors: Parameter-shaped; where the blocks are taken from.
             scale: Of all blocks.
-            factors: Block vector, of each block.
         """
         merged: dict[int, Tensor] = {}
         sources = []
@@ -206,8 +205,8 @@ class StackSet:
             if tile.parameter not in merged:
                 merged[tile.parameter] = _merged(tensors[tile.parameter], tile.merged_shape)
             sources.append(_tile_view(merged[tile.parameter], tile))
-        slots = self.tile_slots(stacks)
-        torch._foreach_addcmul_(slots, sources, self._spread(factors, stacks), value=scale)
+        for slots, some_sources in _by_contiguity(self.tiles, self.tile_slots(stacks), sources):
+            torch._foreach_add_(slots, some_sources, alpha=scale)
 
     def add_to(
         self,
@@ -284,12 +283,26 @@ def add_tiles(
     if growths is not None:
         torch._foreach_addcmul_(targets, targets, list(growths))
     if scales is None:
-        torch._foreach_add_(targets, list(slots))
+        for some_targets, some_slots in _by_contiguity(tiles, targets, slots):
+            torch._foreach_add_(some_targets, some_slots)
     else:
         torch._foreach_addcmul_(targets, list(slots), list(scales))
     for parameter, changed in indirect.items():
         tensor = tensors[parameter].detach()
         tensor.copy_(changed.view(tensor.shape))
+
+
+def _by_contiguity(
+    tiles: Sequence[Tile], first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Two lists with an entry per tile: those of contiguous tiles, and those of the others.
+
+    A GPU takes a list in a few kernels, but in one for every tensor where any of them has other strides.
+    """
+    for is_contiguous in (True, False):
+        kept = [tile.is_contiguous == is_contiguous for tile in tiles]
+        if any(kept):
+            yield list(itertools.compress(first, kept)), list(itertools.compress(second, kept))
 
 
 def _tile_view(merged: Tensor, tile: Tile) -> Tensor:

@@ -66,6 +66,7 @@ def test_steps_dispatch_few_operations_and_only_a_refresh_waits(
         optimizer.step()
     assert plain.num_synchronisations == 0
     assert plain.num_operations <= PLAIN_LIMITS[workload][vectors]
+    assert plain.num_kernels <= 2.5 * plain.num_operations
     assert plain.num_operations < PEERS[workload][THEIRS]["plain_step_ops"] / 10
     assert refresh.num_synchronisations == 1
     assert refresh.num_operations <= PEERS[workload][THEIRS]["refresh_step_ops"] / REFRESH_SHARE

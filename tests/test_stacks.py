@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shampoo_core.blocking import merge_dimensions, tiles_of
+from shampoo_core.blocking import Cut, merge_dimensions, tiles_of
 from shampoo_core.stacks import StackSet
+
+CUTS: tuple[Cut, ...] = ("balanced", "greedy")
 
 
 def stack_set_of(tensors: list[Tensor], limit: int) -> StackSet:
@@ -51,6 +55,18 @@ def test_gathered_blocks_added_to_zero_give_the_tensors(
     for copy, tensor in zip(copies, tensors, strict=True):
         assert torch.equal(copy, tensor)
     assert stack_set.num_blocks == sum(len(stack) for stack in stack_set.zeros())
+
+
+@given(st.lists(st.integers(1, 9), max_size=4), st.integers(1, 8), st.sampled_from(CUTS))
+def test_tiles_know_whether_they_are_contiguous(shape: list[int], limit: int, cut: Cut) -> None:
+    merged = merge_dimensions(tuple(shape), limit)
+    for tile in tiles_of(0, merged, limit, cut):
+        stack_set = StackSet([tile], dtype=torch.float64, device=torch.device("cpu"))
+        places = torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
+        (stack,) = stack_set.gather([places])
+        in_order = bool((stack.flatten().diff() == 1.0).all())
+        # Of a block of one row a part can be contiguous too; nobody counts on that.
+        assert in_order if tile.is_contiguous else not in_order or 1 in tile.sizes
 
 
 def test_memory_layout_does_not_matter() -> None:

@@ -31,15 +31,15 @@ class StepOptions:
 class TrainingWeights(Protocol):
     """The weights that gradients are taken at, as stacks on demand."""
 
-    def add_to(self, stacks: list[Tensor], scale: float, factors: Tensor) -> None:
-        """``stacks += scale * factors * weights``, in place; ``factors`` is a block vector."""
+    def add_to(self, stacks: list[Tensor], scale: float) -> None:
+        """``stacks += scale * weights``, in place."""
 
     def stacks(self) -> list[Tensor]:
         """A copy of the weights."""
 
 
 class Update(NamedTuple):
-    """What a step does to the weights, block by block: ``W <- W + growth * W + scale * stacks``.
+    """What a step does to the weights: ``W <- W + factors * (scale * stacks + decay * W)``, block by block.
 
     Not multiplied out: whoever holds the weights does it in two passes over memory, where stacks to be
     added would have to be made first, in twice as many. Nobody may change ``stacks`` in place.
@@ -47,22 +47,41 @@ class Update(NamedTuple):
 
     stacks: list[Tensor]
     scale: Tensor | None = None
-    """Block vector; None is 1, without growth."""
-    growth: Tensor | None = None
-    """Block vector, negative for decay; None is 0."""
+    """Block vector; None is 1, then the factors are 1 as well."""
+    decay: float = 0.0
+    factors: Tensor | None = None
+    """Block vector, negative where the weights descend; None is 1."""
+
+    @property
+    def total_scale(self) -> Tensor | None:
+        """Of the stacks: block vector, None for 1."""
+        if self.scale is None or self.factors is None:
+            return self.scale
+        return self.scale * self.factors
+
+    @property
+    def growth(self) -> Tensor | None:
+        """Of the weights: block vector, None for 0."""
+        if self.factors is None or not self.decay:
+            return None
+        return self.decay * self.factors
 
     def to_add(self, stack_set: StackSet, weights: TrainingWeights) -> list[Tensor]:
-        """``growth * W + scale * stacks``, new unless nothing has to be done.
+        """``factors * (scale * stacks + decay * W)``, new unless nothing has to be done.
 
         Args:
             stack_set: Geometry.
-            weights: W; read only if there is growth.
+            weights: W; read only if there is decay.
         """
         if self.scale is None:
             return self.stacks
+        if self.factors is None or not self.decay:
+            assert self.total_scale is not None
+            return list(torch._foreach_mul(self.stacks, stack_set.split(self.total_scale)))
+        # Factors come last, so that weights are added as they are: in a few kernels on a GPU.
         stacks = list(torch._foreach_mul(self.stacks, stack_set.split(self.scale)))
-        if self.growth is not None:
-            weights.add_to(stacks, 1.0, self.growth)
+        weights.add_to(stacks, self.decay)
+        torch._foreach_mul_(stacks, stack_set.split(self.factors))
         return stacks
 
 
@@ -125,8 +144,7 @@ class Descent:
     ) -> Update:
         """See `AveragingRule`."""
         factors = -options.lr * is_open
-        growth = factors * options.direction_decay if options.direction_decay else None
-        return Update(direction.stacks, direction.scale * factors, growth)
+        return Update(direction.stacks, direction.scale, options.direction_decay, factors)
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         """See `AveragingRule`."""

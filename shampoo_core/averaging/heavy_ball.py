@@ -73,10 +73,8 @@ class _HeavyBallRule:
     ) -> Update:
         config, split = self._config, self._stack_set.split
         gain = is_open * (1.0 - config.dampening)
-        growth = gain * options.direction_decay if options.direction_decay else None
-        ascent = Update(direction.stacks, direction.scale * gain, growth).to_add(
-            self._stack_set, weights
-        )
+        scaled = Update(direction.stacks, direction.scale, options.direction_decay, gain)
+        ascent = scaled.to_add(self._stack_set, weights)
         torch._foreach_mul_(self.buffer, split(1.0 - (1.0 - config.momentum) * is_open))
         torch._foreach_add_(self.buffer, ascent)
         step: list[Tensor] = self.buffer

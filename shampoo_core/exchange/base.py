@@ -94,9 +94,9 @@ class WeightSlices:
     stack_set: StackSet
     parameters: Sequence[Tensor]
 
-    def add_to(self, stacks: list[Tensor], scale: float, factors: Tensor) -> None:
+    def add_to(self, stacks: list[Tensor], scale: float) -> None:
         """See `TrainingWeights`."""
-        self.stack_set.add_from(stacks, self.parameters, scale, factors)
+        self.stack_set.add_from(stacks, self.parameters, scale)
 
     def stacks(self) -> list[Tensor]:
         """See `TrainingWeights`."""

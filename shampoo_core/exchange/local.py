@@ -34,7 +34,8 @@ class LocalExchange:
             if result.update is None:
                 continue
             if _in_passes(own, parameters):
-                own.add_to(parameters, *result.update)
+                update = result.update
+                own.add_to(parameters, update.stacks, update.total_scale, update.growth)
             else:
                 own.add_to(parameters, result.update.to_add(own, result.weights))
 

@@ -86,9 +86,7 @@ class ShardedExchange:
             if targets:
                 torch._foreach_copy_(targets, sources)
         for request, stacks in zip(requests, arrivals, strict=True):
-            weights = StackedWeights(
-                request.division.own, stacks.pop() if request.reads_weights else []
-            )
+            weights = StackedWeights(stacks.pop() if request.reads_weights else [])
             yield Collected(stacks.pop() if stacks else [], weights)
 
     def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
@@ -141,13 +139,11 @@ class ShardedExchange:
 class StackedWeights:
     """Weights that were sent, see `TrainingWeights`."""
 
-    stack_set: StackSet
     collected: list[Tensor]
 
-    def add_to(self, stacks: list[Tensor], scale: float, factors: Tensor) -> None:
+    def add_to(self, stacks: list[Tensor], scale: float) -> None:
         """See `TrainingWeights`."""
-        per_stack = self.stack_set.split(factors)
-        torch._foreach_addcmul_(stacks, self.collected, per_stack, value=scale)
+        torch._foreach_add_(stacks, self.collected, alpha=scale)
 
     def stacks(self) -> list[Tensor]:
         """See `TrainingWeights`."""
