@@ -112,7 +112,7 @@ class OperationCounter(TorchDispatchMode):
 
     @property
     def num_operations(self) -> int:
-        """Operations that are not views; on a GPU each is at least one kernel."""
+        """Operations that are not views."""
         return len(self.operations)
 
     @property

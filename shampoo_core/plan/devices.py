@@ -19,7 +19,7 @@ PRODUCT_EFFICIENCY = 0.7
 MEMORY_EFFICIENCY = 0.75
 """Share of the peak bandwidth that elementwise operations reach."""
 LAUNCH_SECONDS = 6e-6
-"""From one operation to the next when the device waits for the host."""
+"""From one kernel to the next when the device waits for the host."""
 REFERENCE_SIDE = 1024
 """Side of the matrices for which decomposition times are stated."""
 
@@ -44,9 +44,12 @@ class Device:
     def step_seconds(self, operations: Iterable[Operation]) -> float:
         """Estimated time of some operations, one after the other.
 
-        Each takes the longer of its arithmetic and its traffic, and at least the launch.
+        Each takes the longer of its arithmetic and its traffic, and at least the launches of its kernels.
         """
-        return sum(max(LAUNCH_SECONDS, self._seconds(item)) for item in operations)
+        return sum(
+            max(LAUNCH_SECONDS * max(1, item.num_kernels), self._seconds(item))
+            for item in operations
+        )
 
     def _seconds(self, operation: Operation) -> float:
         traffic = operation.bytes_moved / (self.bandwidth * MEMORY_EFFICIENCY)
