@@ -166,7 +166,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_parameters(group)
-        except Exception:
+        except (TypeError, ValueError):  # what the door says; nothing of the group is to stay
             self.param_groups.pop()
             raise
         # Schedulers overwrite lr at once, so that its peak has to be kept here.
