@@ -25,6 +25,7 @@ SYNCHRONISATIONS = frozenset(
     {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", *READS.values()}
 )
 ALLOCATIONS = ("aten::empty", "aten::new_empty")
+"""Begin the names of operations that launch nothing."""
 FUSED_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 """Tensors that ``_foreach`` takes in one launch, by number of lists, results counted; before CUDA 13."""
 CHUNK_NUMEL, FUSED_CHUNKS = 65536, 320

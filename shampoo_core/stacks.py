@@ -186,18 +186,13 @@ class StackSet:
             torch._foreach_copy_(some_targets, some_sources)
         return stacks
 
-    def add_from(
-        self,
-        stacks: Sequence[Tensor],
-        tensors: Sequence[Tensor],
-        scale: float,
-    ) -> None:
-        """Add blocks to the stacks, in place.
+    def add_from(self, stacks: Sequence[Tensor], tensors: Sequence[Tensor], scale: float) -> None:
+        """``stack <- stack + scale * block``, in place.
 
         Args:
             stacks: What to add to.
             tensors: Parameter-shaped; where the blocks are taken from.
-            scale: Of all blocks.
+            scale: One number for all blocks.
         """
         merged: dict[int, Tensor] = {}
         sources = []
