@@ -222,14 +222,30 @@ class StackSet:
             tensors,
             self.tiles,
             self.tile_slots(stacks),
-            None if scale is None else self._spread(scale, stacks),
-            None if growth is None else self._spread(growth, stacks),
+            None if scale is None else self._spread(scale),
+            None if growth is None else self._spread(growth),
         )
 
-    def _spread(self, block_vector: Tensor, stacks: Sequence[Tensor]) -> list[Tensor]:
+    def _spread(self, block_vector: Tensor) -> list[Tensor]:
         """A block vector as views, one per tile, of the shape of the tile's slot."""
-        per_stack = zip(self.split(block_vector), stacks, strict=True)
-        return self.tile_slots([part.expand_as(stack) for part, stack in per_stack])
+        start = block_vector.storage_offset()
+        return [
+            block_vector.as_strided(shape, strides, start + place)
+            for shape, strides, place in self._numbers_of_tiles
+        ]
+
+    @functools.cached_property
+    def _numbers_of_tiles(self) -> list[tuple[Shape, Shape, int]]:
+        """Per tile, shape, strides and place of its slot, every block of which is one number."""
+        found: list[tuple[Shape, Shape, int]] = []
+        place = 0
+        for layout in self.layouts:
+            inner = (0,) * len(layout.block_shape)
+            for tile, counts in zip(layout.tiles, layout.count_strides, strict=True):
+                outer = () if tile.num_blocks == 1 else counts
+                found.append((tile.view_shape, (*outer, *inner), place))
+                place += tile.num_blocks
+        return found
 
     def tile_slots(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Views of the stacks, one per tile, of its `Tile.view_shape`."""

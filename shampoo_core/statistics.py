@@ -296,6 +296,10 @@ def multiply_along_axis(stack: Tensor, axis: int, matrices: Tensor) -> Tensor:
     Returns:
         A tensor of the same shape.
     """
+    if axis == stack.dim() - 2:
+        # Without a transposed copy on the way in and another on the way out.
+        rows = stack.reshape(stack.shape[0], -1, stack.shape[-1])
+        return torch.bmm(rows, matrices).view(stack.shape)
     moved = stack.movedim(axis + 1, 1)
     product = torch.bmm(matrices.mT, moved.reshape(moved.shape[0], moved.shape[1], -1))
     return product.view(moved.shape).movedim(1, axis + 1)

@@ -28,7 +28,7 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grams, "ON_CPU", grams.ON_ACCELERATOR)
     monkeypatch.setattr(local, "_in_passes", lambda *_: False)
     monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)
-    monkeypatch.setattr(gradients, "_known_to_be_ones", lambda *_: False)
+    monkeypatch.setattr(gradients.GradientGuard, "_are_seen_to_be_good", lambda *_: False)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,8 @@ import torch
 from quadratic import assert_same, gradient, optimizer_for, parameters, run
 from test_state import METHODS
 
-from shampoo_core import FixedRefresh, gradients, log_health
+from shampoo_core import FixedRefresh, log_health
+from shampoo_core.gradients import GradientGuard
 
 
 def poison(params: list[torch.nn.Parameter], value: float) -> None:
@@ -52,7 +53,7 @@ def test_gradients_that_are_seen_to_be_good_are_left_alone(monkeypatch: pytest.M
     ways = []
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr(gradients, "_known_to_be_ones", lambda *_: False)
+            monkeypatch.setattr(GradientGuard, "_are_seen_to_be_good", lambda *_: False)
         params = parameters()
         optimizer = optimizer_for(params, weight_decay=0.1, weight_decay_kind="l2")
         run(optimizer, params, range(1, 4))

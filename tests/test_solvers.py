@@ -179,8 +179,8 @@ def test_number_of_operations_does_not_grow_with_the_batch(solver: RootSolver) -
 @pytest.mark.parametrize(
     ("call", "num_operations", "num_synchronisations"),
     [
-        (lambda a: EighSolver().inverse_root(a, 0.25), 44, 1),
-        (lambda a: EighSolver().basis(a), 44, 1),
+        (lambda a: EighSolver().inverse_root(a, 0.25), 48, 1),
+        (lambda a: EighSolver().basis(a), 48, 1),
         (lambda a: OrthogonalIterationSolver().basis(a, a), 36, 0),
         (lambda a: OrthogonalIterationSolver(tolerance=0.1).basis(a, a), 44, 0),
         (lambda a: CoupledNewtonSolver(eigh_fallback=False).inverse_root(a, 0.25), 600, 0),
@@ -282,18 +282,18 @@ def test_overwriting_the_matrices_changes_no_basis(solver: BasisSolver, warm: bo
         torch.testing.assert_close(own.eigenvalues, one.eigenvalues)
 
 
-def test_overwriting_the_matrices_takes_two_and_a_half_times_their_memory() -> None:
-    """Of as many as are worth cutting up."""
+def test_overwriting_the_matrices_takes_little_more_than_twice_their_memory() -> None:
+    """Roots of as many as are worth cutting up."""
     for num_matrices in (2, 3):
         matrices = batch(num_matrices, side=512)
         assert matrices.numel() >= eigh.PARTS * eigh.LEAST_PART_NUMEL
-        for solve in (
-            lambda given: EighSolver().bases([given], overwrite=True),
-            lambda given: EighSolver().inverse_roots([given], [0.25], overwrite=True),
+        for solve, most in (
+            (lambda given: EighSolver().bases([given], overwrite=True), 2.1),
+            (lambda given: EighSolver().inverse_roots([given], [0.25], overwrite=True), 2.6),
         ):
             with LiveMemory() as memory:
                 solve(matrices.clone())
-            assert memory.peak <= 2.6 * matrices.nbytes
+            assert memory.peak <= most * matrices.nbytes
 
 
 def test_roots_of_parameters_do_not_record_gradients() -> None:
@@ -331,7 +331,7 @@ def test_batches_of_one_call_share_operations_and_the_synchronisation() -> None:
     with OperationCounter() as ops:
         results = EighSolver().inverse_roots(batches, exponents)
     assert ops.num_synchronisations == 1
-    assert ops.num_operations <= 44 + 5 * 7
+    assert ops.num_operations <= 48 + 5 * 8
     for matrices, exponent, result in zip(batches, exponents, results, strict=True):
         alone = EighSolver().inverse_root(matrices, exponent)
         torch.testing.assert_close(result.roots, alone.roots, rtol=1e-5, atol=1e-6)

@@ -59,6 +59,27 @@ def returns_the_basis_of_another_matrix(bad: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.eye(bad.shape[-1]).expand_as(bad)
 
 
+def returns_one_pair_of_vectors_turned_a_little(bad: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = REAL_EIGH(bad)
+    angle = torch.tensor(1e-2)
+    first, last = vectors[..., 3].clone(), vectors[..., -2].clone()
+    vectors[..., 3] = angle.cos() * first - angle.sin() * last
+    vectors[..., -2] = angle.sin() * first + angle.cos() * last
+    return values, vectors
+
+
+def returns_one_vector_that_is_too_long(bad: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = REAL_EIGH(bad)
+    vectors[..., 7] *= 1.001
+    return values, vectors
+
+
+def returns_one_eigenvalue_that_is_off(bad: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = REAL_EIGH(bad)
+    values[..., 5] += 1e-3 * values.abs().amax()
+    return values, vectors
+
+
 def gives_up(bad: Tensor) -> tuple[Tensor, Tensor]:
     raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
@@ -73,6 +94,9 @@ def reports_a_cusolver_status(bad: Tensor) -> tuple[Tensor, Tensor]:
         returns_nan,
         returns_the_basis_of_another_matrix,
         returns_a_basis_that_is_not_orthogonal,
+        returns_one_pair_of_vectors_turned_a_little,
+        returns_one_vector_that_is_too_long,
+        returns_one_eigenvalue_that_is_off,
         gives_up,
         reports_a_cusolver_status,
     ],
@@ -150,6 +174,26 @@ def test_errors_of_memory_and_device_pass_through(
     # Negative: what makes the product solvers turn to the eigendecomposition.
     with pytest.raises(type(error), match=str(error).split("'")[0]):
         solver.inverse_root(-batch(1), 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", [1, 2, 3, 8, 24, 100, 256])
+def test_healthy_decompositions_are_far_from_the_bound(side: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(side)
+    spectra = [
+        torch.ones(side),
+        torch.linspace(1.0, 0.0, side),
+        torch.logspace(0.0, -12.0, side),
+        (torch.arange(side) <= side // 4).double(),
+    ]
+    matrices = []
+    for spectrum in spectra * 3:
+        noise = torch.randn(side, side, generator=generator, dtype=torch.float64)
+        basis = torch.linalg.qr(noise).Q
+        matrices.append((basis * spectrum) @ basis.mT)
+    solver = EighSolver(residual_bound=12.0, double_fallback=False)
+    assert solver.basis(torch.stack(matrices).to(dtype)).accepted.all()
+    assert EighSolver().residual_bound >= 5 * solver.residual_bound
 
 
 def test_matrices_without_a_root_stay_on_the_happy_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,11 +83,22 @@ class _WeightEMARule(Descent):
         update = super().update(direction, weights, is_open, options)
         torch.maximum(self.moved, is_open, out=self.moved)
         if options.step % self._config.interval == 0:
-            y = weights.stacks()
-            torch._foreach_add_(y, update.to_add(self._stack_set, weights))
-            gain = is_open * (1.0 - self._config.decay)
-            torch._foreach_lerp_(self.average, y, self._stack_set.split(gain))
+            self._absorb(update, weights, is_open * (1.0 - self._config.decay))
         return update
+
+    def _absorb(self, update: Update, weights: TrainingWeights, gain: Tensor) -> None:
+        """``average <- average + gain * (W - average)`` with the weights W that the update leads to.
+
+        Term by term, ``W = y + scale * stacks + growth * y``: what is to be added is not made first.
+        """
+        y = weights.stacks()
+        split = self._stack_set.split
+        torch._foreach_lerp_(self.average, y, split(gain))
+        scale, growth = update.total_scale, update.growth
+        own_gain = gain if scale is None else gain * scale
+        torch._foreach_addcmul_(self.average, update.stacks, split(own_gain))
+        if growth is not None:
+            torch._foreach_addcmul_(self.average, y, split(gain * growth))
 
     def evaluation_shift(self, weights: TrainingWeights) -> list[Tensor] | None:
         shift = torch._foreach_sub(self.average, weights.stacks())
