@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from shampoo_core import gradients
+from shampoo_core import gradients, grams
 from shampoo_core.exchange import local
 from shampoo_core.solvers import scaling
-from shampoo_core.storage import grams
 
 # How long an example takes says nothing on a machine that does other work as well.
 settings.register_profile("untimed", deadline=None)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from benchmarks.counts import count_steps
 from benchmarks.timing import method_flops
-from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
+from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig, grams
 from shampoo_core.blocking import tiles_of
 from shampoo_core.counting import OperationCounter
+from shampoo_core.grams import ON_CPU, Price, add_gram, strip_bounds, upper_gram
 from shampoo_core.refresh import FactorSlice, FactorStackSize
 from shampoo_core.stacks import StackSet
-from shampoo_core.storage import factor_store, grams
-from shampoo_core.storage.grams import ON_CPU, Price, add_gram, strip_bounds, upper_gram
+from shampoo_core.storage import factor_store
 
 
 @pytest.fixture

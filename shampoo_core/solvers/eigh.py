@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo_core.grams import add_gram, mirrored_parts, strip_bounds
 from shampoo_core.solvers.base import (
     BasisResult,
     ManyBatchesSolver,
@@ -23,10 +24,6 @@ from shampoo_core.solvers.scaling import largest_entries, scale_batches_to_unit,
 
 PROBES = 8
 """Random vectors that a decomposition is tested on."""
-PARTS = 4
-"""So many of them the rows of roots are cut into where memory is worth more than operations."""
-LEAST_PART_NUMEL = 2**17
-"""Numbers in a part that are worth its operations: half a megabyte."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +39,9 @@ class EighSolver(ManyBatchesSolver):
 
     Accuracy: eigenvalues are off by a few epsilons of the largest one, so that in float32 a root with
     p = 4 has a relative error of 1e-5 at condition 1e3 and 2e-2 at 1e6; ``double_precision`` takes
-    that to 5e-7 and 6e-4, what the rounding of the input leaves. Peak memory is five times the batch
-    for roots and three times for bases, or two and a half times and twice where it may be overwritten:
-    then roots are made in parts, in more operations. What ``torch.linalg.eigh`` takes inside comes on top.
+    that to 5e-7 and 6e-4, what the rounding of the input leaves. Peak memory is three times the batch,
+    twice where it may be overwritten, once more for roots that come with eigenvectors; what
+    ``torch.linalg.eigh`` takes inside comes on top.
 
     Attributes:
         double_precision: Solve float32 batches in float64 from the start and round the result. Takes
@@ -93,9 +90,6 @@ class EighSolver(ManyBatchesSolver):
                 self._working_copies(batches), ridge, overwrite=overwrite
             )
             spectra = self._decompose(units)
-            # Units have served: their memory takes the roots, if that is worth it.
-            parts = _num_parts(units) if overwrite else 1
-            slots = units if parts > 1 else [None] * len(units)
             powers, accepted = spectral_power(
                 spectra.values,
                 scales,
@@ -109,19 +103,18 @@ class EighSolver(ManyBatchesSolver):
                 padding=spectra.padding,
             )
             counts = [len(batch) for batch in batches]
+            # Units have served, their memory takes the roots; so have vectors nobody asked for.
+            _put_roots(
+                units, spectra.vectors, powers.sqrt().split(counts), overwrite=warm_starts is None
+            )
             return [
                 RootResult(
-                    _from_spectrum(vectors, part, slot, parts).to(batch.dtype),
+                    root.to(batch.dtype),
                     kept,
                     None if warm_starts is None else vectors.to(batch.dtype),
                 )
-                for batch, slot, vectors, part, kept in zip(
-                    batches,
-                    slots,
-                    spectra.vectors,
-                    powers.split(counts),
-                    accepted.split(counts),
-                    strict=True,
+                for batch, root, vectors, kept in zip(
+                    batches, units, spectra.vectors, accepted.split(counts), strict=True
                 )
             ]
 
@@ -263,15 +256,36 @@ def _per_matrix(numbers: Sequence[float | Tensor], batches: Sequence[Tensor]) ->
     return column.to(like.device, non_blocking=True)
 
 
-def _from_spectrum(vectors: Tensor, powers: Tensor, out: Tensor | None, parts: int) -> Tensor:
-    """``V diag(powers) V^T``; with ``out``, which takes it, one of so many parts of its rows at a time."""
-    powers = powers[:, None, : vectors.shape[-1]]
-    if out is None:
-        return torch.bmm(vectors * powers, vectors.mT)
-    for part in range(parts):
-        rows = _part(vectors.shape[-1], part, parts)
-        out[:, rows] = torch.bmm(vectors[:, rows] * powers, vectors.mT)
-    return out
+def _put_roots(
+    roots: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    half_powers: Sequence[Tensor],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write ``V diag(h)^2 V^T``, the Gram matrix of the rows of ``V diag(h)``, for several batches.
+
+    Args:
+        roots: What to write to, (N, d, d) each.
+        vectors: V, likewise.
+        half_powers: h, (N, d or more) each.
+        overwrite: Whether V is not needed any more.
+    """
+    factors = [h[:, None, : v.shape[-1]] for h, v in zip(half_powers, vectors, strict=True)]
+    if overwrite:
+        torch._foreach_mul_(list(vectors), factors)
+        rows = list(vectors)
+    else:
+        rows = list(torch._foreach_mul(list(vectors), factors))
+    mirrored: list[tuple[Tensor, Tensor]] = []
+    for root, own in zip(roots, rows, strict=True):
+        bounds = strip_bounds(own)
+        # A decay of zero does not read what is there.
+        add_gram(root, own, bounds, decay=0.0, gain=1.0)
+        mirrored += mirrored_parts(root, bounds)
+    if mirrored:
+        targets, sources = zip(*mirrored, strict=True)
+        torch._foreach_copy_(targets, sources)
 
 
 def _replaced(vectors: Tensor, where: Tensor, new: Tensor | None = None) -> Tensor:
@@ -343,17 +357,6 @@ def _probes(side: int, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(side, PROBES, dtype=like.dtype, generator=generator)
     return numbers.to(like.device, non_blocking=True)
-
-
-def _num_parts(batches: Sequence[Tensor]) -> int:
-    """How many parts of roots are worth their operations."""
-    return min(PARTS, max(1, sum(batch.numel() for batch in batches) // LEAST_PART_NUMEL))
-
-
-def _part(side: int, part: int, parts: int) -> slice:
-    """Rows of one of several parts; not none, so that those of small matrices overlap."""
-    start = side * part // parts
-    return slice(start, max(start + 1, side * (part + 1) // parts))
 
 
 def _marked(values: Tensor, vectors: Tensor, failed: Tensor) -> tuple[Tensor, Tensor]:

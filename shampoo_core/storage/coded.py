@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from shampoo_core.grams import add_gram, strip_bounds
 from shampoo_core.refresh import FactorSlice, FactorStackSize
 from shampoo_core.stacks import StackSet
 from shampoo_core.storage.base import batches
-from shampoo_core.storage.grams import add_gram, strip_bounds
 from shampoo_core.storage.joined import Joined, Run, copy_to, spread, taken
 from shampoo_core.storage.quantization import GROUP, CodedGroups, Format
 from shampoo_core.storage.triangles import triangle_indices

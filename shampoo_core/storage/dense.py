@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from shampoo_core.grams import add_gram, mirrored_parts, strip_bounds
 from shampoo_core.refresh import FactorSlice
-from shampoo_core.storage.grams import add_gram, mirrored_parts, strip_bounds
 
 
 class DenseMatrices:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from shampoo_core.grams import upper_gram
 from shampoo_core.refresh import FactorSlice
-from shampoo_core.storage.grams import upper_gram
 from shampoo_core.storage.triangles import triangle_indices
 
 
