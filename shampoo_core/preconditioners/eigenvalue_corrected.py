@@ -173,7 +173,6 @@ class EigenvalueCorrected:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        self._overwrites = options.max_wave_numel is not None
         self.filter = GradientFilter(stack_set, replace(options, storage=config.storage))
         self.scaling = SecondMomentScaling(
             stack_set,
@@ -218,12 +217,7 @@ class EigenvalueCorrected:
 
     def _turn(self, stale: Stale, *, continued: bool) -> None:
         """Recompute bases and carry the moments into them."""
-        solve = eigenbases(
-            self._config.solver,
-            continued=continued,
-            may_wait=stale.may_wait,
-            overwrite=self._overwrites,
-        )
+        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
         for portion in self.bases.portions(stale.due):
             self._turn_portion(portion, solve)
 

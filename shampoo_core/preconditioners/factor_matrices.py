@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     """Due factors of one size and exponent."""
 
     factors: Tensor
-    """(K, d, d), bias-corrected copies, which may be overwritten."""
+    """(K, d, d), bias-corrected copies, which the solver may overwrite."""
     exponent: float
     read_old: Callable[[], Tensor]
     """Gives (K, d, d), the matrices so far; maybe a view, so not to be written to."""
@@ -232,7 +232,7 @@ class FactorMatrices:
         """(K,) per slice: how far bases are from diagonalising their factors."""
         factors = self._factors.corrected(due)
         return [
-            off_diagonal_ratio(own, basis, overwrite=self._portion_numel is not None)
+            off_diagonal_ratio(own, basis, overwrite=True)
             for own, basis in zip(factors, map(basis_of, due), strict=True)
         ]
 
@@ -310,9 +310,7 @@ class FactorMatrices:
         ]
 
 
-def eigenbases(
-    solver: BasisSolver, *, continued: bool, may_wait: bool = True, overwrite: bool = False
-) -> Solve:
+def eigenbases(solver: BasisSolver, *, continued: bool, may_wait: bool = True) -> Solve:
     """Recompute matrices as eigenbases of their factors.
 
     Args:
@@ -320,7 +318,6 @@ def eigenbases(
         may_wait: See `Stale`.
         continued: Whether the old matrices are eigenbases to start from; a first basis is made from
             scratch, for one iteration from the identity would be a poor start.
-        overwrite: See `BasisSolver.bases`.
     """
 
     def solve(batches: list[Batch]) -> list[Solution]:
@@ -330,7 +327,7 @@ def eigenbases(
             starts = [batch.read_old() for batch in batches]
         chosen = solver if may_wait else solver.without_fallback()
         factors = [batch.factors for batch in batches]
-        results = chosen.bases(factors, starts, overwrite=overwrite)
+        results = chosen.bases(factors, starts, overwrite=True)
         return [Solution(r.eigenvectors, r.accepted, r.order) for r in results]
 
     return solve

@@ -108,7 +108,6 @@ class KLFactors:
             storage=storage,
             portion_numel=portion_numel,
         )
-        self._overwrites = portion_numel is not None
         # One until the first gradient has come, which is therefore not whitened.
         self.eigenvalues = [
             torch.ones(
@@ -216,9 +215,7 @@ class KLFactors:
         return _identity_like(self.bases.read_slice(where))
 
     def _rotate_bases(self, batches: list[Batch], *, first: bool, may_wait: bool) -> list[Solution]:
-        rotate = eigenbases(
-            self._solver, continued=not first, may_wait=may_wait, overwrite=self._overwrites
-        )
+        rotate = eigenbases(self._solver, continued=not first, may_wait=may_wait)
         rotations = rotate(
             [batch._replace(read_old=partial(_identity_like, batch.factors)) for batch in batches]
         )

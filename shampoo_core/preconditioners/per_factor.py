@@ -165,7 +165,6 @@ class PerFactorCorrected:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        self._overwrites = options.max_wave_numel is not None
         self._exponents = self._per_factor(inverse_exponents(stack_set, axes, config.exponent))
         sides = self._per_factor([float(axis.dimension) for axis in axes])
         default_tolerance = sides * torch.finfo(stack_set.dtype).eps
@@ -200,12 +199,7 @@ class PerFactorCorrected:
             return
         stale = self.bases.stale(due, self._refresh.tolerance)
         continued = step > self._refresh.settled_step
-        solve = eigenbases(
-            self._config.solver,
-            continued=continued,
-            may_wait=stale.may_wait,
-            overwrite=self._overwrites,
-        )
+        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
         for portion in self.bases.portions(stale.due):
             self.bases.refresh(portion, solve)
 

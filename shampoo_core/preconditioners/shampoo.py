@@ -198,7 +198,6 @@ class Shampoo:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        self._overwrites = options.max_wave_numel is not None
         self.roots = create(kind="roots")
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver
@@ -301,7 +300,7 @@ class Shampoo:
             ridge=config.ridge,
             relative_ridge=config.relative_ridge,
             warm_starts=starts,
-            overwrite=self._overwrites,
+            overwrite=True,
         )
 
     def state(self) -> StackState:

@@ -138,8 +138,8 @@ class RootSolver(Protocol):
             ridge: As of `inverse_root`.
             relative_ridge: As of `inverse_root`.
             warm_starts: One for every batch, or none.
-            overwrite: Whether the matrices may be overwritten, and memory is worth more than
-                operations. Not every solver saves any.
+            overwrite: Whether the matrices may be overwritten, to save memory. Not every solver
+                does.
         """
         ...
 
