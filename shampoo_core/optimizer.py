@@ -79,7 +79,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             most so many numbers of a rank, due factors solved in portions of as many (or one block, one
             factor), and everything temporary of one is freed before the next. Takes about 3 times the
             bytes of a wave, 3.5 at a refresh by `EighSolver`: half of the largest stack keeps a step below
-            twice that. Costs some 30 operations and a message each way between ranks per wave, some 100
+            twice that. Costs some 30 operations and a message each way between ranks per wave, some 80
             and a host synchronisation per portion. None steps all at once, and so does ``"auto"``, but on
             a CPU without other ranks, where waves of a million numbers are quicker. Results change by
             rounding only, checkpoints not at all.

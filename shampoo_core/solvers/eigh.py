@@ -176,7 +176,7 @@ class EighSolver(ManyBatchesSolver):
             units: Used up: negated, and changed by a rounding error.
         """
         # LAPACK sorts eigenvalues upwards; those of -A are in the wanted order. Turning columns round
-        # afterwards takes as long as three matrix products on a CPU.
+        # afterwards takes as long as a matrix product on a CPU.
         torch._foreach_neg_(list(units))
         # Exactly singular blocks (embedding rows that saw no gradient) send LAPACK's divide and
         # conquer through denormals, where it fails or returns NaN for every second such matrix,
