@@ -66,9 +66,7 @@ class GradientFilter:
             self.moment.absorb(gradients)
             return Direction(self.moment.average, self.moment.weight.reciprocal())
         ahead = torch._foreach_lerp(self.moment.average, gradients.stacks, 1.0 - self._beta3)
-        weight_ahead = (
-            self._beta3 * self.moment.raw_weight + (1.0 - self._beta3) * gradients.is_open
-        )
+        weight_ahead = torch.lerp(self.moment.raw_weight, gradients.is_open, 1.0 - self._beta3)
         self.moment.absorb(gradients)
         if self._normalises_as_v05 or not self._corrects:
             weight = self.moment.weight
