@@ -27,6 +27,7 @@ from shampoo_core import (
     EigenvalueCorrectedConfig,
     FixedRefresh,
     ShampooConfig,
+    StaggeredAdaptiveRefresh,
     StaggeredRefresh,
 )
 from shampoo_core.model_shapes import official_workloads
@@ -42,6 +43,7 @@ POLICIES: dict[str, RefreshPolicy] = {
     "all at once": FixedRefresh(INTERVAL, 1),
     "staggered": StaggeredRefresh(INTERVAL),
     "adaptive": AdaptiveRefresh(INTERVAL, 1),
+    "staggered, adaptive": StaggeredAdaptiveRefresh(INTERVAL),
 }
 
 

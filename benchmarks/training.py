@@ -26,6 +26,7 @@ from shampoo_core import (
     KLSOAPConfig,
     OrthogonalIterationSolver,
     ShampooConfig,
+    StaggeredAdaptiveRefresh,
     StaggeredRefresh,
 )
 from shampoo_core.refresh import FactorStackSize, RefreshPolicy
@@ -126,6 +127,7 @@ def refresh_variants() -> list[Variant]:
     return [
         Variant("every 10 steps", config, FixedRefresh(10, 1)),
         Variant("staggered over 10", config, StaggeredRefresh(10)),
+        Variant("staggered and adaptive, 0.1", config, StaggeredAdaptiveRefresh(10)),
         *(
             Variant(f"adaptive, tested every 10, {t}", config, AdaptiveRefresh(10, 1, t))
             for t in (0.1, 0.3)

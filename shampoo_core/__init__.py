@@ -27,7 +27,12 @@ from shampoo_core.preconditioners.kl_soap import KLSOAPConfig
 from shampoo_core.preconditioners.per_factor import PerFactorCorrectedConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.preconditioners.spectral import SpectralConfig
-from shampoo_core.refresh import AdaptiveRefresh, FixedRefresh, StaggeredRefresh
+from shampoo_core.refresh import (
+    AdaptiveRefresh,
+    FixedRefresh,
+    StaggeredAdaptiveRefresh,
+    StaggeredRefresh,
+)
 from shampoo_core.solvers import (
     ChebyshevSolver,
     CoupledNewtonSolver,
@@ -68,6 +73,7 @@ __all__ = [
     "ScheduleFree",
     "ShampooConfig",
     "SpectralConfig",
+    "StaggeredAdaptiveRefresh",
     "StaggeredRefresh",
     "WeightEMA",
     "health_report",

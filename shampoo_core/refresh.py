@@ -102,9 +102,11 @@ class FixedRefresh:
 class AdaptiveRefresh(FixedRefresh):
     """As `FixedRefresh`, but a factor that its old basis still diagonalises is left alone.
 
+    Shampoo's roots are left alone with their bases, whatever became of the eigenvalues, once there is one.
+
     Args:
         interval: Steps from one test to the next.
-        start: First refresh, in steps counted from 1; None means ``interval``.
+        start: First test, in steps counted from 1; None means ``interval``.
         threshold: Largest relative off-diagonal Frobenius norm of Q^T A Q that is left alone, in
             [0, 1].
 
@@ -167,6 +169,36 @@ class StaggeredRefresh:
         if step < self.first_step:
             return []
         return list(_stagger(sizes, self.interval)[(step - self.first_step) % self.interval])
+
+
+@dataclass(frozen=True)
+class StaggeredAdaptiveRefresh(StaggeredRefresh):
+    """As `StaggeredRefresh`, but a factor that its old basis still diagonalises is left alone.
+
+    No step is a spike and no basis that stands still is made anew, at the price of a host
+    synchronisation at every step at which something is tested.
+
+    Args:
+        interval: Steps from one test of a factor to its next.
+        start: First step at which a test may happen; None means 1.
+        threshold: As of `AdaptiveRefresh`.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    interval: int = 50
+    start: int | None = None
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("StaggeredAdaptiveRefresh", "threshold", self.threshold, low=0.0, high=1.0)
+
+    @property
+    def tolerance(self) -> float:
+        """See `RefreshPolicy`."""
+        return self.threshold
 
 
 def whole_stacks(sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:

@@ -30,6 +30,7 @@ from shampoo_core import (
     SGDGrafting,
     ShampooConfig,
     SpectralConfig,
+    StaggeredAdaptiveRefresh,
     StaggeredRefresh,
     WeightEMA,
 )
@@ -65,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shampoo": {"refresh": FixedRefresh(3)},
     "staggered": {"refresh": StaggeredRefresh(4)},
     "adaptive": {"refresh": AdaptiveRefresh(2, 1, threshold=0.2)},
+    "staggered and adaptive": {"refresh": StaggeredAdaptiveRefresh(2, 1, threshold=0.2)},
     "warm-started": {
         "refresh": StaggeredRefresh(3),
         "preconditioner": ShampooConfig(solver=OrthogonalIterationSolver(max_iterations=3)),

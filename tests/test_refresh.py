@@ -19,6 +19,8 @@ from shampoo_core import (
     AdaptiveRefresh,
     EigenvalueCorrectedConfig,
     FixedRefresh,
+    ShampooConfig,
+    StaggeredAdaptiveRefresh,
     StaggeredRefresh,
 )
 from shampoo_core.blocking import merge_dimensions, tiles_of
@@ -162,7 +164,10 @@ def still(parameter: torch.Tensor, step: int) -> torch.Tensor:
     return noise * scales[:, None]
 
 
-def test_adaptive_leaves_bases_that_stand_still_alone() -> None:
+@pytest.mark.parametrize("policy", [AdaptiveRefresh, StaggeredAdaptiveRefresh])
+def test_adaptive_leaves_bases_that_stand_still_alone(
+    policy: type[AdaptiveRefresh | StaggeredAdaptiveRefresh],
+) -> None:
     """A covariance that stands still is refreshed a few times, a turning one at every test."""
     counts = {}
     for name, turn in (("still", 0.0), ("turning", 0.02)):
@@ -171,7 +176,7 @@ def test_adaptive_leaves_bases_that_stand_still_alone() -> None:
             params,
             max_block_size=64,
             betas=(0.9, 0.99),
-            refresh=AdaptiveRefresh(interval=5, start=5, threshold=0.1),
+            refresh=policy(interval=5, start=5, threshold=0.1),
             preconditioner=EigenvalueCorrectedConfig(),
         )
         generator = torch.Generator().manual_seed(1)
@@ -197,6 +202,36 @@ def test_the_ends_of_the_threshold_are_always_and_never(threshold: float) -> Non
     )
     run(optimizer, params, range(1, 11))
     assert refreshes(optimizer) == (10 if threshold == 0.0 else 0)
+
+
+def test_staggered_and_adaptive_tests_what_staggered_refreshes() -> None:
+    sizes = (FactorStackSize(12, 512), FactorStackSize(40, 256))
+    staggered, both = StaggeredRefresh(10, 3), StaggeredAdaptiveRefresh(10, 3, 0.2)
+    for step in range(1, 30):
+        assert both.due(step, sizes) == staggered.due(step, sizes)
+    assert (both.tolerance, staggered.tolerance) == (0.2, 0.0)
+    with pytest.raises(ValueError, match=r"StaggeredAdaptiveRefresh: threshold .* got 1.5"):
+        StaggeredAdaptiveRefresh(threshold=1.5)
+
+
+@pytest.mark.parametrize("policy", [AdaptiveRefresh, StaggeredAdaptiveRefresh])
+def test_a_first_root_is_made_whatever_the_test_says(
+    policy: type[AdaptiveRefresh | StaggeredAdaptiveRefresh],
+) -> None:
+    """The identity diagonalises a diagonal factor from the start, but is not its root."""
+    ways = []
+    for refresh in (FixedRefresh(4, 2), policy(4, 2, threshold=0.5)):
+        params = parameters([(12, 12)])
+        optimizer = optimizer_for(
+            params, max_block_size=12, refresh=refresh, preconditioner=ShampooConfig()
+        )
+        for step in range(1, 4):
+            numbers = torch.logspace(0, -2, 12, dtype=params[0].dtype) * (1 + 0.1 * step)
+            params[0].grad = torch.diag(numbers)
+            optimizer.step()
+        assert int(optimizer.state[params[0]]["block.0.0.refreshes.axis0"]) == 1
+        ways.append(params[0].detach())
+    torch.testing.assert_close(ways[1], ways[0], rtol=1e-12, atol=1e-12)
 
 
 def test_transported_second_moments_survive_crossing_eigenvalues() -> None:

@@ -197,6 +197,8 @@ class FactorMatrices:
         due: Sequence[FactorSlice],
         tolerance: float,
         basis_of: Callable[[FactorSlice], Tensor] | None = None,
+        *,
+        new_too: bool = False,
     ) -> Stale:
         """The due factors that their bases no longer diagonalise; one host synchronisation.
 
@@ -209,6 +211,8 @@ class FactorMatrices:
             tolerance: Largest relative off-diagonal norm of Q^T A Q that passes; 0 passes nothing,
                 and needs no test.
             basis_of: (K, d, d) bases of a slice; None takes the matrices themselves.
+            new_too: Whether factors that were never refreshed are due whatever the test says: the identity
+                may do for a basis, but not for a root.
         """
         if tolerance <= 0.0 or not due:
             return Stale(list(due), may_wait=True)
@@ -218,6 +222,8 @@ class FactorMatrices:
             ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
         due = list(itertools.chain.from_iterable(due_portions))
         exceeds = ~(torch.cat(ratios) <= tolerance)
+        if new_too:
+            exceeds |= torch.cat(_slices(self.num_refreshes, due)) == 0
         has_failed = torch.cat(_slices(self.num_failures, due)) > 0
         candidates = [
             FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)

@@ -214,7 +214,7 @@ class Shampoo:
         gradients.free_stacks()  # before the refresh, which needs memory of its own
         stale = Stale(self.factors.due(self._refresh, step), may_wait=True)
         if self.bases is not None:
-            stale = self.bases.stale(stale.due, self._refresh.tolerance)
+            stale = self.bases.stale(stale.due, self._refresh.tolerance, new_too=True)
         if stale.due:
             self._refresh_roots(stale, first=step <= self._refresh.settled_step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
