@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 LEAST_ROWS = 96
@@ -85,7 +86,20 @@ def upper_gram(rows: Tensor) -> Tensor:
     return result
 
 
-def mirrored_parts(matrices: Tensor, bounds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def mirror(batches: Sequence[Tensor], bounds: Sequence[Sequence[int]]) -> None:
+    """Fill in what is out of date below the strips, of all batches in one operation.
+
+    Args:
+        batches: (N, d, d) each, from `add_gram`; changed in place.
+        bounds: Of the strips of each batch; none of a batch that is symmetric already.
+    """
+    parts = list(itertools.chain.from_iterable(map(_mirrored_parts, batches, bounds)))
+    if parts:
+        targets, sources = zip(*parts, strict=True)
+        torch._foreach_copy_(targets, sources)
+
+
+def _mirrored_parts(matrices: Tensor, bounds: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of what is out of date below the strips, each with what is to be copied there.
 
     Args:

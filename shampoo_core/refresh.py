@@ -185,6 +185,8 @@ class StaggeredAdaptiveRefresh(StaggeredRefresh):
 
     Raises:
         ValueError: An argument is out of range.
+
+    Source: arXiv 2506.03595 (off-diagonal criterion), staggered.
     """
 
     interval: int = 50

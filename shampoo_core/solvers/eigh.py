@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_core.grams import add_gram, mirrored_parts, strip_bounds
+from shampoo_core.grams import add_gram, mirror, strip_bounds
 from shampoo_core.solvers.base import (
     BasisResult,
     ManyBatchesSolver,
@@ -277,15 +277,11 @@ def _put_roots(
         rows = list(vectors)
     else:
         rows = list(torch._foreach_mul(list(vectors), factors))
-    mirrored: list[tuple[Tensor, Tensor]] = []
-    for root, own in zip(roots, rows, strict=True):
-        bounds = strip_bounds(own)
+    bounds = [strip_bounds(own) for own in rows]
+    for root, own, strips in zip(roots, rows, bounds, strict=True):
         # A decay of zero does not read what is there.
-        add_gram(root, own, bounds, decay=0.0, gain=1.0)
-        mirrored += mirrored_parts(root, bounds)
-    if mirrored:
-        targets, sources = zip(*mirrored, strict=True)
-        torch._foreach_copy_(targets, sources)
+        add_gram(root, own, strips, decay=0.0, gain=1.0)
+    mirror(roots, bounds)
 
 
 def _replaced(vectors: Tensor, where: Tensor, new: Tensor | None = None) -> Tensor:

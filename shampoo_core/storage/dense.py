@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from shampoo_core.grams import add_gram, mirrored_parts, strip_bounds
+from shampoo_core.grams import add_gram, mirror, strip_bounds
 from shampoo_core.refresh import FactorSlice
 
 
@@ -51,7 +50,7 @@ class DenseFactors(DenseMatrices):
     def read(self, where: Sequence[FactorSlice]) -> list[Tensor]:
         """See `MatrixStore`; views."""
         matrices = super().read(where)
-        self._mirror(matrices, [self._bounds[item.stack] for item in where])
+        mirror(matrices, [self._bounds[item.stack] for item in where])
         return matrices
 
     def read_all(self) -> Iterator[Tensor]:
@@ -61,7 +60,7 @@ class DenseFactors(DenseMatrices):
 
     def complete(self) -> None:
         """See `FactorStore`."""
-        self._mirror(self._matrices, self._bounds)
+        mirror(self._matrices, self._bounds)
 
     def scale(self, factors: Sequence[Tensor]) -> None:
         """See `FactorStore`."""
@@ -73,13 +72,6 @@ class DenseFactors(DenseMatrices):
             matrices = self._matrices[stack]
             self._bounds[stack] = bounds = strip_bounds(own)
             add_gram(matrices, own, bounds, decay=decay, gain=gain)
-
-    @staticmethod
-    def _mirror(matrices: Sequence[Tensor], bounds: Sequence[Sequence[int]]) -> None:
-        parts = list(itertools.chain.from_iterable(map(mirrored_parts, matrices, bounds)))
-        if parts:
-            targets, sources = zip(*parts, strict=True)
-            torch._foreach_copy_(targets, sources)
 
 
 class DenseStacks:
