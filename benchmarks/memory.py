@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.counts import MIB
-from benchmarks.methods import measure
+from benchmarks.methods import measure, methods
 from benchmarks.models import state_bytes, workload_parameters
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import (
@@ -43,16 +43,20 @@ def largest_stack(workload: str) -> int:
     return max(math.prod(layout.shape) for layout in engine.stack_set.layouts)
 
 
-def memory_rows(workloads: Sequence[str]) -> Iterator[dict[str, Any]]:
+def memory_rows(
+    workloads: Sequence[str],
+    configs: Mapping[str, PreconditionerConfig] = METHODS,
+    waves_of_largest_stack: int = WAVES_OF_LARGEST_STACK,
+) -> Iterator[dict[str, Any]]:
     """One row per workload, method and size of waves."""
     for workload in workloads:
         largest = largest_stack(workload)
-        for method in METHODS:
-            for max_wave_numel in (None, largest // WAVES_OF_LARGEST_STACK):
+        for method, config in configs.items():
+            for max_wave_numel in (None, largest // waves_of_largest_stack):
                 yield {
                     "workload": workload,
                     "method": method,
-                    **_entries(workload, METHODS[method], max_wave_numel, largest),
+                    **_entries(workload, config, max_wave_numel, largest),
                 }
 
 
@@ -106,13 +110,18 @@ COLUMNS = {
 }
 
 
-def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
+def run(
+    workloads: Sequence[str],
+    folder: Path = DEFAULT_FOLDER,
+    configs: Mapping[str, PreconditionerConfig] = METHODS,
+    waves_of_largest_stack: int = WAVES_OF_LARGEST_STACK,
+) -> None:
     """Print and write the table for those of some workloads whose limits are stated."""
     names = [name for name in workloads if name in WORKLOADS]
     if names:
         publish(
             "Memory: most bytes alive in a step beside parameters, gradients and state",
-            list(memory_rows(names)),
+            list(memory_rows(names, configs, waves_of_largest_stack)),
             COLUMNS,
             folder,
             "in stacks: in units of the largest stack; so are the dearest step of a staggered refresh "
@@ -124,9 +133,19 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", action="append", choices=official_workloads())
+    parser.add_argument(
+        "--every_method", action="store_true", help="and storage and solver; takes long"
+    )
+    parser.add_argument(
+        "--waves_of_largest_stack",
+        type=int,
+        default=WAVES_OF_LARGEST_STACK,
+        help="default %(default)s; more waves take less memory and more operations",
+    )
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
     options = parser.parse_args()
-    run(options.workload or WORKLOADS, options.out)
+    configs = {m.name: m.config for m in methods()} if options.every_method else METHODS
+    run(options.workload or WORKLOADS, options.out, configs, options.waves_of_largest_stack)
 
 
 if __name__ == "__main__":
