@@ -83,17 +83,13 @@ def describe(value: object) -> Any:
     return repr(value)
 
 
-def differences(
-    own: Mapping[str, Any], saved: Mapping[str, Any], *, except_for: Sequence[str]
-) -> list[str]:
-    """One sentence for each option in which a parameter group differs from the saved one."""
+def differences(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """One sentence for each of its own options in which a parameter group differs from the saved one."""
     found = []
-    for name in sorted(set(own) | set(saved)):
-        if name in except_for:
-            continue
+    for name in sorted(own):
         if name not in saved:
             found.append(f"{name} is {own[name]!r} here and absent in the checkpoint")
-        elif name in own and own[name] != saved[name]:
+        elif own[name] != saved[name]:
             found.append(f"{name} is {own[name]!r} here and {saved[name]!r} in the checkpoint")
     return found
 
@@ -134,30 +130,49 @@ def warn_of_incomplete_state() -> None:
     )
 
 
-def check_format(owner: str, state_dict: Mapping[str, Any]) -> None:
-    """Raise unless a state is of this kind and version.
+def with_outer_entries(owner: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state with all of its outermost entries, or an error.
+
+    ``torch.distributed.checkpoint.state_dict`` passes on ``state`` and ``param_groups`` alone; the others
+    follow from them.
 
     Raises:
-        ValueError: It is not; the message says what it lacks.
+        ValueError: It is of another kind or version; the message says what it lacks.
     """
-    wanted = ("state", "param_groups", "evaluates", "format_version")
-    missing = [name for name in wanted if name not in state_dict]
+    outer = dict(state_dict)
+    groups = outer.get("param_groups", ())
+    if "state" in outer and groups and all("preconditioner" in group for group in groups):
+        entries = outer["state"].values()
+        outer.setdefault("evaluates", any(TRAINING_WEIGHTS in of_one for of_one in entries))
+        outer.setdefault("complete", True)
+        outer.setdefault("format_version", FORMAT_VERSION)
+    missing = {"state", "param_groups", "evaluates", "format_version"} - set(outer)
     if missing:
         raise ValueError(
-            f"{owner}: not a state of this optimizer: it has no {', '.join(missing)}; "
+            f"{owner}: not a state of this optimizer: it has no {', '.join(sorted(missing))}; "
             f"it has {', '.join(map(str, state_dict)) or 'nothing'}"
         )
-    if state_dict["format_version"] != FORMAT_VERSION:
+    if outer["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{owner}: the checkpoint has format version {state_dict['format_version']}, this release "
+            f"{owner}: the checkpoint has format version {outer['format_version']}, this release "
             f"reads {FORMAT_VERSION}"
         )
+    return outer
 
 
 def check_groups(
-    owner: str, own_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+    owner: str,
+    own_groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
+    sizes: Sequence[int],
 ) -> None:
-    """Raise unless saved parameter groups have the same parameters and constant options.
+    """Raise unless saved parameter groups have as many parameters and the same constant options.
+
+    Args:
+        owner: For the message.
+        own_groups: Constant options, described.
+        saved_groups: From the checkpoint.
+        sizes: Number of parameters of each group.
 
     Raises:
         ValueError: They do not; the message names the difference.
@@ -167,19 +182,48 @@ def check_groups(
             f"{owner}: the checkpoint has {len(saved_groups)} parameter groups, "
             f"this optimizer {len(own_groups)}"
         )
-    for index, (own, saved) in enumerate(zip(own_groups, saved_groups, strict=True)):
-        if len(own["params"]) != len(saved["params"]):
+    for index, (own, saved, size) in enumerate(zip(own_groups, saved_groups, sizes, strict=True)):
+        if size != len(saved["params"]):
             raise ValueError(
                 f"{owner}: group {index} has {len(saved['params'])} parameters in the "
-                f"checkpoint and {len(own['params'])} here"
+                f"checkpoint and {size} here"
             )
-        ignored = ("params", "param_names", *CHANGEABLE, *WITHOUT_MEANING)
-        found = differences(own, saved, except_for=ignored)
+        meant = {name: value for name, value in own.items() if name not in WITHOUT_MEANING}
+        found = differences(meant, saved)
         if found:
             raise ValueError(
                 f"{owner}: group {index} of the checkpoint is of another configuration: "
                 + "; ".join(found)
             )
+
+
+def changed_entries(
+    group: Mapping[str, Any], constants: Collection[str], saved: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a saved parameter group sets in one here: all but parameters and constant options.
+
+    That is learning rate, weight decay, step, and what schedulers keep in a group. Of the latter, what
+    is of another type here than in the checkpoint stays: it may have been saved as a mere description.
+    """
+    return {
+        name: value
+        for name, value in saved.items()
+        if name not in ("params", "param_names", *constants)
+        and (name in (*CHANGEABLE, "step") or type(value) is type(group.get(name, value)))
+    }
+
+
+def check_evaluated(owner: str, evaluates: bool, training_weights: Collection[Tensor]) -> None:
+    """Raise where parameters hold the weights to evaluate, and the training weights are lost.
+
+    Raises:
+        ValueError: They are.
+    """
+    if evaluates and not training_weights:
+        raise ValueError(
+            f"{owner}: the checkpoint was saved while the parameters held the weights to evaluate, "
+            "and has no training weights; call train() before saving"
+        )
 
 
 def block_names(engines: Sequence[Engine], parameter: int) -> set[str]:

@@ -7,7 +7,7 @@ to an evaluation or a log line.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +37,13 @@ class HealthReport:
 
 
 def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
-    """Read the counters of a `DistributedShampoo`; one host synchronisation.
+    """Read the counters of a `DistributedShampoo`; one host synchronisation per device.
 
     Args:
         optimizer: Whose counters to read.
     """
-    totals = [
-        _total(optimizer, ".guard.non_finite"),
-        _total(optimizer, ".failures."),
-        _total(optimizer, ".refreshes."),
-    ]
-    return HealthReport(*(int(total) for total in torch.stack(totals).tolist()))
+    names = (".guard.non_finite", ".failures.", ".refreshes.")
+    return HealthReport(*_totals(optimizer, names))
 
 
 def log_health(
@@ -75,15 +71,18 @@ def log_health(
     return report
 
 
-def _total(optimizer: torch.optim.Optimizer, name: str) -> Tensor:
-    counters = [
-        tensor
-        for entries in optimizer.state.values()
-        for key, tensor in _tensors(entries.items())
-        if name in key
-    ]
-    return torch.stack(counters).sum().cpu() if counters else torch.zeros((), dtype=torch.int64)
-
-
-def _tensors(items: Iterable[tuple[str, object]]) -> list[tuple[str, Tensor]]:
-    return [(key, value) for key, value in items if isinstance(value, Tensor)]
+def _totals(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> list[int]:
+    """Sums of all counters whose name contains one of ``names``; each device is asked once."""
+    counters: dict[torch.device, list[list[Tensor]]] = {}
+    for entries in optimizer.state.values():
+        for key, value in entries.items():
+            for index, name in enumerate(names):
+                if name in key:
+                    kinds = counters.setdefault(value.device, [[] for _ in names])
+                    kinds[index].append(value)
+    totals = [0] * len(names)
+    for device, kinds in counters.items():
+        nothing = torch.zeros((), dtype=torch.int64, device=device)
+        sums = torch.stack([torch.stack([nothing, *kind]).sum() for kind in kinds])
+        totals = [a + b for a, b in zip(totals, sums.tolist(), strict=True)]
+    return totals

@@ -73,6 +73,14 @@ class Engine:
         """None where the rank owns nothing."""
         return None if self._parts is None else self._parts.preconditioner
 
+    def resume(self, step: int) -> None:
+        """Take for granted what the first step does, unless the state is one of before any step.
+
+        Args:
+            step: After which of the group's steps the state was saved.
+        """
+        self._first_step = 1 if step == 0 else 0
+
     def reads_weights(self, options: StepOptions) -> bool:
         """Whether a step needs the weights, or only their gradients; the same on all ranks."""
         if options.l2_decay != 0.0 or options.direction_decay != 0.0:

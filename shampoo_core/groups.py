@@ -16,9 +16,10 @@ from shampoo_core.weight_decay import WEIGHT_DECAY_KINDS, direction_decay, direc
 
 OWNER = "DistributedShampoo"
 
-CHANGEABLE = ("lr", "weight_decay", "initial_lr", "step")
-"""Options that may change during training; a checkpoint sets them. All others are part of the state's
-shape or meaning and have to agree with the checkpoint's."""
+CHANGEABLE = ("lr", "weight_decay")
+"""Options that may change during training; a checkpoint sets them, as it does what is not an option:
+the step, and what schedulers keep in a group. All others are part of the state's shape or meaning and
+have to agree with the checkpoint's."""
 
 CPU_WAVE_NUMEL = 2**20
 """Numbers in a wave by default on a CPU: a stack of as many is 4 MB, which the C library's allocator hands
@@ -53,7 +54,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         TypeError: An option is of the wrong type.
         ValueError: An option is out of range; the message names it, its value and the range.
     """
-    check_range(OWNER, "lr", group["lr"], low=0.0)
+    lr = group["lr"]
+    check_range(OWNER, "lr", lr.item() if isinstance(lr, Tensor) else lr, low=0.0)
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise TypeError(f"{OWNER}: betas must be a pair of numbers, got {betas!r}")
@@ -110,7 +112,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: A parameter is complex or not floating point; the message names its index.
-        ValueError: There are more or fewer block sizes than parameters.
+        ValueError: There are more or fewer block sizes than parameters, or a parameter is there twice.
     """
     parameters, sizes = group["params"], group["max_block_size"]
     if isinstance(sizes, tuple | list) and len(sizes) != len(parameters):
@@ -118,7 +120,13 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             f"{OWNER}: max_block_size has {len(sizes)} entries for the {len(parameters)} parameters of "
             "the group; give one for each, or a single number for all"
         )
+    first_index: dict[Tensor, int] = {}
     for index, parameter in enumerate(parameters):
+        if first_index.setdefault(parameter, index) != index:
+            raise ValueError(
+                f"{OWNER}: parameters {first_index[parameter]} and {index} of the group are the same "
+                "tensor; give it once"
+            )
         if parameter.is_complex():
             raise TypeError(
                 f"{OWNER}: parameter {index} of the group is complex ({parameter.dtype}); "

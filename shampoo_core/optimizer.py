@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_core.allocation import make_engines
 from shampoo_core.averaging import AveragingConfig
 from shampoo_core.blocking import Cut, MergeDirection
 from shampoo_core.checkpoint import (
     FORMAT_VERSION,
     TRAINING_WEIGHTS,
-    block_names,
-    block_views,
     bring_up_to_date,
-    check_format,
+    changed_entries,
+    check_evaluated,
     check_groups,
     describe,
     gather_states,
-    matching_entries,
     warn_of_incomplete_state,
+    with_outer_entries,
 )
 from shampoo_core.config import MomentumNormaliser
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges, placed_like
 from shampoo_core.exchange.distribution import Distribution, checked_distribution
 from shampoo_core.grafting import GraftingConfig
+from shampoo_core.group_engines import Fitted, GroupEngines, check_unchanged, views_of
 from shampoo_core.groups import (
-    CHANGEABLE,
     OWNER,
     check_group,
     check_names,
     check_parameters,
     facts,
 )
+from shampoo_core.load_hooks import WithLoadHooks
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.refresh import FixedRefresh, RefreshPolicy
@@ -45,7 +45,7 @@ from shampoo_core.stepping import Task, deliver, evaluation_shifts, updates
 from shampoo_core.weight_decay import WeightDecayKind
 
 
-class DistributedShampoo(torch.optim.Optimizer):
+class DistributedShampoo(WithLoadHooks):
     """Shampoo and its relatives, blocked, batched by block shape.
 
     Every option but ``params`` can be overridden in a parameter group. ``lr`` and ``weight_decay`` are
@@ -79,7 +79,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             most so many numbers of a rank, due factors solved in portions of as many (or one block, one
             factor), and everything temporary of one is freed before the next. Takes about 3 times the
             bytes of a wave, 3.5 at a refresh by `EighSolver`: half of the largest stack keeps a step below
-            twice that. Costs some 30 operations and a message each way between ranks per wave, some 80
+            twice that. Costs some 40 operations and a message each way between ranks per wave, some 80
             and a host synchronisation per portion. None steps all at once, and so does ``"auto"``, but on
             a CPU without other ranks, where waves of a million numbers are quicker. Results change by
             rounding only, checkpoints not at all.
@@ -139,7 +139,7 @@ class DistributedShampoo(torch.optim.Optimizer):
             max_wave_numel=max_wave_numel,
         )
         self._exchanges: Exchanges | None = None
-        self._engines: list[list[Engine]] = []
+        self._owned: list[GroupEngines] = []
         self._evaluates = False
         self._replicas_checked = False
         self._gathered: dict[tuple[int, str], Tensor] | None = None
@@ -148,8 +148,8 @@ class DistributedShampoo(torch.optim.Optimizer):
         # Ranks that differ would wait for each other for ever: ask before anything else is sent.
         distribution = checked_distribution(OWNER, distributed)
         self._exchanges = Exchanges(OWNER, distribution, facts(self.param_groups))
-        for group_index in range(len(self.param_groups)):
-            self._start(group_index)
+        for group in self.param_groups:
+            self._start(group)
 
     # --- groups -----------------------------------------------------------------------------------
 
@@ -162,48 +162,40 @@ class DistributedShampoo(torch.optim.Optimizer):
         """
         check_names(param_group, self.defaults)
         check_group({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._drop_last_group, len(self.param_groups))
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
             check_parameters(group)
-        except (TypeError, ValueError):  # what the door says; nothing of the group is to stay
-            self.param_groups.pop()
-            raise
-        # Schedulers overwrite lr at once, so that its peak has to be kept here.
-        group["peak_lr"] = group["lr"]
-        group["step"] = 0
-        if self._exchanges is not None:
-            self._exchanges.check_agreement(facts(self.param_groups))
-            self._start(len(self.param_groups) - 1)
+            # Schedulers overwrite lr at once, so that its peak has to be kept here.
+            group["peak_lr"] = float(group["lr"])
+            group["step"] = 0
+            if self._exchanges is not None:
+                self._exchanges.check_agreement(facts(self.param_groups))
+                self._start(group)
+            undo.pop_all()  # nothing was refused
 
-    def _start(self, group_index: int) -> None:
+    def _drop_last_group(self, keep: int) -> None:
+        """Forget a group that was refused, if it is there already."""
+        for parameter in (p for group in self.param_groups[keep:] for p in group["params"]):
+            self.state.pop(parameter, None)
+        del self.param_groups[keep:], self._owned[keep:]
+
+    def _start(self, group: dict[str, Any]) -> None:
         """Allocate state for the parameters of a new group that require a gradient."""
-        self._engines.append([])
-        parameters = self.param_groups[group_index]["params"]
-        self._allocate(group_index, [i for i, p in enumerate(parameters) if p.requires_grad])
-
-    def _allocate(self, group_index: int, indices: Sequence[int]) -> None:
-        """Allocate this rank's share of the state of some parameters of a group."""
         assert self._exchanges is not None
-        group = self.param_groups[group_index]
-        for engine in make_engines(group, indices, self._exchanges):
-            self._engines[group_index].append(engine)
-            views = block_views(engine)
-            for index in engine.division.whole.parameters:
-                self.state[group["params"][index]].update(views.get(index, {}))
+        self._owned.append(GroupEngines(group, tuple(self.defaults), self._exchanges))
+        self._show_state(self._owned[-1])
 
-    def _allocate_newcomers(self, group_index: int, gradients: list[Tensor | None]) -> None:
-        """Allocate state for parameters that have a gradient for the first time."""
-        parameters = self.param_groups[group_index]["params"]
-        newcomers = [
-            index
-            for index, gradient in enumerate(gradients)
-            if gradient is not None
-            and parameters[index] not in self.state
-            and parameters[index].numel() > 0
-        ]
-        if newcomers:
-            self._allocate(group_index, newcomers)
+    def _show_state(self, own: GroupEngines) -> None:
+        """Let ``state`` view the state of a group's engines; steps do not read it."""
+        for index, views in views_of(own.engines).items():
+            self.state[own.group["params"][index]].update(views)
+
+    @property
+    def _engines(self) -> list[list[Engine]]:
+        """By parameter group."""
+        return [own.engines for own in self._owned]
 
     # --- step -------------------------------------------------------------------------------------
 
@@ -238,12 +230,16 @@ class DistributedShampoo(torch.optim.Optimizer):
         self._check_replicas()
         self._gathered = None
         tasks: list[Task] = []
-        for group_index, group in enumerate(self.param_groups):
-            gradients = [parameter.grad for parameter in group["params"]]
+        check_unchanged(self._owned, self.param_groups)
+        for own in self._owned:
+            gradients = [parameter.grad for parameter in own.group["params"]]
             if any(gradient is not None for gradient in gradients):
-                self._allocate_newcomers(group_index, gradients)
-                group["step"] += 1
-            tasks += [Task(engine, group, gradients) for engine in self._engines[group_index]]
+                newcomers = own.newcomers(gradients)
+                if newcomers:
+                    own.allocate(newcomers)
+                    self._show_state(own)
+                own.group["step"] += 1
+            tasks += [Task(engine, own.group, gradients) for engine in own.engines]
         deliver(tasks, updates)
         return loss
 
@@ -263,13 +259,14 @@ class DistributedShampoo(torch.optim.Optimizer):
         """
         if self._evaluates:
             return
-        self._evaluates = True
+        check_unchanged(self._owned, self.param_groups)
         tasks = [
-            Task(engine, group, [])
-            for group, engines in zip(self.param_groups, self._engines, strict=True)
-            for engine in engines
+            Task(engine, own.group, [])
+            for own in self._owned
+            for engine in own.engines
             if engine.averages
         ]
+        self._evaluates = True
         for engine, group, _ in tasks:
             for index in engine.division.whole.parameters:
                 parameter = group["params"][index]
@@ -288,6 +285,12 @@ class DistributedShampoo(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything: `torch.optim.Optimizer` would copy or pickle the groups without the engines."""
         return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over everything; unpickled tensors have memory of their own, views as well."""
+        super().__setstate__(state)
+        for own in self._owned:
+            self._show_state(own)
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -321,9 +324,15 @@ class DistributedShampoo(torch.optim.Optimizer):
             ``param_groups``: options in plain form, configurations as dicts;
             ``complete``: whether the state of all blocks is there.
         """
+        check_unchanged(self._owned, self.param_groups)
         bring_up_to_date(self._engines)
+        for own in self._owned:
+            self._show_state(own)
         state_dict = super().state_dict()
-        state_dict["param_groups"] = [describe(group) for group in state_dict["param_groups"]]
+        state_dict["param_groups"] = [
+            describe({**group, **own.constants})
+            for own, group in zip(self._owned, state_dict["param_groups"], strict=True)
+        ]
         state_dict["complete"] = self._is_complete()
         if self._gathered:
             merged = {index: dict(entries) for index, entries in state_dict["state"].items()}
@@ -356,43 +365,34 @@ class DistributedShampoo(torch.optim.Optimizer):
             ValueError: It is of another configuration or model, or incomplete; the message names the
                 difference.
         """
-        check_format(OWNER, state_dict)
-        own_groups = [describe(group) for group in super().state_dict()["param_groups"]]
-        check_groups(OWNER, own_groups, state_dict["param_groups"])
-        pairs: list[tuple[Tensor, Tensor]] = []
+        state_dict = with_outer_entries(OWNER, self.hooked(state_dict))
+        saved_groups = state_dict["param_groups"]
+        check_unchanged(self._owned, self.param_groups)
+        constants = [describe(own.constants) for own in self._owned]
+        check_groups(OWNER, constants, saved_groups, [len(g["params"]) for g in self.param_groups])
+        fitted: list[Fitted] = []
         kept_aside: dict[Tensor, Tensor] = {}
-        for index, (group, saved) in enumerate(
-            zip(self.param_groups, state_dict["param_groups"], strict=True)
-        ):
+        for index, (own, saved) in enumerate(zip(self._owned, saved_groups, strict=True)):
             states = [state_dict["state"].get(key, {}) for key in saved["params"]]
-            known = [parameter in self.state for parameter in group["params"]]
-            self._allocate(index, [i for i, s in enumerate(states) if s and not known[i]])
-            for position, parameter in enumerate(group["params"]):
-                own, rest = self.state.get(parameter, {}), states[position]
-                pairs += matching_entries(
-                    f"{OWNER}: group {index}, parameter {position}",
-                    own,
-                    rest,
-                    block_names(self._engines[index], position),
-                    is_complete=state_dict.get("complete", True),
-                )
-                if TRAINING_WEIGHTS in rest:
-                    kept_aside[parameter] = placed_like(parameter, rest[TRAINING_WEIGHTS])
-        averaged = any(engine.averages for engines in self._engines for engine in engines)
-        if state_dict["evaluates"] and averaged and not kept_aside:
-            raise ValueError(
-                f"{OWNER}: the checkpoint was saved while the parameters held the weights to evaluate, "
-                "and has no training weights; call train() before saving"
-            )
-        with torch.no_grad():
-            for target, source in pairs:
-                target.copy_(source)
-        for state in self.state.values():
-            state.pop(TRAINING_WEIGHTS, None)
+            fitted.append(own.fitted(index, states, is_complete=state_dict["complete"]))
+            for parameter, state in zip(own.group["params"], states, strict=True):
+                if TRAINING_WEIGHTS in state:
+                    kept_aside[parameter] = placed_like(parameter, state[TRAINING_WEIGHTS])
+        averaged = any(engine.averages for engines, _ in fitted for engine in engines)
+        check_evaluated(OWNER, state_dict["evaluates"] and averaged, kept_aside)
+        self.state.clear()
+        for own, (engines, pairs), saved in zip(self._owned, fitted, saved_groups, strict=True):
+            with torch.no_grad():
+                for target, source in pairs:
+                    target.copy_(source)
+            own.adopt(engines)
+            for engine in engines:
+                engine.resume(saved["step"])
+            own.group.update(changed_entries(own.group, own.constants, saved))
+            self._show_state(own)
         for parameter, training in kept_aside.items():
             self.state[parameter][TRAINING_WEIGHTS] = training
         self._evaluates = state_dict["evaluates"]
         self._gathered = None
         self._replicas_checked = False
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({name: saved[name] for name in CHANGEABLE if name in saved})
+        self.call_hooks_after_loading()

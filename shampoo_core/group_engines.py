@@ -1,0 +1,162 @@
+"""A parameter group and the engines that step it, held together."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from shampoo_core.allocation import make_engines
+from shampoo_core.checkpoint import (
+    block_names,
+    block_views,
+    matching_entries,
+    without_training_weights,
+)
+from shampoo_core.engine import Engine
+from shampoo_core.exchange.choice import Exchanges
+from shampoo_core.groups import CHANGEABLE, OWNER
+
+LOGGER = logging.getLogger("shampoo_core")
+
+
+class Fitted(NamedTuple):
+    """Engines, and tensors of their state each with the saved one that it is to become."""
+
+    engines: list[Engine]
+    pairs: list[tuple[Tensor, Tensor]]
+
+
+class GroupEngines:
+    """The engines of a parameter group, and what of the group their state was made for.
+
+    Attributes:
+        group: The group as `torch.optim.Optimizer` holds it.
+        constants: Options that cannot change any more, as they were when the group was added. Schedulers
+            that cycle momentum overwrite ``betas`` in the group, which then says nothing of the state.
+        engines: In the order in which they were made; see `adopt`.
+    """
+
+    def __init__(self, group: dict[str, Any], options: Sequence[str], exchanges: Exchanges) -> None:
+        """Allocate state for the parameters that require a gradient.
+
+        Args:
+            group: A parameter group, checked.
+            options: Names of all options.
+            exchanges: Say how each parameter is distributed.
+        """
+        self.group = group
+        self.constants = {name: group[name] for name in options if name not in CHANGEABLE}
+        self.engines: list[Engine] = []
+        self._exchanges = exchanges
+        self._parameters: tuple[Tensor, ...] = tuple(group["params"])
+        self._overwritten: set[str] = set()
+        self.adopt(self._make([i for i, p in enumerate(self._parameters) if p.requires_grad]))
+
+    def adopt(self, engines: Sequence[Engine]) -> None:
+        """Step the group with these from now on."""
+        self.engines = list(engines)
+        self._known = {i for engine in engines for i in engine.division.whole.parameters}
+
+    def allocate(self, indices: Sequence[int]) -> None:
+        """Allocate this rank's share of the state of some more parameters, by index in the group."""
+        self.adopt([*self.engines, *self._make(indices)])
+
+    def newcomers(self, gradients: Sequence[Tensor | None]) -> list[int]:
+        """Indices of parameters that have a gradient for the first time."""
+        return [
+            index
+            for index, gradient in enumerate(gradients)
+            if gradient is not None and index not in self._known and gradient.numel() > 0
+        ]
+
+    def is_of(self, group: Mapping[str, Any]) -> bool:
+        """Whether this is the group, with the parameters that it was added with."""
+        parameters = group["params"]
+        return (
+            group is self.group
+            and len(parameters) == len(self._parameters)
+            and all(map(operator.is_, parameters, self._parameters))
+        )
+
+    def warn_of_overwritten_options(self) -> None:
+        """Warn, once of each, of options that were changed in the group to no effect."""
+        for name, value in self.constants.items():
+            now = self.group[name]
+            if now is not value and now != value and name not in self._overwritten:
+                self._overwritten.add(name)
+                LOGGER.warning(
+                    "%s: %s of a parameter group was set to %r and stays %r: it is read when the group is "
+                    "added. Schedulers that cycle momentum take cycle_momentum=False",
+                    *(OWNER, name, now, value),
+                )
+
+    def described(self) -> dict[str, Any]:
+        """The group with the options that its state was made with."""
+        return {**self.group, **self.constants}
+
+    def fitted(
+        self, number: int, states: Sequence[Mapping[str, Tensor]], *, is_complete: bool
+    ) -> Fitted:
+        """Engines that a saved state fits: those there are, and new ones for what was frozen here.
+
+        Where a parameter had no state yet when all was saved, all engines are made anew without it: it
+        comes in with its next gradient, as it did then. Nothing is changed yet, see `adopt`.
+
+        Args:
+            number: Of the group, for messages.
+            states: Saved state by parameter.
+            is_complete: Whether it is that of all ranks.
+
+        Raises:
+            ValueError: It does not fit; the message names the parameter and the entry.
+        """
+        saved = {index for index, state in enumerate(states) if without_training_weights(state)}
+        if is_complete and self._known - saved:
+            engines = self._make(sorted(saved))
+        else:
+            engines = [*self.engines, *self._make(sorted(saved - self._known))]
+        views = views_of(engines)
+        pairs = []
+        for index, state in enumerate(states):
+            pairs += matching_entries(
+                f"{OWNER}: group {number}, parameter {index}",
+                views.get(index, {}),
+                state,
+                block_names(engines, index),
+                is_complete=is_complete,
+            )
+        return Fitted(engines, pairs)
+
+    def _make(self, indices: Sequence[int]) -> list[Engine]:
+        return list(make_engines(self.described(), indices, self._exchanges))
+
+
+def check_unchanged(owned: Sequence[GroupEngines], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Compare parameter groups with what engines were made for.
+
+    Raises:
+        RuntimeError: A group or a parameter in one is another, whose state this is not.
+    """
+    if len(owned) != len(groups) or not all(map(GroupEngines.is_of, owned, groups)):
+        raise RuntimeError(
+            f"{OWNER}: a parameter group, or a parameter in one, was removed or replaced, and the state "
+            "belongs to what was there; add groups by add_param_group(), freeze parameters that are to "
+            "stay by requires_grad_(False), or make a new optimizer"
+        )
+    for own in owned:
+        own.warn_of_overwritten_options()
+
+
+def views_of(engines: Sequence[Engine]) -> dict[int, dict[str, Tensor]]:
+    """Views of the state of engines by parameter; empty for parameters whose blocks others own."""
+    views: dict[int, dict[str, Tensor]] = {}
+    for engine in engines:
+        for index in engine.division.whole.parameters:
+            views.setdefault(index, {})
+        for index, entries in block_views(engine).items():
+            views[index].update(entries)
+    return views
