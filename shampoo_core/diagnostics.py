@@ -82,7 +82,11 @@ def _total(optimizer: torch.optim.Optimizer, name: str) -> Tensor:
         for key, tensor in _tensors(entries.items())
         if name in key
     ]
-    return torch.stack(counters).sum().cpu() if counters else torch.zeros((), dtype=torch.int64)
+    return (
+        torch.stack(counters).sum().cpu()
+        if counters
+        else torch.zeros((), dtype=torch.int64, device="cpu")
+    )
 
 
 def _tensors(items: Iterable[tuple[str, object]]) -> list[tuple[str, Tensor]]:
