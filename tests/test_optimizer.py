@@ -343,7 +343,7 @@ def test_other_bad_input_is_named() -> None:
         FixedRefresh(0)
     with pytest.raises(ValueError, match=r"AdamGrafting: eps must lie in \(0.0, inf\], got -1.0"):
         AdamGrafting(eps=-1.0)
-    with pytest.raises(ValueError, match=r"ShampooConfig: exponent must lie in \(0.0, inf\]"):
+    with pytest.raises(ValueError, match=r"ShampooConfig: exponent must lie in \(0.0, inf\)"):
         ShampooConfig(exponent={2: -0.5})
 
 

@@ -105,4 +105,4 @@ def check_exponents(owner: str, override: ExponentOverride) -> None:
     elif override is not None:
         values = (override,)
     for value in values:
-        check_range(owner, "exponent", value, low=0.0, low_open=True)
+        check_range(owner, "exponent", value, low=0.0, low_open=True, high_open=True)

@@ -41,6 +41,7 @@ from shampoo_core.preconditioners.axes import (
     inverse_exponents,
     preconditioned_axes,
 )
+from shampoo_core.preconditioners.checks import check_basis_solver, check_regularizers
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import BasisSolver, EighSolver
@@ -89,16 +90,8 @@ class PerFactorCorrectedConfig:
     def __post_init__(self) -> None:
         owner = "PerFactorCorrectedConfig"
         check_exponents(owner, self.exponent)
-        if self.rank_tolerance is not None:
-            check_range(owner, "rank_tolerance", self.rank_tolerance, low=0.0, high=1.0)
-        check_range(owner, "ridge", self.ridge, low=0.0)
-        check_range(owner, "relative_ridge", self.relative_ridge, low=0.0)
-        if self.rank_tolerance is not None and (self.ridge > 0.0 or self.relative_ridge > 0.0):
-            raise ValueError(
-                f"{owner}: rank_tolerance={self.rank_tolerance} together with ridge={self.ridge}, "
-                f"relative_ridge={self.relative_ridge}: a ridge takes the place of truncation, "
-                "give one of them"
-            )
+        check_basis_solver(owner, self.solver)
+        check_regularizers(owner, self.rank_tolerance, self.ridge, self.relative_ridge)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)

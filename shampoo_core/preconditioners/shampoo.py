@@ -46,6 +46,11 @@ from shampoo_core.preconditioners.axes import (
     inverse_exponents,
     preconditioned_axes,
 )
+from shampoo_core.preconditioners.checks import (
+    check_default_exponents,
+    check_regularizers,
+    check_root_solver,
+)
 from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution, Stale
 from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
@@ -106,17 +111,15 @@ class ShampooConfig:
     def __post_init__(self) -> None:
         owner = "ShampooConfig"
         check_exponents(owner, self.exponent)
-        if self.rank_tolerance is not None:
-            check_range(owner, "rank_tolerance", self.rank_tolerance, low=0.0, high=1.0)
-        check_range(owner, "ridge", self.ridge, low=0.0)
-        check_range(owner, "relative_ridge", self.relative_ridge, low=0.0)
+        check_root_solver(owner, self.solver, self.exponent)
+        check_regularizers(owner, self.rank_tolerance, self.ridge, self.relative_ridge)
         check_range(owner, "trace_scaling", self.trace_scaling, low=0.0, high=1.0)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_choice(owner, "statistics", self.statistics, get_args(Statistics))
         check_count(owner, "statistics_interval", self.statistics_interval)
         check_choice(owner, "sides", self.sides, SIDES)
-        check_count(owner, "max_factor_dimension", self.max_factor_dimension)
+        check_count(owner, "max_factor_dimension", self.max_factor_dimension, optional=True)
         check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
@@ -134,6 +137,15 @@ class ShampooConfig:
         )
         return method_flops(block_shape, [block_shape[a] for a in axes], 2.0, refresh_interval)
 
+    def axes(self, stack_set: StackSet) -> list[FactorAxis]:
+        """The axes of a set of stacks that get a factor."""
+        return preconditioned_axes(
+            stack_set,
+            precondition_vectors=self.precondition_vectors,
+            sides=self.sides,
+            max_factor_dimension=self.max_factor_dimension,
+        )
+
     def create(
         self,
         stack_set: StackSet,
@@ -144,8 +156,12 @@ class ShampooConfig:
         """See `PreconditionerConfig`.
 
         Raises:
-            ValueError: The refresh policy tests eigenvectors and the solver finds none.
+            ValueError: The refresh policy tests eigenvectors and the solver finds none, or it cannot do
+                an exponent that a block needs.
         """
+        check_default_exponents(
+            "ShampooConfig", self.solver, stack_set.whole, self.axes(stack_set.whole), self.exponent
+        )
         if refresh.tolerance > 0.0 and not self.solver.finds_eigenvectors:
             raise ValueError(
                 f"ShampooConfig: refresh={refresh!r} tests old eigenvectors, which "
@@ -169,13 +185,7 @@ class Shampoo:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
-        axes_of = partial(
-            preconditioned_axes,
-            precondition_vectors=config.precondition_vectors,
-            sides=config.sides,
-            max_factor_dimension=config.max_factor_dimension,
-        )
-        axes = axes_of(stack_set)
+        axes = config.axes(stack_set)
         options = replace(options, storage=config.storage)
         self.filter = GradientFilter(stack_set, options)
         self.grafting = None if grafting is None else grafting.create(stack_set, options)
@@ -187,7 +197,7 @@ class Shampoo:
             interval=config.statistics_interval,
             companion=None if self.grafting is None else self.grafting.second_moment,
             storage=config.storage,
-            all_axes=axes_of(stack_set.whole),
+            all_axes=config.axes(stack_set.whole),
         )
         exponents = inverse_exponents(stack_set, axes, config.exponent)
         create = partial(
