@@ -16,6 +16,7 @@ Source: the observation that stale eigenvalues hurt more than stale bases is tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +41,7 @@ from shampoo_core.preconditioners.axes import (
     check_exponents,
     inverse_exponents,
     preconditioned_axes,
+    root_limits,
 )
 from shampoo_core.preconditioners.checks import check_basis_solver, check_regularizers
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
@@ -158,7 +160,13 @@ class PerFactorCorrected:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        self._exponents = self._per_factor(inverse_exponents(stack_set, axes, config.exponent))
+        exponents = inverse_exponents(stack_set, axes, config.exponent)
+        self._exponents = self._per_factor(exponents)
+        limits = root_limits(stack_set, axes, exponents)
+        self._limits: Tensor | None = None
+        """(number of all factors, 1); None where powers stay below by themselves."""
+        if min(limits, default=math.inf) < math.inf:
+            self._limits = self._per_factor(limits)
         sides = self._per_factor([float(axis.dimension) for axis in axes])
         default_tolerance = sides * torch.finfo(stack_set.dtype).eps
         self._regularization = Regularization(
@@ -238,11 +246,20 @@ class PerFactorCorrected:
             self._regularization,
             padding=self._padding,
         )
-        powers = torch.where(accepted[:, None], powers, 1.0)
+        powers = self._limited(torch.where(accepted[:, None], powers, 1.0))
         return [
             part[:, : size.dimension]
             for part, size in zip(powers.split(counts), sizes, strict=True)
         ]
+
+    def _limited(self, powers: Tensor) -> Tensor:
+        """Powers with which no direction overflows: scaled down where another method lends the length."""
+        if self._limits is None:
+            return powers
+        excess = powers.amax(-1, keepdim=True) / self._limits
+        if self.grafting is not None:
+            return powers / excess.clamp_min_(1.0)
+        return torch.where(excess < 1.0, powers, 1.0)
 
     def _per_factor(self, numbers: list[float]) -> Tensor:
         """(number of all factors, 1): each factor's number, given those of the factor stacks."""

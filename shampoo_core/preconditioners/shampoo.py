@@ -16,6 +16,7 @@ Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +46,7 @@ from shampoo_core.preconditioners.axes import (
     check_exponents,
     inverse_exponents,
     preconditioned_axes,
+    root_limits,
 )
 from shampoo_core.preconditioners.checks import (
     check_default_exponents,
@@ -208,7 +210,7 @@ class Shampoo:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        self.roots = create(kind="roots")
+        self.roots = create(kind="roots", limits=root_limits(stack_set, axes, exponents))
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver
         continues from it."""
@@ -303,7 +305,7 @@ class Shampoo:
         factors = [batch.factors for batch in batches]
         if config.trace_scaling > 0.0:
             factors = [_scale_by_trace(factor, config.trace_scaling) for factor in factors]
-        return solver.inverse_roots(
+        results = solver.inverse_roots(
             factors,
             [batch.exponent for batch in batches],
             rank_tolerance=config.rank_tolerance,
@@ -312,6 +314,11 @@ class Shampoo:
             warm_starts=starts,
             overwrite=True,
         )
+        lent = self.grafting is not None
+        return [
+            _limited(result, batch.limit, rescale=lent)
+            for batch, result in zip(batches, results, strict=True)
+        ]
 
     def state(self) -> StackState:
         """See `Preconditioner`."""
@@ -325,6 +332,24 @@ class Shampoo:
         if self.grafting is not None:
             parts["grafting"] = self.grafting.state()
         return merge_states(len(self._stack_set), parts)
+
+
+def _limited(result: RootResult, limit: float, *, rescale: bool) -> RootResult:
+    """Roots with norms below a limit.
+
+    Args:
+        result: Its roots are changed in place.
+        limit: Infinity is none.
+        rescale: Whether larger roots are scaled down, where length does not matter, or not accepted.
+    """
+    if limit == math.inf:
+        return result
+    # The trace is no smaller than the norm.
+    norms = result.roots.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if not rescale:
+        return result._replace(accepted=result.accepted & (norms < limit))
+    result.roots.mul_((limit / norms).clamp_max_(1.0)[:, None, None])
+    return result._replace(accepted=result.accepted & (norms < math.inf))
 
 
 def _scale_by_trace(factors: Tensor, exponent: float) -> Tensor:
