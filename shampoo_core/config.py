@@ -60,17 +60,20 @@ def check_range(
         raise ValueError(f"{owner}: {name} must lie in {left}{low}, {high}{right}, got {value!r}")
 
 
-def check_count(owner: str, name: str, value: int | None, *, minimum: int = 1) -> None:
-    """Raise unless ``value`` is a whole number of at least ``minimum`` (or None).
+def check_count(
+    owner: str, name: str, value: object, *, minimum: int = 1, optional: bool = False
+) -> None:
+    """Raise unless ``value`` is a whole number of at least ``minimum``, or None where that is ``optional``.
 
     Raises:
         TypeError: ``value`` is not a whole number.
         ValueError: ``value`` is smaller than ``minimum``.
     """
-    if value is None:
+    if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{owner}: {name} must be a whole number, got {value!r}")
+        or_none = " or None" if optional else ""
+        raise TypeError(f"{owner}: {name} must be a whole number{or_none}, got {value!r}")
     if value < minimum:
         raise ValueError(f"{owner}: {name} must be at least {minimum}, got {value!r}")
 
@@ -83,3 +86,35 @@ def check_choice(owner: str, name: str, value: object, choices: tuple[object, ..
     """
     if value not in choices:
         raise ValueError(f"{owner}: {name} must be one of {list(choices)}, got {value!r}")
+
+
+def check_flag(owner: str, name: str, value: object) -> None:
+    """Raise unless ``value`` is True or False.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def check_object(owner: str, name: str, value: object, method: str, wanted: str) -> None:
+    """Raise unless ``value`` is an object, not a class, that has a method.
+
+    Args:
+        owner: Class or function whose argument is checked, for the message.
+        name: Argument.
+        value: What was given.
+        method: Name of the method that tells objects of the wanted kind from others.
+        wanted: Which objects are meant, for the message.
+
+    Raises:
+        TypeError: It is a class, or has no such method.
+    """
+    if isinstance(value, type):
+        raise TypeError(
+            f"{owner}: {name}: got the class {value.__name__}; "
+            f"give an instance, {value.__name__}(...)"
+        )
+    if not callable(getattr(value, method, None)):
+        raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")

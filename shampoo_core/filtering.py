@@ -38,7 +38,7 @@ class GradientFilter:
     """First moment of the gradients with an optional look-ahead."""
 
     def __init__(self, stack_set: StackSet, options: GroupOptions) -> None:
-        """Allocate the average unless ``betas[0]`` is 0.
+        """Allocate the average unless ``betas[0]`` and ``beta3`` are both 0.
 
         Args:
             stack_set: Geometry.
@@ -50,7 +50,8 @@ class GradientFilter:
         self._normalises_as_v05 = options.momentum_normaliser == "algoperf_v05"
         self._corrects = options.bias_correction
         self.moment: MovingAverage | None = None
-        if options.betas[0] > 0.0:
+        # With betas[0] = 0 it is the last gradient, of which only a look-ahead makes use.
+        if options.betas[0] > 0.0 or self._looks_ahead:
             self.moment = MovingAverage(
                 stack_set,
                 options.betas[0],

@@ -219,11 +219,13 @@ def lend_length(stack_set: StackSet, borrower: list[Tensor], lender: Direction) 
         lender: Direction of the grafting method.
 
     Returns:
-        ``borrower * |lender| / |borrower|`` per block; zero where the borrower is zero.
+        ``borrower * |lender| / |borrower|`` per block; shorter where the squares of the borrower
+        underflow, zero where it is zero.
     """
     # One list of both, so that both norms are one operation.
     lengths, own = stack_set.norms([*lender.stacks, *borrower]).chunk(2)
-    own = own.clamp_min(torch.finfo(own.dtype).tiny)
+    # Squares of less vanish, or all but: a quotient by what is left of them would be noise, or infinite.
+    own = own.clamp_min(torch.finfo(own.dtype).tiny ** 0.5)
     return Direction(borrower, lengths * lender.scale / own)
 
 

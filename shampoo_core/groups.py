@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 from shampoo_core.averaging import StepOptions
-from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.config import (
+    GroupOptions,
+    check_choice,
+    check_count,
+    check_flag,
+    check_object,
+    check_range,
+)
 from shampoo_core.grafting import GraftingConfig
-from shampoo_core.weight_decay import WEIGHT_DECAY_KINDS, direction_decay, direction_shrink
+from shampoo_core.weight_decay import (
+    WEIGHT_DECAY_KINDS,
+    check_peak,
+    direction_decay,
+    direction_shrink,
+)
 
 OWNER = "DistributedShampoo"
 
@@ -67,10 +79,11 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_range(OWNER, "eps", group["eps"], low=0.0, low_open=True)
     check_range(OWNER, "weight_decay", group["weight_decay"], low=0.0)
     check_choice(OWNER, "weight_decay_kind", group["weight_decay_kind"], WEIGHT_DECAY_KINDS)
+    check_peak(OWNER, group["weight_decay_kind"], group["weight_decay"], group["lr"])
     check_block_sizes(group["max_block_size"])
-    check_count(OWNER, "target_order", group["target_order"])
+    check_count(OWNER, "target_order", group["target_order"], optional=True)
     if group["max_wave_numel"] != "auto":
-        check_count(OWNER, "max_wave_numel", group["max_wave_numel"])
+        check_count(OWNER, "max_wave_numel", group["max_wave_numel"], optional=True)
     check_choice(
         OWNER, "merge_direction", group["merge_direction"], ("right_to_left", "left_to_right")
     )
@@ -78,12 +91,14 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_choice(
         OWNER, "momentum_normaliser", group["momentum_normaliser"], ("exact", "algoperf_v05")
     )
+    check_flag(OWNER, "bias_correction", group["bias_correction"])
+    wanted = "one of the configurations that shampoo_core exports"
     for name, method in (("preconditioner", "create"), ("refresh", "due")):
-        _check_method(name, group[name], method)
+        check_object(OWNER, name, group[name], method, wanted)
     if group["grafting"] not in ("auto", None):
-        _check_method("grafting", group["grafting"], "create")
+        check_object(OWNER, "grafting", group["grafting"], "create", wanted)
     if group["averaging"] is not None:
-        _check_method("averaging", group["averaging"], "create")
+        check_object(OWNER, "averaging", group["averaging"], "create", wanted)
 
 
 def check_block_sizes(max_block_size: object) -> None:
@@ -95,9 +110,9 @@ def check_block_sizes(max_block_size: object) -> None:
     """
     if isinstance(max_block_size, tuple | list):
         for index, size in enumerate(max_block_size):
-            check_count(OWNER, f"max_block_size[{index}]", size)
+            check_count(OWNER, f"max_block_size[{index}]", size, optional=True)
     else:
-        check_count(OWNER, "max_block_size", max_block_size)  # type: ignore[arg-type]
+        check_count(OWNER, "max_block_size", max_block_size, optional=True)
 
 
 def block_size_of(group: Mapping[str, Any], index: int) -> int | None:
@@ -173,8 +188,13 @@ def constant_options(group: Mapping[str, Any], max_wave_numel: int | None) -> Gr
 
 
 def step_options(group: Mapping[str, Any]) -> StepOptions:
-    """Options read anew at every step."""
+    """Options read anew at every step.
+
+    Raises:
+        ValueError: Weight decay was switched on that needs a peak rate, and there is none.
+    """
     kind, decay = group["weight_decay_kind"], group["weight_decay"]
+    check_peak(OWNER, kind, decay, group["peak_lr"])
     return StepOptions(
         step=group["step"],
         lr=group["lr"],
@@ -210,11 +230,3 @@ def wave_limit(group: Mapping[str, Any], device: torch.device, *, sends: bool) -
 def state_dtype(parameter: Tensor) -> torch.dtype:
     """Dtype of a parameter's state and arithmetic: its own, but never below float32."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _check_method(name: str, value: object, method: str) -> None:
-    if not callable(getattr(value, method, None)):
-        raise TypeError(
-            f"{OWNER}: {name} must be one of the configurations that shampoo_core exports, "
-            f"got {value!r}"
-        )

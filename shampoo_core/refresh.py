@@ -75,7 +75,7 @@ class FixedRefresh:
 
     def __post_init__(self) -> None:
         check_count("FixedRefresh", "interval", self.interval)
-        check_count("FixedRefresh", "start", self.start)
+        check_count("FixedRefresh", "start", self.start, optional=True)
 
     @property
     def first_step(self) -> int:
@@ -147,7 +147,7 @@ class StaggeredRefresh:
 
     def __post_init__(self) -> None:
         check_count("StaggeredRefresh", "interval", self.interval)
-        check_count("StaggeredRefresh", "start", self.start)
+        check_count("StaggeredRefresh", "start", self.start, optional=True)
 
     @property
     def first_step(self) -> int:

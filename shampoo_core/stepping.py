@@ -10,6 +10,7 @@ from torch import Tensor
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.base import Exchange, Request, Result
 from shampoo_core.groups import step_options
+from shampoo_core.solvers.precision import without_autocast
 
 
 class Task(NamedTuple):
@@ -28,6 +29,7 @@ Results = Callable[[Exchange, list[Task]], Iterator[Result]]
 def deliver(tasks: Sequence[Task], results: Results, *, exact: bool = False) -> None:
     """Let engines work one after the other and exchanges deliver the results, all they have at once.
 
+    All of it is done in the dtypes of the state, whatever autocast surrounds the call.
     What an engine that works alone collects and computes is delivered, and freed, before the next one
     begins.
     """
@@ -35,8 +37,10 @@ def deliver(tasks: Sequence[Task], results: Results, *, exact: bool = False) -> 
     for task in tasks:
         alone = task.engine if task.engine.alone else None
         rounds.setdefault((task.engine.exchange, alone), []).append(task)
-    for (exchange, _), together in rounds.items():
-        exchange.deliver(results(exchange, together), exact=exact)
+    # A user's autocast is for forward passes: here it would round products, or refuse to mix dtypes.
+    with without_autocast(task.engine.division.whole.device for task in tasks):
+        for (exchange, _), together in rounds.items():
+            exchange.deliver(results(exchange, together), exact=exact)
 
 
 def updates(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:

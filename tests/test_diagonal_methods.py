@@ -159,3 +159,25 @@ def test_a_row_moves_by_its_own_root_mean_square() -> None:
 def test_bad_options_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_a_look_ahead_without_momentum_knows_the_last_gradient(bias_correction: bool) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = DistributedShampoo(
+        [weight],
+        lr=1.0,
+        weight_decay=0.0,
+        betas=(0.0, 0.9),
+        beta3=0.25,
+        bias_correction=bias_correction,
+        preconditioner=SGDConfig(),
+    )
+    first, second = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([8.0, 16.0, -4.0])
+    share = 1.0 if bias_correction else 0.75  # of the first gradient, which has none before it
+    expected = torch.zeros(3)
+    for grad, step in ((first, share * first), (second, 0.25 * first + 0.75 * second)):
+        weight.grad = grad.clone()
+        optimizer.step()
+        expected -= step
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0.0)

@@ -162,7 +162,7 @@ def test_the_first_basis_is_exact_whatever_the_solver(refresh: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exponent": 0.0}, r"PerFactorCorrectedConfig: exponent must lie in \(0.0, inf\]"),
+        ({"exponent": 0.0}, r"PerFactorCorrectedConfig: exponent must lie in \(0.0, inf\)"),
         ({"rank_tolerance": 2.0}, "rank_tolerance must lie in"),
         ({"rank_tolerance": 0.1, "ridge": 0.1}, "ridge takes the place of truncation"),
         ({"statistics_interval": 0}, "statistics_interval must be at least 1, got 0"),

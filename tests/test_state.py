@@ -35,6 +35,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "shampoo": {"refresh": FixedRefresh(4)},
     "staggered": {"refresh": StaggeredRefresh(4)},
     "look-ahead": {"refresh": FixedRefresh(4), "betas": (0.9, 0.99), "beta3": 0.81},
+    "look-ahead without momentum": {
+        "refresh": FixedRefresh(4),
+        "betas": (0.0, 0.99),
+        "beta3": 0.5,
+    },
     "sgd-grafted momentum": {
         "refresh": FixedRefresh(4),
         "betas": (0.0, 0.99),

@@ -41,7 +41,7 @@ class Distribution:
     def __post_init__(self) -> None:
         owner = "Distribution"
         check_choice(owner, "communication_dtype", self.communication_dtype, COMMUNICATION_DTYPES)
-        check_count(owner, "ranks_per_group", self.ranks_per_group)
+        check_count(owner, "ranks_per_group", self.ranks_per_group, optional=True)
         if self.ranks_per_group is not None and self.process_group is not None:
             raise ValueError(
                 f"{owner}: ranks_per_group={self.ranks_per_group} together with a process_group: "

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
+
+import torch
 
 from shampoo_core.blocking import Shape
 from shampoo_core.config import check_range
@@ -92,6 +96,29 @@ def inverse_exponents(
     return exponents
 
 
+def root_limits(
+    stack_set: StackSet, axes: Sequence[FactorAxis], exponents: Sequence[float]
+) -> list[float]:
+    """What the norm of the inverse root of every preconditioned axis has to stay below.
+
+    With k roots of that norm a gradient of 1.8e19 in float32, more than the guard lets pass, becomes as
+    large as a number can be. Infinity for exponents up to 1/(2k): their roots stay below by themselves, or
+    the squares in the factors would have underflowed.
+
+    Args:
+        stack_set: Geometry.
+        axes: From `preconditioned_axes`.
+        exponents: From `inverse_exponents`.
+    """
+    largest = float(torch.finfo(stack_set.dtype).max)
+    numbers = Counter(axis.stack for axis in axes)
+    shares = [0.5 / numbers[axis.stack] for axis in axes]
+    return [
+        math.inf if exponent <= share else largest**share
+        for exponent, share in zip(exponents, shares, strict=True)
+    ]
+
+
 def check_exponents(owner: str, override: ExponentOverride) -> None:
     """Raise unless every exponent is a positive number.
 
@@ -105,4 +132,4 @@ def check_exponents(owner: str, override: ExponentOverride) -> None:
     elif override is not None:
         values = (override,)
     for value in values:
-        check_range(owner, "exponent", value, low=0.0, low_open=True)
+        check_range(owner, "exponent", value, low=0.0, low_open=True, high_open=True)

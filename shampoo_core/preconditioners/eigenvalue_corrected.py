@@ -42,6 +42,7 @@ from shampoo_core.preconditioners.basis_change import (
     turn_first_moment,
     turn_second_moment,
 )
+from shampoo_core.preconditioners.checks import check_basis_solver
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve, Stale, eigenbases
 from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
@@ -91,13 +92,14 @@ class EigenvalueCorrectedConfig:
 
     def __post_init__(self) -> None:
         owner = "EigenvalueCorrectedConfig"
+        check_basis_solver(owner, self.solver)
         check_range(owner, "exponent", self.exponent, low=0.0, high=1.0, low_open=True)
         check_choice(owner, "second_moments", self.second_moments, SECOND_MOMENTS)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)
         check_choice(owner, "sides", self.sides, SIDES)
-        check_count(owner, "max_factor_dimension", self.max_factor_dimension)
+        check_count(owner, "max_factor_dimension", self.max_factor_dimension, optional=True)
         check_choice(owner, "storage", self.storage, STORAGES)
 
     @property

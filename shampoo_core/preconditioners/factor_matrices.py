@@ -9,6 +9,7 @@ done with before the next begins. Nothing here depends on what the matrices are 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -49,6 +50,8 @@ class Batch(NamedTuple):
     exponent: float
     read_old: Callable[[], Tensor]
     """Gives (K, d, d), the matrices so far; maybe a view, so not to be written to."""
+    limit: float = math.inf
+    """What the norm of a new matrix has to stay below."""
 
 
 class Stale(NamedTuple):
@@ -86,6 +89,7 @@ class FactorMatrices:
         kind: MatrixKind,
         storage: Storage = "dense",
         portion_numel: int | None = None,
+        limits: Sequence[float] | None = None,
     ) -> None:
         """Allocate one identity per factor.
 
@@ -97,11 +101,13 @@ class FactorMatrices:
             kind: Of the matrices, ``"roots"`` or ``"bases"``.
             storage: How the matrices are kept.
             portion_numel: Numbers in the factors of a portion, see `portions`; None makes one of all.
+            limits: Per preconditioned axis; handed to the solver, see `Batch`. None is no limit.
         """
         self._stack_set = stack_set
         self._portion_numel = portion_numel
         self._factors = factors
         self._exponents = tuple(exponents)
+        self._limits = [math.inf] * len(exponents) if limits is None else limits
         self._store = matrix_store(stack_set, factors.sizes, storage, kind)
         self.num_refreshes = self._counters()
         """Per factor, how many refreshes gave it a new matrix."""
@@ -184,6 +190,7 @@ class FactorMatrices:
                 _together([next(factors) for _ in group]),
                 exponent,
                 partial(self._read_together, group),
+                min(self._limits[item.stack] for item in group),
             )
             for exponent, group in groups
         ]

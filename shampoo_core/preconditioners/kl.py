@@ -40,6 +40,7 @@ from shampoo_core.preconditioners.basis_change import (
     SecondMoments,
     turn_first_moment,
 )
+from shampoo_core.preconditioners.checks import check_basis_solver
 from shampoo_core.preconditioners.diagonal import refuse_grafting
 from shampoo_core.preconditioners.factor_matrices import Replacement
 from shampoo_core.preconditioners.kl_factors import KLFactors
@@ -89,6 +90,7 @@ class KLShampooConfig:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
+        check_basis_solver(owner, self.solver)
         check_choice(owner, "second_moments", self.second_moments, SECOND_MOMENTS)
         check_range(owner, "initial_eigenvalue", self.initial_eigenvalue, low=0.0, low_open=True)
         if self.largest_scale is not None:

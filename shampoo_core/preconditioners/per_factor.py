@@ -16,6 +16,7 @@ Source: the observation that stale eigenvalues hurt more than stale bases is tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,7 +41,9 @@ from shampoo_core.preconditioners.axes import (
     check_exponents,
     inverse_exponents,
     preconditioned_axes,
+    root_limits,
 )
+from shampoo_core.preconditioners.checks import check_basis_solver, check_regularizers
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import BasisSolver, EighSolver
@@ -89,16 +92,8 @@ class PerFactorCorrectedConfig:
     def __post_init__(self) -> None:
         owner = "PerFactorCorrectedConfig"
         check_exponents(owner, self.exponent)
-        if self.rank_tolerance is not None:
-            check_range(owner, "rank_tolerance", self.rank_tolerance, low=0.0, high=1.0)
-        check_range(owner, "ridge", self.ridge, low=0.0)
-        check_range(owner, "relative_ridge", self.relative_ridge, low=0.0)
-        if self.rank_tolerance is not None and (self.ridge > 0.0 or self.relative_ridge > 0.0):
-            raise ValueError(
-                f"{owner}: rank_tolerance={self.rank_tolerance} together with ridge={self.ridge}, "
-                f"relative_ridge={self.relative_ridge}: a ridge takes the place of truncation, "
-                "give one of them"
-            )
+        check_basis_solver(owner, self.solver)
+        check_regularizers(owner, self.rank_tolerance, self.ridge, self.relative_ridge)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_count(owner, "statistics_interval", self.statistics_interval)
@@ -165,7 +160,13 @@ class PerFactorCorrected:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        self._exponents = self._per_factor(inverse_exponents(stack_set, axes, config.exponent))
+        exponents = inverse_exponents(stack_set, axes, config.exponent)
+        self._exponents = self._per_factor(exponents)
+        limits = root_limits(stack_set, axes, exponents)
+        self._limits: Tensor | None = None
+        """(number of all factors, 1); None where powers stay below by themselves."""
+        if min(limits, default=math.inf) < math.inf:
+            self._limits = self._per_factor(limits)
         sides = self._per_factor([float(axis.dimension) for axis in axes])
         default_tolerance = sides * torch.finfo(stack_set.dtype).eps
         self._regularization = Regularization(
@@ -245,11 +246,20 @@ class PerFactorCorrected:
             self._regularization,
             padding=self._padding,
         )
-        powers = torch.where(accepted[:, None], powers, 1.0)
+        powers = self._limited(torch.where(accepted[:, None], powers, 1.0))
         return [
             part[:, : size.dimension]
             for part, size in zip(powers.split(counts), sizes, strict=True)
         ]
+
+    def _limited(self, powers: Tensor) -> Tensor:
+        """Powers with which no direction overflows: scaled down where another method lends the length."""
+        if self._limits is None:
+            return powers
+        excess = powers.amax(-1, keepdim=True) / self._limits
+        if self.grafting is not None:
+            return powers / excess.clamp_min_(1.0)
+        return torch.where(excess < 1.0, powers, 1.0)
 
     def _per_factor(self, numbers: list[float]) -> Tensor:
         """(number of all factors, 1): each factor's number, given those of the factor stacks."""

@@ -16,6 +16,7 @@ Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -45,6 +46,12 @@ from shampoo_core.preconditioners.axes import (
     check_exponents,
     inverse_exponents,
     preconditioned_axes,
+    root_limits,
+)
+from shampoo_core.preconditioners.checks import (
+    check_default_exponents,
+    check_regularizers,
+    check_root_solver,
 )
 from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution, Stale
 from shampoo_core.refresh import FactorSlice, RefreshPolicy
@@ -106,17 +113,15 @@ class ShampooConfig:
     def __post_init__(self) -> None:
         owner = "ShampooConfig"
         check_exponents(owner, self.exponent)
-        if self.rank_tolerance is not None:
-            check_range(owner, "rank_tolerance", self.rank_tolerance, low=0.0, high=1.0)
-        check_range(owner, "ridge", self.ridge, low=0.0)
-        check_range(owner, "relative_ridge", self.relative_ridge, low=0.0)
+        check_root_solver(owner, self.solver, self.exponent)
+        check_regularizers(owner, self.rank_tolerance, self.ridge, self.relative_ridge)
         check_range(owner, "trace_scaling", self.trace_scaling, low=0.0, high=1.0)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
         check_choice(owner, "statistics", self.statistics, get_args(Statistics))
         check_count(owner, "statistics_interval", self.statistics_interval)
         check_choice(owner, "sides", self.sides, SIDES)
-        check_count(owner, "max_factor_dimension", self.max_factor_dimension)
+        check_count(owner, "max_factor_dimension", self.max_factor_dimension, optional=True)
         check_choice(owner, "storage", self.storage, STORAGES)
 
     @property
@@ -134,6 +139,15 @@ class ShampooConfig:
         )
         return method_flops(block_shape, [block_shape[a] for a in axes], 2.0, refresh_interval)
 
+    def axes(self, stack_set: StackSet) -> list[FactorAxis]:
+        """The axes of a set of stacks that get a factor."""
+        return preconditioned_axes(
+            stack_set,
+            precondition_vectors=self.precondition_vectors,
+            sides=self.sides,
+            max_factor_dimension=self.max_factor_dimension,
+        )
+
     def create(
         self,
         stack_set: StackSet,
@@ -144,8 +158,12 @@ class ShampooConfig:
         """See `PreconditionerConfig`.
 
         Raises:
-            ValueError: The refresh policy tests eigenvectors and the solver finds none.
+            ValueError: The refresh policy tests eigenvectors and the solver finds none, or it cannot do
+                an exponent that a block needs.
         """
+        check_default_exponents(
+            "ShampooConfig", self.solver, stack_set.whole, self.axes(stack_set.whole), self.exponent
+        )
         if refresh.tolerance > 0.0 and not self.solver.finds_eigenvectors:
             raise ValueError(
                 f"ShampooConfig: refresh={refresh!r} tests old eigenvectors, which "
@@ -169,13 +187,7 @@ class Shampoo:
         self._config = config
         self._stack_set = stack_set
         self._refresh = refresh
-        axes_of = partial(
-            preconditioned_axes,
-            precondition_vectors=config.precondition_vectors,
-            sides=config.sides,
-            max_factor_dimension=config.max_factor_dimension,
-        )
-        axes = axes_of(stack_set)
+        axes = config.axes(stack_set)
         options = replace(options, storage=config.storage)
         self.filter = GradientFilter(stack_set, options)
         self.grafting = None if grafting is None else grafting.create(stack_set, options)
@@ -187,7 +199,7 @@ class Shampoo:
             interval=config.statistics_interval,
             companion=None if self.grafting is None else self.grafting.second_moment,
             storage=config.storage,
-            all_axes=axes_of(stack_set.whole),
+            all_axes=config.axes(stack_set.whole),
         )
         exponents = inverse_exponents(stack_set, axes, config.exponent)
         create = partial(
@@ -198,7 +210,7 @@ class Shampoo:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        self.roots = create(kind="roots")
+        self.roots = create(kind="roots", limits=root_limits(stack_set, axes, exponents))
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver
         continues from it."""
@@ -293,7 +305,7 @@ class Shampoo:
         factors = [batch.factors for batch in batches]
         if config.trace_scaling > 0.0:
             factors = [_scale_by_trace(factor, config.trace_scaling) for factor in factors]
-        return solver.inverse_roots(
+        results = solver.inverse_roots(
             factors,
             [batch.exponent for batch in batches],
             rank_tolerance=config.rank_tolerance,
@@ -302,6 +314,11 @@ class Shampoo:
             warm_starts=starts,
             overwrite=True,
         )
+        lent = self.grafting is not None
+        return [
+            _limited(result, batch.limit, rescale=lent)
+            for batch, result in zip(batches, results, strict=True)
+        ]
 
     def state(self) -> StackState:
         """See `Preconditioner`."""
@@ -315,6 +332,24 @@ class Shampoo:
         if self.grafting is not None:
             parts["grafting"] = self.grafting.state()
         return merge_states(len(self._stack_set), parts)
+
+
+def _limited(result: RootResult, limit: float, *, rescale: bool) -> RootResult:
+    """Roots with norms below a limit.
+
+    Args:
+        result: Its roots are changed in place.
+        limit: Infinity is none.
+        rescale: Whether larger roots are scaled down, where length does not matter, or not accepted.
+    """
+    if limit == math.inf:
+        return result
+    # The trace is no smaller than the norm.
+    norms = result.roots.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if not rescale:
+        return result._replace(accepted=result.accepted & (norms < limit))
+    result.roots.mul_((limit / norms).clamp_max_(1.0)[:, None, None])
+    return result._replace(accepted=result.accepted & (norms < math.inf))
 
 
 def _scale_by_trace(factors: Tensor, exponent: float) -> Tensor:

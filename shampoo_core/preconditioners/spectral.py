@@ -39,6 +39,8 @@ from shampoo_core.state import StackState, merge_states
 
 Scale = Literal["none", "rectangular", "adam_rms", "fan"]
 
+PRODUCT_DTYPES = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class SpectralConfig:
@@ -76,6 +78,7 @@ class SpectralConfig:
         check_choice(owner, "scale", self.scale, get_args(Scale))
         check_choice(owner, "method", self.method, (*COEFFICIENTS, "svd"))
         check_count(owner, "num_iterations", self.num_iterations)
+        check_choice(owner, "product_dtype", self.product_dtype, PRODUCT_DTYPES)
 
     @property
     def default_grafting(self) -> GraftingConfig | None:

@@ -88,6 +88,14 @@ class RootSolver(Protocol):
         """Whether results have eigenvectors when warm starts are given."""
         ...
 
+    def check_exponent(self, exponent: float) -> None:
+        """Say, before there is a matrix, whether the method can do an exponent.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        ...
+
     def inverse_root(
         self,
         matrices: Tensor,
@@ -181,7 +189,11 @@ class BasisSolver(Protocol):
 
 
 class ManyBatchesSolver(ABC):
-    """`inverse_root` of solvers that have `inverse_roots`."""
+    """`inverse_root` of solvers that have `inverse_roots`, and any exponent."""
+
+    def check_exponent(self, exponent: float) -> None:
+        """See :meth:`RootSolver.check_exponent`."""
+        _check_exponent_range(exponent)
 
     @abstractmethod
     def inverse_roots(
@@ -260,11 +272,7 @@ def check_regularization(
     relative_ridge: float,
 ) -> Regularization:
     """Refuse numbers outside their ranges, and both kinds at once; fill in the default tolerance."""
-    if not (math.isfinite(exponent) and exponent > 0):
-        raise ValueError(
-            f"exponent must be a finite number > 0, got {exponent}; to leave a side without "
-            "preconditioner do not call the solver for it"
-        )
+    _check_exponent_range(exponent)
     for name, value in (("ridge", ridge), ("relative_ridge", relative_ridge)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be a finite number >= 0, got {value}; 0 switches it off")
@@ -283,6 +291,14 @@ def check_regularization(
             "a ridge takes the place of truncation"
         )
     return Regularization(rank_tolerance, ridge, relative_ridge)
+
+
+def _check_exponent_range(exponent: float) -> None:
+    if not (math.isfinite(exponent) and exponent > 0):
+        raise ValueError(
+            f"exponent must be a finite number > 0, got {exponent}; to leave a side without "
+            "preconditioner do not call the solver for it"
+        )
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:

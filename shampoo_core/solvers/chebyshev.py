@@ -58,9 +58,10 @@ class ChebyshevSolver(MatrixProductSolver):
 @functools.lru_cache(maxsize=64)
 def inverse_root_coefficients(p: int, least: float, degree: int) -> tuple[float, ...]:
     """Chebyshev coefficients c_0..c_degree of ``x^(-1/p)`` on ``[least, 1]`` mapped to [-1, 1]."""
-    angles = (torch.arange(NUM_NODES, dtype=torch.float64) + 0.5) * (math.pi / NUM_NODES)
+    nodes = torch.arange(NUM_NODES, dtype=torch.float64, device="cpu")
+    angles = (nodes + 0.5) * (math.pi / NUM_NODES)
     values = (0.5 * (1 + least) + 0.5 * (1 - least) * angles.cos()).pow(-1 / p)
-    orders = torch.arange(degree + 1, dtype=torch.float64)
+    orders = torch.arange(degree + 1, dtype=torch.float64, device="cpu")
     coefficients = torch.cos(torch.outer(orders, angles)) @ values * (2 / NUM_NODES)
     first, *others = coefficients.tolist()
     return (0.5 * first, *others)

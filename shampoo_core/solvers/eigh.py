@@ -252,7 +252,7 @@ def _per_matrix(numbers: Sequence[float | Tensor], batches: Sequence[Tensor]) ->
     ]
     like = batches[0]
     # Made on the host and sent without waiting: torch.tensor(..., device=) synchronises the stream.
-    column = torch.tensor(repeated, dtype=like.dtype)[:, None]
+    column = torch.tensor(repeated, dtype=like.dtype, device="cpu")[:, None]
     return column.to(like.device, non_blocking=True)
 
 
@@ -350,8 +350,8 @@ def _residuals(batches: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]
 
 def _probes(side: int, like: Tensor) -> Tensor:
     """(side, `PROBES`): normal numbers, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(side, PROBES, dtype=like.dtype, generator=generator)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    numbers = torch.randn(side, PROBES, dtype=like.dtype, device="cpu", generator=generator)
     return numbers.to(like.device, non_blocking=True)
 
 

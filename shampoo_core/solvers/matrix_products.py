@@ -72,7 +72,12 @@ class MatrixProductSolver(ManyBatchesSolver):
             least_eigenvalue: A lower bound known before looking at the matrices.
         """
 
-    def _check_exponent(self, exponent: float) -> Fraction:
+    def check_exponent(self, exponent: float) -> None:
+        """See :meth:`RootSolver.check_exponent`."""
+        super().check_exponent(exponent)
+        self._fraction(exponent)
+
+    def _fraction(self, exponent: float) -> Fraction:
         """Return the exponent as a fraction, or say that this method cannot do it."""
         fraction = Fraction(exponent).limit_denominator(MAX_DENOMINATOR)
         if fraction == 0 or abs(float(fraction) / exponent - 1) > 1e-9:
@@ -99,7 +104,7 @@ class MatrixProductSolver(ManyBatchesSolver):
         for batch, exponent in zip(batches, exponents, strict=True):
             check_matrices(batch)
             check_regularization(batch, exponent, rank_tolerance, ridge, relative_ridge)
-            fractions.append(self._check_exponent(exponent))
+            fractions.append(self._fraction(exponent))
         attempts = [
             self._attempt(batch, fraction, ridge, relative_ridge)
             for batch, fraction in zip(batches, fractions, strict=True)

@@ -45,8 +45,8 @@ class NewtonDBSolver(MatrixProductSolver):
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance, 0.0, 1.0)
 
-    def _check_exponent(self, exponent: float) -> Fraction:
-        fraction = super()._check_exponent(exponent)
+    def _fraction(self, exponent: float) -> Fraction:
+        fraction = super()._fraction(exponent)
         if fraction.denominator.bit_count() != 1:
             raise ValueError(
                 f"exponent must be a fraction q/2^k for {type(self).__name__}, got {exponent} = "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -15,14 +15,23 @@ def full_precision(device: torch.device) -> Iterator[None]:
     The float32 setting is global to the process in torch and is put back on the way out; another
     thread that multiplies meanwhile gets full precision too, never less.
     """
-    with torch.no_grad(), _without_autocast(device), _true_float32():
+    with torch.no_grad(), _without_autocast(device.type), _true_float32():
         yield
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if device.type == "meta":  # has no autocast to switch off, and torch refuses the attempt
+@contextmanager
+def without_autocast(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Switch autocast off for some devices inside the block."""
+    with ExitStack() as settings:
+        for device_type in sorted({device.type for device in devices}):
+            settings.enter_context(_without_autocast(device_type))
+        yield
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    if device_type == "meta":  # has no autocast to switch off, and torch refuses the attempt
         return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device_type, enabled=False)
 
 
 @contextmanager

@@ -270,7 +270,7 @@ class CodedStacks:
             [FactorSlice(index, 0, shape[0])] for index, shape in enumerate(self._shapes)
         ]
         counts = [shape[0] for shape in self._shapes]
-        like = initial[0] if initial else torch.empty(0)
+        like = initial[0] if initial else torch.empty(0, device="cpu")
         self._blocks = CodedBlocks(counts, self._lengths, form, like.dtype, like.device)
         self.save(initial)
 

@@ -1,0 +1,144 @@
+"""What the optimizer and its configurations refuse before training starts, and how they say it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from quadratic import optimizer_for, parameters, run
+
+from shampoo_core import (
+    AdamGrafting,
+    CoupledNewtonSolver,
+    DistributedShampoo,
+    EigenvalueCorrectedConfig,
+    EighSolver,
+    FixedRefresh,
+    KLShampooConfig,
+    LatestWeightAverage,
+    NewtonDBSolver,
+    PerFactorCorrectedConfig,
+    ShampooConfig,
+    SpectralConfig,
+    StaggeredRefresh,
+    WeightEMA,
+)
+
+NONE: Any = None
+
+
+@pytest.mark.parametrize("config", [ShampooConfig, PerFactorCorrectedConfig])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_tolerance": 1e-6, "ridge": 1e-12}, r"rank_tolerance=1e-06 .* give one of them"),
+        ({"rank_tolerance": 0.0, "relative_ridge": 1e-12}, r".*relative_ridge=1e-12: .* give one"),
+        ({"rank_tolerance": 1.0}, r"rank_tolerance must lie in \[0.0, 1.0\), got 1.0"),
+        ({"ridge": float("inf")}, r"ridge must lie in \[0.0, inf\), got inf"),
+        ({"exponent": float("inf")}, r"exponent must lie in \(0.0, inf\), got inf"),
+    ],
+)
+def test_numbers_that_a_solver_would_refuse_at_the_first_refresh(
+    config: Any, options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{config.__name__}: {message}"):
+        config(**options)
+
+
+@pytest.mark.parametrize(
+    ("solver", "exponent", "message"),
+    [
+        (NewtonDBSolver(), 1 / 3, r"ShampooConfig: solver=NewtonDBSolver\(.*q/2\^k .* got 0.33"),
+        (NewtonDBSolver(), {2: 0.25, 3: 1 / 6}, r"got 0.166\d* = 1/6; use CoupledNewtonSolver"),
+        (CoupledNewtonSolver(), 0.2512345, r"q/p with p <= 32 .* use EighSolver"),
+    ],
+)
+def test_exponents_that_a_solver_cannot_do(solver: Any, exponent: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShampooConfig(solver=solver, exponent=exponent)
+
+
+def test_a_default_exponent_that_a_solver_cannot_do_is_found_in_the_shapes() -> None:
+    """Two sides take fourth roots, three take sixth roots."""
+    config = ShampooConfig(solver=NewtonDBSolver())
+    kernel = parameters([(4, 5, 3)])
+    with pytest.raises(ValueError, match=r"q/2\^k.* blocks \(4, 5, 3\); a smaller target_order"):
+        optimizer_for(kernel, preconditioner=config, target_order=None)
+    shapes = [(4, 5, 3), (7,), ()]
+    for solver, order in ((NewtonDBSolver(), 2), (EighSolver(), None)):
+        params = parameters(shapes, dtype=torch.float32)
+        optimizer = optimizer_for(
+            params,
+            preconditioner=ShampooConfig(solver=solver),
+            target_order=order,
+            refresh=FixedRefresh(1),
+        )
+        run(optimizer, params, range(1, 3))
+
+
+def test_vectors_without_a_factor_need_no_root() -> None:
+    config = ShampooConfig(solver=NewtonDBSolver(), max_factor_dimension=2)
+    optimizer_for(parameters([(3, 3, 3), (7,)]), preconditioner=config, target_order=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ShampooConfig(solver="eigh"), "such as EighSolver"),
+        (lambda: EigenvalueCorrectedConfig(solver="eigh"), "computes eigenbases, .* got 'eigh'"),
+        (lambda: EigenvalueCorrectedConfig(solver=CoupledNewtonSolver()), "got CoupledNewton"),
+        (lambda: KLShampooConfig(solver=NewtonDBSolver()), "computes eigenbases, .* got NewtonDB"),
+        (lambda: PerFactorCorrectedConfig(solver=NewtonDBSolver()), "eigenbases, .* got NewtonDB"),
+        (lambda: ShampooConfig(solver=EighSolver), "solver: got the class EighSolver; give an i"),
+        (lambda: KLShampooConfig(solver=EighSolver), r"give an instance, EighSolver\(...\)"),
+        (lambda: FixedRefresh(NONE), "interval must be a whole number, got None"),
+        (lambda: StaggeredRefresh(NONE), "interval must be a whole number, got None"),
+        (lambda: FixedRefresh(start="1"), "start must be a whole number or None, got '1'"),
+        (lambda: WeightEMA(interval=NONE), "interval must be a whole number, got None"),
+        (lambda: LatestWeightAverage(2, NONE), "interval must be a whole number, got None"),
+        (lambda: ShampooConfig(statistics_interval=NONE), "statistics_interval must be a whole"),
+        (lambda: SpectralConfig(num_iterations=NONE), "num_iterations must be a whole number"),
+    ],
+)
+def test_what_is_of_the_wrong_kind(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int32, torch.complex64])
+def test_products_have_a_floating_dtype(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"SpectralConfig: product_dtype must be one of \[None, "):
+        SpectralConfig(product_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refresh": FixedRefresh}, "refresh: got the class FixedRefresh; give an instance, Fixed"),
+        ({"preconditioner": ShampooConfig}, "give an instance, ShampooConfig(...)"),
+        ({"averaging": WeightEMA}, "averaging: got the class WeightEMA"),
+        ({"grafting": AdamGrafting}, "grafting: got the class AdamGrafting"),
+        ({"grafting": "adam"}, "grafting must be one of the configurations"),
+        ({"bias_correction": "no"}, "bias_correction must be True or False, got 'no'"),
+        ({"bias_correction": None}, "bias_correction must be True or False, got None"),
+    ],
+)
+def test_options_of_the_wrong_kind(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        DistributedShampoo(parameters(), **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["corrected", "independent"])
+def test_decay_in_units_of_the_peak_rate_needs_one(kind: Any) -> None:
+    message = rf"{kind!r} with weight_decay=0.01 divides .* lr=0.0; construct with the peak rate"
+    with pytest.raises(ValueError, match=message):
+        optimizer_for(parameters(), lr=0.0, weight_decay=0.01, weight_decay_kind=kind)
+    params = parameters()
+    optimizer = optimizer_for(params, lr=0.0, weight_decay=0.0, weight_decay_kind=kind)
+    run(optimizer, params, range(1, 2))
+    optimizer.param_groups[0]["weight_decay"] = 0.01
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
