@@ -105,7 +105,7 @@ def _define_logs(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "experiment_dir",
         None,
-        "Folder of all experiments; '~' is the home folder.",
+        "Folder of all experiments, best one for each submission; '~' is the home folder.",
         flag_values=values,
     )
     flags.DEFINE_string(

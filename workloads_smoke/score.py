@@ -37,7 +37,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="DIR",
         help="logs: a folder of submissions (submission/study/workload/trial_k), of one"
         " submission or of one study; NAME=DIR gives the submission in DIR another name; or a"
-        " .csv / .csv.gz file with one evaluation a row",
+        " .csv / .csv.gz file with one evaluation a row. Experiments that are not named study..."
+        " and lie beside each other in DIR are submissions; NAME=DIR makes them studies of one",
     )
     parser.add_argument(
         "--workloads",
