@@ -114,9 +114,33 @@ def test_notes_say_what_makes_a_comparison_unfair(tmp_path: Path) -> None:
     (logs / "nadamw" / "study_0" / "wmt_pytorch").rename(tmp_path / "elsewhere")
     notes = Scoreboard.of(read_results([logs])).notes()
     assert notes == [
-        "uneven comparison, studies x trials differ (nadamw: 1 x 2, shampoo: 3 x 2)",
+        "uneven comparison, nadamw has fewer than others: 1 of 3 studies of mnist",
         "nadamw did not run wmt: counted as missed",
     ]
+
+
+def test_notes_name_studies_and_trials_that_lack_on_one_workload_only(tmp_path: Path) -> None:
+    for submission in ("shampoo", "nadamw"):
+        for workload in ("mnist", "wmt"):
+            short = (submission, workload) == ("nadamw", "wmt")
+            for study in range(1 if short else 3):
+                for number in range(1, (1 if short else 5) + 1):
+                    folder = tmp_path / submission / f"study_{study}" / f"{workload}_pytorch"
+                    write_missing(folder / f"trial_{number}")
+    assert Scoreboard.of(read_results([tmp_path])).notes() == [
+        "uneven comparison, nadamw has fewer than others:"
+        " 1 of 3 studies and 1 of 5 trials in study_0 of wmt"
+    ]
+    assert not Scoreboard.of(read_results([tmp_path]), workloads=["mnist"]).notes()
+
+
+def test_notes_say_how_many_everybody_has(tmp_path: Path) -> None:
+    asked = "; the benchmark asks 3 x 5 under external tuning, 3 x 1 under self-tuning"
+    board = Scoreboard.of(read_results([comparison(tmp_path / "logs")]))
+    expected = "3 studies x 2 trials of mnist, 3 studies x 1 trial of wmt a submission"
+    assert board.notes() == [expected + asked]
+    board = Scoreboard.of(board.trials, workloads=["mnist"])
+    assert board.notes() == ["3 studies x 2 trials a submission and workload" + asked]
 
 
 def test_table_only_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
