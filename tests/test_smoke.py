@@ -149,6 +149,45 @@ def test_a_named_run_is_never_overwritten_silently(
 
 
 @pytest.mark.usefixtures("no_report")
+def test_only_what_exists_is_resumed(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smoke.main(["--workloads=mnist", "--run_name=typo", "--resume_last_run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --resume_last_run: there is no results/typo; ")
+    assert error.count("\n") == 1
+    assert not Path("results").exists() and not runner.commands
+
+
+@pytest.mark.usefixtures("no_report")
+def test_trials_of_other_settings_are_not_resumed(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--workloads=mnist", "--submissions=nadamw", "--run_name=mine"]
+    assert smoke.main(arguments) == 0
+    commands = Path("results/mine/commands.txt")
+    first = commands.read_text()
+    trial = Path("results/mine/logs/nadamw/study_0/mnist_pytorch/trial_1")
+    submission = str(known_contenders()["nadamw"])
+    recorded = {"submission_path": submission, "step_budget": 1.0, "tuning_ruleset": "external"}
+    (trial / "flags_0.json").write_text(json.dumps(recorded))
+    muon = known_contenders()["muon"]
+    for other, difference in (
+        ("--step_budget=2", "--step_budget=1.0, and not with --step_budget=2.0;"),
+        ("--tuning_ruleset=self", "--tuning_ruleset=external, --step_budget=1.0, and not with "),
+        (f"--submissions=nadamw={muon}", f"and not with --submission_path={muon};"),
+    ):
+        assert smoke.main([*arguments, "--resume_last_run", other]) == 1
+        error = capsys.readouterr().err
+        assert difference in error and error.count("\n") == 1
+    assert commands.read_text() == first and len(runner.commands) == 1
+    runner.fails_on = "nadamw"  # the stand-in writes no log twice
+    smoke.main([*arguments, "--resume_last_run"])
+    assert len(runner.commands) == 2
+    assert commands.read_text() == first + first.replace("\n", " --resume_last_run\n")
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_failing_submission_is_reported_and_the_others_scored(
     runner: StandInRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:

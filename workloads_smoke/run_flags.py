@@ -131,7 +131,9 @@ def _define_logs(values: flags.FlagValues) -> None:
         "resume_last_run",
         None,
         "Go on in an existing folder: complete trials are kept, the others continue from their "
-        "latest checkpoint, with the same bits on one process, or start.",
+        "latest checkpoint, with the same bits on one process, or start. Refused where flags that "
+        "decide results differ from those of the trials there. Starts where there is no folder, as "
+        "in the official runner.",
         flag_values=values,
     )
     flags.DEFINE_boolean(

@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from absl import flags
+
+from workloads_smoke import run_flags
 from workloads_smoke.atomic_files import write_text
 from workloads_smoke.contenders import (
     Contender,
@@ -26,6 +29,7 @@ from workloads_smoke.contenders import (
     read_contenders,
 )
 from workloads_smoke.errors import UserError
+from workloads_smoke.experiment import check_flags
 from workloads_smoke.registry import WORKLOADS, load_workload
 from workloads_smoke.report import write_report
 from workloads_smoke.scoring.console import say
@@ -173,7 +177,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--resume_last_run",
         action="store_true",
-        help="go on with --run_name: complete trials are kept",
+        help="go on with --run_name: complete trials are kept; refused if they were run otherwise",
     )
     parser.add_argument(
         "--overwrite",
@@ -188,6 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         jobs = plan(options)
+        if options.resume_last_run:
+            check_resumed(jobs, options)
         folder = run_folder(options)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -231,13 +237,16 @@ def run_folder(options: argparse.Namespace) -> Path:
     """Folder of this comparison, new unless the options say otherwise.
 
     Raises:
-        UserError: if it exists and neither ``--resume_last_run`` nor ``--overwrite`` was given.
+        UserError: if it exists and neither ``--resume_last_run`` nor ``--overwrite`` was given,
+            or is to be resumed and does not exist.
     """
     if options.run_name is None:
         if options.resume_last_run or options.overwrite:
             raise UserError("--resume_last_run and --overwrite need --run_name: which comparison?")
         return fresh_folder(options.results_dir, "smoke")
     folder: Path = options.results_dir / options.run_name
+    if options.resume_last_run and not folder.is_dir():
+        raise UserError(f"--resume_last_run: there is no {folder}; leave it out to start that run")
     if folder.exists() and not (options.resume_last_run or options.overwrite):
         raise UserError(
             f"{folder} exists; --resume_last_run goes on with it, --overwrite deletes its logs"
@@ -247,6 +256,23 @@ def run_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
+def check_resumed(jobs: Sequence[Job], options: argparse.Namespace) -> None:
+    """Look at the logs of every job before any is run.
+
+    Raises:
+        UserError: if one was run with other flags.
+    """
+    if options.run_name is None:
+        return
+    logs = options.results_dir / options.run_name / "logs"
+    for job in jobs:
+        values = flags.FlagValues()
+        run_flags.define(values)
+        values(job.command(logs, options)[2:])
+        folder = logs / job.contender.name / job.study / f"{job.workload}_pytorch"
+        check_flags(folder, values.flag_values_dict())
+
+
 def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> list[Job]:
     """Run every job, one after the other so that times compare; returns those that failed."""
     say(
@@ -254,7 +280,9 @@ def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> li
         f" {', '.join(dict.fromkeys(job.workload for job in jobs))}; results in {logs.parent}"
     )
     commands = "".join(f"{shlex.join(job.command(logs, options))}\n" for job in jobs)
-    write_text(logs.parent / "commands.txt", commands)
+    record = logs.parent / "commands.txt"
+    earlier = record.read_text() if record.exists() else ""
+    write_text(record, earlier + commands)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     pace, failed = Pace(), []
     start = time.monotonic()
