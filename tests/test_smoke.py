@@ -243,6 +243,19 @@ def test_any_submission_file_takes_part(tmp_path: Path) -> None:
     assert {"shampoo", "nadamw"} <= set(known_contenders())
 
 
+@pytest.mark.usefixtures("no_report")
+def test_self_tuning_needs_no_search_space(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What `submission.bundle --ruleset self` writes has none."""
+    (tmp_path / "submission.py").touch()
+    arguments = ["--workloads=mnist", "--submissions=shampoo=submission.py"]
+    assert smoke.main([*arguments, "--tuning_ruleset=self"]) == 0
+    assert "--submission_path=submission.py" in runner.commands[0]
+    assert smoke.main(arguments) == 1
+    assert "add it, or compare under --tuning_ruleset=self\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

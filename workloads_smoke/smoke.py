@@ -126,7 +126,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=_names,
         default=DEFAULT_SUBMISSIONS,
         help=f"separated by commas; known: {', '.join(known_contenders())}; NAME=FILE for any other,"
-        " with tuning_search_space.json beside the file or one folder up (default: %(default)s)",
+        " with tuning_search_space.json beside the file or one folder up, which --tuning_ruleset=self"
+        " does not need (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds", type=_seeds, default="0", help="one study a seed, such as 0,1,2 (default: 0)"
@@ -218,7 +219,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
     unknown = [name for name in workloads if name not in WORKLOADS]
     if unknown:
         raise UserError(f"unknown workload(s) {', '.join(unknown)}; known: {', '.join(WORKLOADS)}")
-    contenders = read_contenders(options.submissions)
+    contenders = read_contenders(options.submissions, options.tuning_ruleset)
     if options.tuning_ruleset == "external":
         check_same_number_of_trials(contenders, options.trials)
     elif options.trials != 1:
