@@ -219,7 +219,8 @@ def _define_local(values: flags.FlagValues) -> None:
         "eval_every_steps",
         None,
         "Ours: evaluate after the first step and then every so many steps, instead of every "
-        "eval_period_time_sec seconds of the workload; steps to target then repeat exactly.",
+        "eval_period_time_sec seconds of the workload; steps to target then repeat exactly, unless the "
+        "submission decides by measured time, as ours does on the interval of its refreshes.",
         lower_bound=1,
         flag_values=values,
     )
