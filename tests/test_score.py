@@ -176,16 +176,39 @@ def test_default_output_is_a_new_folder_each_time(
         (["--reference", "sgd"], "reference 'sgd' has no logs; there are those of shampoo, nadamw"),
         (["--r_max", "1"], "r_max > 1 is needed, got r_max=1.0"),
         (["--targets", "none.json"], "none.json"),
+        (
+            ["--output_dir", "file/scores"],
+            "--output_dir: file is no folder; move it away or name an",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     logs = comparison(tmp_path / "logs")
-    assert score.main([str(logs), "--table_only", *arguments]) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert score.main([str(logs), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_workload_named_twice_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = comparison(tmp_path / "logs")
+    printed = []
+    for workloads in ("mnist", "mnist,mnist"):
+        assert score.main([str(logs), "--table_only", "--workloads", workloads]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    board = Scoreboard.of(read_results([logs]), workloads=["mnist", "mnist"])
+    assert board.workloads == ("mnist",)
 
 
 def test_help_explains_the_sources() -> None:

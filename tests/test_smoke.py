@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from hand_made_logs import write_missing, write_reaching
 
-from workloads_smoke import smoke
+from workloads_smoke import smoke, smoke_flags
 from workloads_smoke.contenders import known_contenders, read_contenders
 from workloads_smoke.errors import UserError
 from workloads_smoke.registry import load_workload
@@ -73,7 +73,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    return smoke.parse_arguments(arguments)
+    return smoke_flags.parse_arguments(arguments)
 
 
 def test_default_job_compares_ours_with_nadamw_and_shows_it(
@@ -265,11 +265,22 @@ def test_self_tuning_needs_no_search_space(
         (["--submissions=a/b=none.py"], "the name of a submission is one folder name, got 'a/b'"),
         (["--submissions=nadamw", "--trials=99"], "nadamw has 5 points in "),
         (["--tuning_ruleset=self", "--trials=5"], "one trial a study, got --trials=5"),
+        (
+            ["--run_name=../mine"],
+            "--run_name is the name of one folder in --results_dir, got '../mine'",
+        ),
+        (["--run_name="], "--run_name is the name of one folder in --results_dir, got ''"),
+        (["--results_dir=file"], "--results_dir: file is no folder; move it away or name another"),
+        (
+            ["--results_dir=file", "--run_name=mine"],
+            "--results_dir: file is no folder; move it away",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_is_made(
     runner: StandInRunner, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    Path("file").touch()
     assert smoke.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -283,10 +294,16 @@ def test_one_name_twice_is_refused() -> None:
         read_contenders(["nadamw", f"nadamw={file}"])
 
 
-@pytest.mark.parametrize("flag", ["--seeds=0,-1", "--seeds=a", "--trials=0", "--workloads=,"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--seeds=0,-1", "--seeds=a", "--trials=0", "--workloads=,"),
+        *("--step_budget=0", "--step_budget=-1", "--step_budget=nan", "--step_budget=x"),
+    ],
+)
 def test_flags_are_checked(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        smoke.parse_arguments([flag])
+        smoke_flags.parse_arguments([flag])
     assert "expected" in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `submission_runner.py`.
 """
 
+import math
 from pathlib import Path
 
 from absl import flags
@@ -275,8 +276,8 @@ def read_settings(values: flags.FlagValues) -> RunSettings:
         raise UserError("--tuning_ruleset=self takes no --tuning_search_space")
     if values.max_global_steps is not None and values.max_global_steps < 1:
         raise UserError(f"--max_global_steps must be at least 1, got {values.max_global_steps}")
-    if values.step_budget is not None and values.step_budget <= 0:
-        raise UserError(f"--step_budget must be above 0, got {values.step_budget}")
+    if values.step_budget is not None and not 0 < values.step_budget < math.inf:
+        raise UserError(f"--step_budget must be a number above 0, got {values.step_budget}")
     space = values.tuning_search_space
     return RunSettings(
         submission_path=Path(values.submission_path).expanduser(),

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from workloads_smoke.errors import UserError
+from workloads_smoke.folders import check_folder
 from workloads_smoke.report import write_report
 from workloads_smoke.scoring.console import say
 from workloads_smoke.scoring.folders import fresh_folder
@@ -19,6 +21,8 @@ from workloads_smoke.scoring.profiles import R_MAX
 from workloads_smoke.scoring.scoreboard import Scoreboard
 from workloads_smoke.scoring.tables import score_text
 from workloads_smoke.scoring.targets import Target, official_targets, read_targets
+
+RESULTS = Path("results")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -80,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parse_arguments(arguments)
     try:
+        if not options.table_only:
+            check_folder(options.output_dir or RESULTS, "--output_dir")
         board = Scoreboard.of(
             _select(read_results(options.sources), options.submissions),
             targets=_given_targets(options.targets),
@@ -87,12 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reference=options.reference,
             r_max=options.r_max,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (UserError, ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     say(score_text(board))
     if not options.table_only:
-        folder = options.output_dir or fresh_folder(Path("results"), "scores")
+        folder = options.output_dir or fresh_folder(RESULTS, "scores")
         report = write_report(board, folder)
         say(f"\ntables, plots and report: {report}")
     return 0
@@ -102,7 +108,7 @@ def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _select(trials: list[Trial], submissions: Sequence[str] | None) -> list[Trial]:

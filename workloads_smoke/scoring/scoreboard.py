@@ -85,7 +85,7 @@ class Scoreboard:
             ValueError: if a name is unknown, a target is missing or ambiguous, or r_max <= 1.
         """
         run = sorted({trial.workload for trial in trials})
-        counted = tuple(run if workloads is None else workloads)
+        counted = tuple(run if workloads is None else dict.fromkeys(workloads))
         unknown = sorted(set(counted) - set(run))
         if unknown:
             raise ValueError(
