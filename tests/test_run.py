@@ -130,6 +130,14 @@ def test_a_kill_after_the_last_checkpoint_writes_no_row_twice(
     assert (runner.trial() / "outcome.json").exists()
 
 
+def test_resuming_what_is_not_there_starts_it_and_says_so(
+    runner: Runner, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the official runner, which a job that may be preempted calls so from the first."""
+    assert runner.call(resume_last_run=True, max_global_steps=1) == 0
+    assert f"there is no {runner.trial().parent} yet, it is started" in caplog.text
+
+
 def test_a_trial_at_its_step_limit_goes_on_under_a_larger_one(
     runner: Runner, whole_trial: Path
 ) -> None:

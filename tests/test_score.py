@@ -80,6 +80,32 @@ def test_published_runs_give_the_published_scores() -> None:
     assert board.steps.loc["baseline", "ogbg"] == 21897
 
 
+def test_rulesets_are_scored_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """A self-tuned entry among externally tuned ones would take from their scores."""
+    arguments = [str(PUBLISHED_RUNS), "--table_only", "--workloads", ",".join(OFFICIAL_WORKLOADS)]
+    assert score.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "(external: baseline, shampoo; self: schedule_free_adamw_v2); choose one" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert score.main([*arguments, "--ruleset", "external"]) == 0
+    printed = capsys.readouterr().out
+    assert ["shampoo", "0.6244"] in [line.split()[:2] for line in printed.splitlines()]
+    assert "left out, not run under the external ruleset: schedule_free_adamw_v2\n" in printed
+    assert score.main([*arguments, "--ruleset", "both"]) == 0
+    assert "note: rulesets are mixed (external: baseline, " in capsys.readouterr().out
+    assert score.main([*arguments, "--ruleset", "self", "--submissions", "shampoo"]) == 2
+    assert "no logs of --ruleset self; there are those of external: s" in capsys.readouterr().err
+
+
+def test_the_ruleset_of_logs_is_that_of_their_flags(tmp_path: Path) -> None:
+    for name, ruleset in (("tuned", "external"), ("free", "self")):
+        folder = tmp_path / name / "study_0" / "mnist_pytorch" / "trial_1"
+        write_reaching(folder, 100, 5.0)
+        (folder / "flags_0.json").write_text(json.dumps({"tuning_ruleset": ruleset}))
+    assert [trial.ruleset for trial in read_results([tmp_path])] == ["self", "external"]
+    assert score.main([str(tmp_path), "--table_only"]) == 2
+
+
 def test_score_prints_tables_and_writes_every_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ import struct
 from os import urandom
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from workloads_smoke.errors import UserError
 from workloads_smoke.experiment import (
@@ -43,6 +43,8 @@ def plan_trials(
     if values.resume_last_run:
         for folder in folders.values():
             check_flags(folder, values.flag_values_dict())
+            if not folder.exists():
+                logging.warning("--resume_last_run: there is no %s yet, it is started", folder)
     fresh_seed = struct.unpack("I", urandom(4))[0] if values.rng_seed is None else values.rng_seed
     requests = []
     for name, folder in folders.items():

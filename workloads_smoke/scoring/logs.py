@@ -172,7 +172,7 @@ def _read_trial(folder: Path, submission: str, study: str, workload: str, trial:
         target=Target.from_mapping(metadata, prefix="workload."),
         hyperparameters=_read_json(folder / "hparams.json"),
         metadata=metadata,
-        ruleset=flags.get("tuning_ruleset"),
+        ruleset=_ruleset(flags.get("tuning_ruleset")),
         submission_path=flags.get("submission_path"),
         folder=folder,
     )
@@ -206,14 +206,19 @@ def _read_evaluations(path: Path) -> pd.DataFrame:
     return evaluations
 
 
+def _ruleset(name: object) -> str | None:
+    """The benchmark writes ``external_tuning`` in its repositories and ``external`` in its flags."""
+    return name.removesuffix("_tuning") if isinstance(name, str) else None
+
+
 def read_evaluation_file(path: Path) -> list[Trial]:
     """Read many trials from one CSV file, gzipped or not.
 
     Args:
         path: one row an evaluation, with the columns ``submission``, ``study``, ``workload``,
             ``trial``, ``global_step``, ``accumulated_submission_time`` (seconds), ``metric``
-            (for example ``validation/loss``) and ``value``; others, such as ``ruleset``, are
-            ignored. Rows of a trial are in the order of training.
+            (for example ``validation/loss``) and ``value``; ``ruleset`` is read where it is there,
+            others are ignored. Rows of a trial are in the order of training.
 
     Raises:
         ValueError: if a column is missing.
@@ -225,6 +230,11 @@ def read_evaluation_file(path: Path) -> list[Trial]:
     trials = []
     for key, group in rows.groupby(["submission", "study", "workload", "trial"], sort=False):
         submission, study, workload, trial = (str(part) for part in key)
+        if "ruleset" in group and group["ruleset"].nunique() > 1:
+            raise ValueError(
+                f"{path}: {submission} {study} {workload} {trial} was run under several rulesets,"
+                f" {', '.join(map(str, group['ruleset'].unique()))}; give each a submission's name"
+            )
         metrics = group["metric"].unique()
         if len(metrics) != 1:
             raise ValueError(
@@ -232,7 +242,9 @@ def read_evaluation_file(path: Path) -> list[Trial]:
                 f" {', '.join(map(str, metrics))}; one target metric a trial is expected"
             )
         evaluations = group[[STEP, SECONDS, "value"]].rename(columns={"value": str(metrics[0])})
-        trials.append(Trial(submission, study, workload, trial, evaluations.reset_index(drop=True)))
+        evaluations = evaluations.reset_index(drop=True)
+        ruleset = _ruleset(group["ruleset"].iloc[0]) if "ruleset" in group else None
+        trials.append(Trial(submission, study, workload, trial, evaluations, ruleset=ruleset))
     return trials
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -75,3 +75,25 @@ def notes_on_files(trials: Sequence[Trial]) -> list[str]:
 
 def _count(number: int, one: str, several: str) -> str:
     return f"{number} {one if number == 1 else several}"
+
+
+def notes_on_rulesets(trials: Sequence[Trial]) -> list[str]:
+    """Say who ran under which ruleset, where there is more than one."""
+    rulesets = by_ruleset(trials)
+    if len(rulesets) < 2:
+        return []
+    return [f"rulesets are mixed ({listed(rulesets)}); the benchmark scores each by itself"]
+
+
+def by_ruleset(trials: Sequence[Trial]) -> dict[str, list[str]]:
+    """Submissions by ruleset, as far as the logs say."""
+    found: dict[str, set[str]] = {}
+    for trial in trials:
+        if trial.ruleset is not None:
+            found.setdefault(trial.ruleset, set()).add(trial.submission)
+    return {ruleset: sorted(names) for ruleset, names in sorted(found.items())}
+
+
+def listed(rulesets: Mapping[str, Sequence[str]]) -> str:
+    """Rulesets and their submissions in words."""
+    return "; ".join(f"{ruleset}: {', '.join(names)}" for ruleset, names in rulesets.items())

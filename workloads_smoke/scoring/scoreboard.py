@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from workloads_smoke.scoring.logs import Trial
-from workloads_smoke.scoring.notes import notes_on_counts, notes_on_files
+from workloads_smoke.scoring.notes import notes_on_counts, notes_on_files, notes_on_rulesets
 from workloads_smoke.scoring.profiles import (
     R_MAX,
     algoperf_scores,
@@ -180,7 +180,7 @@ class Scoreboard:
             absent = [name for name in self.workloads if (submission, name) not in ran]
             if absent:
                 notes.append(f"{submission} did not run {', '.join(absent)}: counted as missed")
-        return notes + notes_on_files(self.trials)
+        return notes + notes_on_files(self.trials) + notes_on_rulesets(self.trials)
 
     def _times(self, unit: str) -> pd.DataFrame:
         if unit not in ("seconds", "steps"):
