@@ -76,17 +76,23 @@ def recorded_seed(folder: Path) -> int | None:
     return None
 
 
-def check_flags(folder: Path, flags: Mapping[str, Any]) -> None:
+def check_flags(folder: Path, flags: Mapping[str, Any], same_submission: bool = True) -> None:
     """Refuse to go on in a workload's folder with flags that make other results than those in it.
 
     A larger --max_global_steps goes on with trials that have not ended.
+
+    Args:
+        folder: The workload's folder.
+        flags: All flags and values of the command.
+        same_submission: Whether its trials are the command's, or another submission's to be
+            compared with them.
 
     Raises:
         UserError: A trial there was run otherwise; the message names the flags.
     """
     for trial in sorted(folder.glob("trial_*")):
         recorded = _latest_flags(trial)
-        names = list(_DECISIVE)
+        names = [name for name in _DECISIVE if same_submission or name not in _PATHS]
         if _ended_at_step_limit(trial):
             names.append("max_global_steps")
         names = [

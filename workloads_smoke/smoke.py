@@ -180,7 +180,7 @@ def run_folder(options: argparse.Namespace) -> Path:
 
 
 def check_resumed(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> None:
-    """Look at the logs of every job before any is run.
+    """Look at the logs of every job, and of what it is compared with, before any is run.
 
     Raises:
         UserError: if one was run with other flags.
@@ -189,8 +189,9 @@ def check_resumed(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) 
         values = flags.FlagValues()
         run_flags.define(values)
         values(job.command(logs, options)[2:])
-        folder = logs / job.contender.name / job.study / f"{job.workload}_pytorch"
-        check_flags(folder, values.flag_values_dict())
+        own = logs / job.contender.name / job.study
+        for folder in sorted(logs.glob(f"*/*/{job.workload}_pytorch")):
+            check_flags(folder, values.flag_values_dict(), same_submission=folder.parent == own)
 
 
 def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> list[Job]:
