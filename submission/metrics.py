@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from absl import logging
-from torch import Tensor
+from torch import Tensor, nn
 
 from .objective import averaged_over_ranks
 from .pace import Pace
@@ -18,6 +19,20 @@ _FIRST_STEPS = 5
 def is_due(global_step: int, step_hint: int) -> bool:
     """Return whether this step is reported. Reading a number off the device stalls it."""
     return global_step < _FIRST_STEPS or global_step % max(1, step_hint // REPORTS_PER_RUN) == 0
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients together, and leave them as they are.
+
+    `clip_grad_norm_` without a limit would not: beside one gradient that is not finite it makes
+    every other one NaN.
+    """
+    norms = [
+        torch.linalg.vector_norm(weight.grad.detach())
+        for weight in model.parameters()
+        if weight.grad is not None
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def report(

@@ -7,7 +7,6 @@ builds the optimizer, `objective` the loss.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from .batch_sizes import batch_size
 from .batch_statistics import RecentBatches, refresh
 from .construction import build_optimizer
 from .hyperparameters import Hyperparameters
-from .metrics import is_due, report, report_choices
+from .metrics import gradient_norm, is_due, report, report_choices
 from .objective import in_step_with_others, logits_of, make_dense, mean_loss
 from .pace import SELF_TUNING_BUDGET, Pace, pace
 from .refresh_cost import RefreshCost
@@ -86,9 +85,10 @@ def update_params(
     make_dense(model)
 
     reported = is_due(global_step, workload.step_hint)
-    if reported or setting.grad_clip is not None:
-        limit = math.inf if setting.grad_clip is None else setting.grad_clip
-        gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    if setting.grad_clip is not None:
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), setting.grad_clip)
+    elif reported:
+        norm = gradient_norm(model)
     learning_rate = _pace(workload, setting, hyperparameters is None).schedule(global_step + 1)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * (group["initial_lr"] / setting.learning_rate)
@@ -96,7 +96,7 @@ def update_params(
     optimizer.step()
     cost.end(global_step + 1)
     if reported:
-        report(workload, global_step, loss, gradient_norm, learning_rate)
+        report(workload, global_step, loss, norm, learning_rate)
     return optimizer_state, model, model_state
 
 

@@ -138,6 +138,12 @@ def test_the_command_refuses_before_it_works(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "is not empty" in refused.stderr
     assert "Traceback" not in refused.stderr
+    file = tmp_path / "file"
+    file.touch()
+    taken = run_command(f"--data_dir={file}")
+    assert taken.returncode == 1
+    assert f"--data_dir: {file} is no folder; move it away" in taken.stderr
+    assert "Traceback" not in taken.stderr
     missing = run_command()
     assert missing.returncode == 1
     assert "data_dir" in missing.stderr

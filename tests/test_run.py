@@ -130,6 +130,26 @@ def test_a_kill_after_the_last_checkpoint_writes_no_row_twice(
     assert (runner.trial() / "outcome.json").exists()
 
 
+def test_resuming_what_is_not_there_starts_it_and_says_so(
+    runner: Runner, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the official runner, which a job that may be preempted calls so from the first."""
+    assert runner.call(resume_last_run=True, max_global_steps=1) == 0
+    assert f"there is no {runner.trial().parent} yet, it is started" in caplog.text
+
+
+def test_a_trial_at_its_step_limit_goes_on_under_a_larger_one(
+    runner: Runner, whole_trial: Path
+) -> None:
+    assert runner.call(max_global_steps=20) == 0
+    outcome = runner.trial() / "outcome.json"
+    outcome.unlink()  # as a kill leaves it that comes after the last checkpoint
+    assert runner.call(resume_last_run=True) == 0
+    assert_same_trial(whole_trial, runner.trial())
+    assert json.loads(outcome.read_text())["stopped_by"] == "step limit"
+    assert json.loads(outcome.read_text())["global_step"] == 30
+
+
 def test_an_unfinished_trial_without_checkpoints_starts_anew(
     runner: Runner, whole_trial: Path
 ) -> None:

@@ -59,7 +59,13 @@ BROKEN_JSON, NO_RATE, NO_UPDATE = "broken.json", "no_rate.json", "no_update.py"
         ({"use_wandb": True}, "--use_wandb is not possible here"),
         ({"overwrite": True, "resume_last_run": True}, "give one of them"),
         ({"max_global_steps": 0}, "--max_global_steps must be at least 1, got 0"),
-        ({"step_budget": 0.0}, "--step_budget must be above 0, got 0.0"),
+        ({"step_budget": 0.0}, "--step_budget must be a number above 0, got 0.0"),
+        ({"step_budget": "nan"}, "--step_budget must be a number above 0, got nan"),
+        (
+            {"experiment_dir": BROKEN_JSON},
+            f"{BROKEN_JSON} is no folder; move it away or name another",
+        ),
+        ({"experiment_dir": BROKEN_JSON, "overwrite": True}, f"{BROKEN_JSON} is no folder; "),
         ({"hparam_start_index": 3}, "--hparam_start_index=3: "),
         ({"hparam_end_index": 0}, "must satisfy 0 <= start < end, got 0 and 0"),
     ],
@@ -121,7 +127,68 @@ def test_a_mistake_leaves_what_other_trials_logged(runner: Runner) -> None:
     before = {path: path.read_bytes() for path in runner.trial().iterdir()}
     runner.space.write_text('[{"learning_rate": 0.1}, {"learning_rate": 0.1}]')
     needs_more = SUBMISSION.replace("hyperparameters.learning_rate", "hyperparameters.momentum")
-    given = {"submission_path": write_submission(runner.folder / "more", needs_more)}
-    assert runner.call(resume_last_run=True, num_tuning_trials=2, **given) == 1
+    write_submission(runner.folder / "entry", needs_more)
+    assert runner.call(resume_last_run=True, num_tuning_trials=2, max_global_steps=1) == 1
     assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
     assert not runner.trial(2).exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "difference"),
+    [
+        ({"submission_path": "other.py"}, "--submission_path={submission}, and not with "),
+        ({"tuning_search_space": "other.json"}, "and not with --tuning_search_space=other.json;"),
+        (
+            {"tuning_ruleset": "self", "tuning_search_space": None},
+            "--tuning_ruleset=external, and not with no --tuning_search_space, --tuning_ruleset=self;",
+        ),
+        ({"step_budget": 0.5}, "no --step_budget, and not with --step_budget=0.5;"),
+        ({"eval_every_steps": 5}, "--eval_every_steps=10, and not with --eval_every_steps=5;"),
+        ({"skip_evals": True}, "--skip_evals=False, and not with --skip_evals=True;"),
+        ({"max_global_steps": 2}, "--max_global_steps=1, and not with --max_global_steps=2;"),
+    ],
+)
+def test_trials_of_other_flags_are_not_resumed(
+    runner: Runner,
+    given: dict[str, Any],
+    difference: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(runner.folder)
+    Path("other.py").write_text(SUBMISSION)
+    Path("other.json").write_text('[{"learning_rate": 0.1}]')
+    assert runner.call(max_global_steps=1) == 0
+    before = {path: path.read_bytes() for path in runner.trial().iterdir()}
+    flags_given = {"max_global_steps": 1, **given, "resume_last_run": True, "num_tuning_trials": 2}
+    assert runner.call(**flags_given) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: --resume_last_run: {runner.trial()} was run with ")
+    assert difference.format(submission=runner.submission) in errors
+    assert errors.count("\n") == 1
+    assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
+    assert not runner.trial(2).exists()
+
+
+def test_the_same_files_by_other_paths_are_resumed(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert runner.call(max_global_steps=1) == 0
+    monkeypatch.chdir(runner.folder)
+    given = {"submission_path": "entry/entry.py", "tuning_search_space": "space.json"}
+    assert Path(given["submission_path"]).samefile(runner.submission)
+    assert runner.call(max_global_steps=1, resume_last_run=True, **given) == 0
+
+
+@pytest.mark.parametrize("content", ["{}", '{"stopped_by": "step limit", "other": 1}'])
+def test_an_outcome_that_was_changed_is_named(
+    runner: Runner, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.call(max_global_steps=1) == 0
+    path = runner.trial() / "outcome.json"
+    path.write_text(content)
+    assert runner.call(max_global_steps=1, resume_last_run=True) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {path} must hold best_metric, ")
+    assert errors.count("\n") == 1
+    assert path.read_text() == content

@@ -80,6 +80,32 @@ def test_published_runs_give_the_published_scores() -> None:
     assert board.steps.loc["baseline", "ogbg"] == 21897
 
 
+def test_rulesets_are_scored_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """A self-tuned entry among externally tuned ones would take from their scores."""
+    arguments = [str(PUBLISHED_RUNS), "--table_only", "--workloads", ",".join(OFFICIAL_WORKLOADS)]
+    assert score.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "(external: baseline, shampoo; self: schedule_free_adamw_v2); choose one" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert score.main([*arguments, "--ruleset", "external"]) == 0
+    printed = capsys.readouterr().out
+    assert ["shampoo", "0.6244"] in [line.split()[:2] for line in printed.splitlines()]
+    assert "left out, not run under the external ruleset: schedule_free_adamw_v2\n" in printed
+    assert score.main([*arguments, "--ruleset", "both"]) == 0
+    assert "note: rulesets are mixed (external: baseline, " in capsys.readouterr().out
+    assert score.main([*arguments, "--ruleset", "self", "--submissions", "shampoo"]) == 2
+    assert "no logs of --ruleset self; there are those of external: s" in capsys.readouterr().err
+
+
+def test_the_ruleset_of_logs_is_that_of_their_flags(tmp_path: Path) -> None:
+    for name, ruleset in (("tuned", "external"), ("free", "self")):
+        folder = tmp_path / name / "study_0" / "mnist_pytorch" / "trial_1"
+        write_reaching(folder, 100, 5.0)
+        (folder / "flags_0.json").write_text(json.dumps({"tuning_ruleset": ruleset}))
+    assert [trial.ruleset for trial in read_results([tmp_path])] == ["self", "external"]
+    assert score.main([str(tmp_path), "--table_only"]) == 2
+
+
 def test_score_prints_tables_and_writes_every_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,9 +140,33 @@ def test_notes_say_what_makes_a_comparison_unfair(tmp_path: Path) -> None:
     (logs / "nadamw" / "study_0" / "wmt_pytorch").rename(tmp_path / "elsewhere")
     notes = Scoreboard.of(read_results([logs])).notes()
     assert notes == [
-        "uneven comparison, studies x trials differ (nadamw: 1 x 2, shampoo: 3 x 2)",
+        "uneven comparison, nadamw has fewer than others: 1 of 3 studies of mnist",
         "nadamw did not run wmt: counted as missed",
     ]
+
+
+def test_notes_name_studies_and_trials_that_lack_on_one_workload_only(tmp_path: Path) -> None:
+    for submission in ("shampoo", "nadamw"):
+        for workload in ("mnist", "wmt"):
+            short = (submission, workload) == ("nadamw", "wmt")
+            for study in range(1 if short else 3):
+                for number in range(1, (1 if short else 5) + 1):
+                    folder = tmp_path / submission / f"study_{study}" / f"{workload}_pytorch"
+                    write_missing(folder / f"trial_{number}")
+    assert Scoreboard.of(read_results([tmp_path])).notes() == [
+        "uneven comparison, nadamw has fewer than others:"
+        " 1 of 3 studies and 1 of 5 trials in study_0 of wmt"
+    ]
+    assert not Scoreboard.of(read_results([tmp_path]), workloads=["mnist"]).notes()
+
+
+def test_notes_say_how_many_everybody_has(tmp_path: Path) -> None:
+    asked = "; the benchmark asks 3 x 5 under external tuning, 3 x 1 under self-tuning"
+    board = Scoreboard.of(read_results([comparison(tmp_path / "logs")]))
+    expected = "3 studies x 2 trials of mnist, 3 studies x 1 trial of wmt a submission"
+    assert board.notes() == [expected + asked]
+    board = Scoreboard.of(board.trials, workloads=["mnist"])
+    assert board.notes() == ["3 studies x 2 trials a submission and workload" + asked]
 
 
 def test_table_only_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +202,39 @@ def test_default_output_is_a_new_folder_each_time(
         (["--reference", "sgd"], "reference 'sgd' has no logs; there are those of shampoo, nadamw"),
         (["--r_max", "1"], "r_max > 1 is needed, got r_max=1.0"),
         (["--targets", "none.json"], "none.json"),
+        (
+            ["--output_dir", "file/scores"],
+            "--output_dir: file is no folder; move it away or name an",
+        ),
     ],
 )
 def test_mistakes_are_named_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     logs = comparison(tmp_path / "logs")
-    assert score.main([str(logs), "--table_only", *arguments]) == 2
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert score.main([str(logs), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_workload_named_twice_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = comparison(tmp_path / "logs")
+    printed = []
+    for workloads in ("mnist", "mnist,mnist"):
+        assert score.main([str(logs), "--table_only", "--workloads", workloads]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    board = Scoreboard.of(read_results([logs]), workloads=["mnist", "mnist"])
+    assert board.workloads == ("mnist",)
 
 
 def test_help_explains_the_sources() -> None:

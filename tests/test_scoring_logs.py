@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hand_made_logs import write_reaching, write_trial
 
-from workloads_smoke.scoring import Target, official_targets, read_results, read_targets
+from workloads_smoke.scoring import Scoreboard, Target, official_targets, read_results, read_targets
 
 
 def keys(*sources: Path | str) -> list[tuple[str, str, str, str]]:
@@ -28,6 +28,42 @@ def test_folder_of_submissions_one_submission_and_one_study_give_the_same_trial(
 def test_an_experiment_without_a_name_is_one_study(tmp_path: Path) -> None:
     write_reaching(tmp_path / "ours" / "wmt_jax" / "trial_1", 100, 5.0)
     assert keys(tmp_path / "ours") == [("ours", "wmt", "study_0", "trial_1")]
+
+
+def test_experiments_that_are_no_studies_are_submissions(tmp_path: Path) -> None:
+    """What --experiment_dir=X with --experiment_name=nadamw, then shampoo, leaves behind."""
+    for name in ("nadamw", "shampoo"):
+        write_reaching(tmp_path / "X" / name / "mnist_pytorch" / "trial_1", 100, 5.0)
+    expected = [(name, "mnist", "study_0", "trial_1") for name in ("nadamw", "shampoo")]
+    assert keys(tmp_path / "X") == expected
+    assert keys(tmp_path / "X" / "nadamw") == expected[:1]
+    together = keys(f"ours={tmp_path / 'X'}")
+    assert together == [("ours", "mnist", name, "trial_1") for name in ("nadamw", "shampoo")]
+
+
+def test_an_experiment_beside_a_comparison_keeps_its_name(tmp_path: Path) -> None:
+    write_reaching(tmp_path / "try" / "mnist_pytorch" / "trial_1", 100, 5.0)
+    smoke = tmp_path / "smoke-001" / "logs" / "shampoo" / "study_0"
+    write_reaching(smoke / "mnist_pytorch" / "trial_1", 100, 5.0)
+    assert [key[0] for key in keys(tmp_path)] == ["shampoo", "try"]
+
+
+def test_studies_of_the_official_layout_have_any_names(tmp_path: Path) -> None:
+    for study in ("seed_1", "seed_2"):
+        folder = tmp_path / "submissions" / "ours" / study / "mnist_jax" / "trial_1"
+        write_reaching(folder, 100, 5.0)
+    expected = [("ours", "mnist", study, "trial_1") for study in ("seed_1", "seed_2")]
+    assert keys(tmp_path / "submissions") == keys(f"ours={tmp_path / 'submissions' / 'ours'}")
+    assert keys(tmp_path / "submissions") == expected
+
+
+def test_two_files_under_one_name_are_noted(tmp_path: Path) -> None:
+    for study, file in enumerate(("a/submission.py", "b/submission.py")):
+        folder = tmp_path / "ours" / f"study_{study}" / "mnist_pytorch" / "trial_1"
+        write_reaching(folder, 100, 5.0)
+        (folder / "flags_0.json").write_text(json.dumps({"submission_path": file}))
+    (note,) = [n for n in Scoreboard.of(read_results([tmp_path])).notes() if "files" in n]
+    assert note.startswith("ours was run from 2 files, a/submission.py, b/submission.py: if ")
 
 
 def test_renaming_keeps_two_submissions_of_one_name_apart(tmp_path: Path) -> None:
@@ -121,8 +157,6 @@ def test_targets_files_are_checked(tmp_path: Path) -> None:
 
 
 def test_a_log_without_the_target_metric_is_refused(tmp_path: Path) -> None:
-    from workloads_smoke.scoring import Scoreboard
-
     folder = tmp_path / "ours" / "study_0" / "mnist_pytorch" / "trial_1"
     write_trial(folder, [1], [1.0], [0.5], metric="loss", target=None)
     with pytest.raises(ValueError, match="no column 'validation/accuracy'"):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from hand_made_logs import write_missing, write_reaching
 
-from workloads_smoke import smoke
+from workloads_smoke import smoke, smoke_flags
 from workloads_smoke.contenders import known_contenders, read_contenders
 from workloads_smoke.errors import UserError
 from workloads_smoke.registry import load_workload
@@ -73,7 +73,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    return smoke.parse_arguments(arguments)
+    return smoke_flags.parse_arguments(arguments)
 
 
 def test_default_job_compares_ours_with_nadamw_and_shows_it(
@@ -149,6 +149,46 @@ def test_a_named_run_is_never_overwritten_silently(
 
 
 @pytest.mark.usefixtures("no_report")
+def test_only_what_exists_is_resumed(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert smoke.main(["--workloads=mnist", "--run_name=typo", "--resume_last_run"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --resume_last_run: there is no results/typo; ")
+    assert error.count("\n") == 1
+    assert not Path("results").exists() and not runner.commands
+
+
+@pytest.mark.usefixtures("no_report")
+def test_trials_of_other_settings_are_not_resumed(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--workloads=mnist", "--submissions=nadamw", "--run_name=mine"]
+    assert smoke.main(arguments) == 0
+    commands = Path("results/mine/commands.txt")
+    first = commands.read_text()
+    trial = Path("results/mine/logs/nadamw/study_0/mnist_pytorch/trial_1")
+    submission = str(known_contenders()["nadamw"])
+    recorded = {"submission_path": submission, "step_budget": 1.0, "tuning_ruleset": "external"}
+    (trial / "flags_0.json").write_text(json.dumps(recorded))
+    muon = known_contenders()["muon"]
+    for other, difference in (
+        ("--step_budget=2", "--step_budget=1.0, and not with --step_budget=2.0;"),
+        ("--tuning_ruleset=self", "--tuning_ruleset=external, --step_budget=1.0, and not with "),
+        ("--submissions=shampoo --step_budget=2", "not with --step_budget=2.0;"),
+        (f"--submissions=nadamw={muon}", f"and not with --submission_path={muon};"),
+    ):
+        assert smoke.main([*arguments, "--resume_last_run", *other.split()]) == 1
+        error = capsys.readouterr().err
+        assert difference in error and error.count("\n") == 1
+    assert commands.read_text() == first and len(runner.commands) == 1
+    runner.fails_on = "nadamw"  # the stand-in writes no log twice
+    smoke.main([*arguments, "--resume_last_run"])
+    assert len(runner.commands) == 2
+    assert commands.read_text() == first + first.replace("\n", " --resume_last_run\n")
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_failing_submission_is_reported_and_the_others_scored(
     runner: StandInRunner, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +244,19 @@ def test_any_submission_file_takes_part(tmp_path: Path) -> None:
     assert {"shampoo", "nadamw"} <= set(known_contenders())
 
 
+@pytest.mark.usefixtures("no_report")
+def test_self_tuning_needs_no_search_space(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What `submission.bundle --ruleset self` writes has none."""
+    (tmp_path / "submission.py").touch()
+    arguments = ["--workloads=mnist", "--submissions=shampoo=submission.py"]
+    assert smoke.main([*arguments, "--tuning_ruleset=self"]) == 0
+    assert "--submission_path=submission.py" in runner.commands[0]
+    assert smoke.main(arguments) == 1
+    assert "add it, or compare under --tuning_ruleset=self\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -213,11 +266,22 @@ def test_any_submission_file_takes_part(tmp_path: Path) -> None:
         (["--submissions=a/b=none.py"], "the name of a submission is one folder name, got 'a/b'"),
         (["--submissions=nadamw", "--trials=99"], "nadamw has 5 points in "),
         (["--tuning_ruleset=self", "--trials=5"], "one trial a study, got --trials=5"),
+        (
+            ["--run_name=../mine"],
+            "--run_name is the name of one folder in --results_dir, got '../mine'",
+        ),
+        (["--run_name="], "--run_name is the name of one folder in --results_dir, got ''"),
+        (["--results_dir=file"], "--results_dir: file is no folder; move it away or name another"),
+        (
+            ["--results_dir=file", "--run_name=mine"],
+            "--results_dir: file is no folder; move it away",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_is_made(
     runner: StandInRunner, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    Path("file").touch()
     assert smoke.main(arguments) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -231,10 +295,16 @@ def test_one_name_twice_is_refused() -> None:
         read_contenders(["nadamw", f"nadamw={file}"])
 
 
-@pytest.mark.parametrize("flag", ["--seeds=0,-1", "--seeds=a", "--trials=0", "--workloads=,"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--seeds=0,-1", "--seeds=a", "--trials=0", "--workloads=,"),
+        *("--step_budget=0", "--step_budget=-1", "--step_budget=nan", "--step_budget=x"),
+    ],
+)
 def test_flags_are_checked(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        smoke.parse_arguments([flag])
+        smoke_flags.parse_arguments([flag])
     assert "expected" in capsys.readouterr().err
 
 

@@ -82,6 +82,28 @@ def test_gradient_is_clipped_and_its_norm_reported_unclipped() -> None:
     assert run.workload.metrics_logger.entries[0][1]["grad_norm"] > 1e-2
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_report_changes_no_step_whatever_the_gradients(
+    monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    """A gradient that is not finite costs its own block the step, and no other."""
+    weights, norms = [], []
+    for reported in (False, True):
+        monkeypatch.setattr(submission, "is_due", lambda step, hint, due=reported: due)
+        run = Run(namespace(grad_clip=None))
+        run.train(1)
+        run.model.head.bias.register_hook(lambda gradient: torch.full_like(gradient, bad))
+        before = run.weights()
+        run.train(1)
+        weights.append(run.weights())
+        changed = [not torch.equal(*pair) for pair in zip(before, weights[-1], strict=True)]
+        assert changed.count(False) == 1
+        norms += [entry["grad_norm"] for _, entry in run.workload.metrics_logger.entries]
+    assert_equal(*weights)
+    assert len(norms) == 2
+    assert math.isfinite(norms[0]) and not math.isfinite(norms[1])
+
+
 def test_learning_rate_follows_the_schedule() -> None:
     run = Run(namespace(warmup_factor=0.2), step_hint=20)
     schedule = pace(

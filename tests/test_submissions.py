@@ -72,6 +72,18 @@ def test_imports_resolve_as_in_the_official_harness(
     assert load_submission(path).get_batch_size("tiny") == 32
 
 
+def test_a_checkout_named_like_the_harness_is_a_root(tmp_path: Path) -> None:
+    """Its folder is a package and called `algoperf`, and so is the package inside it."""
+    checkout = tmp_path / "algoperf"
+    importing = "from algorithms.adamw.helper import HELPED\nfrom algoperf import spec\n"
+    folder = checkout / "algorithms" / "adamw"
+    path = write_submission(folder, importing + FUNCTIONS)
+    for package in (checkout, checkout / "algorithms", folder):
+        (package / "__init__.py").touch()
+    (folder / "helper.py").write_text("HELPED = 32")
+    assert load_submission(path).get_batch_size("tiny") == 32
+
+
 def test_a_file_named_like_an_installed_package_is_still_the_one_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

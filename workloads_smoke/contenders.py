@@ -21,12 +21,13 @@ class Contender:
     Attributes:
         name: folder name of its logs.
         submission: its Python file.
-        search_space: its hyperparameter points or ranges.
+        search_space: its hyperparameter points or ranges; None where there is no such file, which
+            only self-tuning allows.
     """
 
     name: str
     submission: Path
-    search_space: Path
+    search_space: Path | None
 
 
 def known_contenders() -> dict[str, Path]:
@@ -37,17 +38,18 @@ def known_contenders() -> dict[str, Path]:
     return known
 
 
-def read_contenders(texts: Sequence[str]) -> list[Contender]:
+def read_contenders(texts: Sequence[str], ruleset: str = "external") -> list[Contender]:
     """Resolve what the command line names.
 
     Args:
         texts: each a known name, or ``NAME=FILE`` for any submission file. The search space is
             ``tuning_search_space.json`` beside the file, or in the folder above it.
+        ruleset: ``external``, which needs a search space, or ``self``.
 
     Raises:
         UserError: if a name is unknown or given twice, or a file is missing.
     """
-    contenders = [_read_contender(text) for text in texts]
+    contenders = [_read_contender(text, ruleset) for text in texts]
     names = [contender.name for contender in contenders]
     for name in names:
         if names.count(name) > 1:
@@ -62,6 +64,8 @@ def check_same_number_of_trials(contenders: Sequence[Contender], num_trials: int
         UserError: if a list of points is shorter than that.
     """
     for contender in contenders:
+        if contender.search_space is None:
+            raise ValueError(f"{contender.name} has no search space")
         try:
             space = json.loads(contender.search_space.read_text())
         except json.JSONDecodeError as error:
@@ -74,7 +78,7 @@ def check_same_number_of_trials(contenders: Sequence[Contender], num_trials: int
             )
 
 
-def _read_contender(text: str) -> Contender:
+def _read_contender(text: str, ruleset: str) -> Contender:
     name, separator, file = text.partition("=")
     known = known_contenders()
     if not separator and name not in known:
@@ -89,4 +93,9 @@ def _read_contender(text: str) -> Contender:
     for folder in (submission.parent, submission.resolve().parent.parent):
         if (folder / SEARCH_SPACE).is_file():
             return Contender(name, submission, folder / SEARCH_SPACE)
-    raise UserError(f"submission {name!r}: no {SEARCH_SPACE} beside {submission} or one folder up")
+    if ruleset == "self":
+        return Contender(name, submission, None)
+    raise UserError(
+        f"submission {name!r}: no {SEARCH_SPACE} beside {submission} or one folder up; add it, or"
+        " compare under --tuning_ruleset=self"
+    )

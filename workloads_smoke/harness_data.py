@@ -26,6 +26,8 @@ from absl import app, flags, logging
 from numpy.typing import NDArray
 
 from workloads_smoke.data.digits import NUM_CLASSES, SIDE, distort, real_digits
+from workloads_smoke.errors import UserError
+from workloads_smoke.folders import check_folder
 from workloads_smoke.tfrecord import encode_example, write_records
 
 VERSION = "3.0.1"  # of tensorflow-datasets' builder of mnist, which reads only its own version
@@ -207,8 +209,9 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     data_dir = Path(flags.FLAGS.data_dir).expanduser()
     try:
+        check_folder(data_dir / "mnist" / VERSION, "--data_dir")
         target = write_mnist(data_dir, seed=flags.FLAGS.seed, overwrite=flags.FLAGS.overwrite)
-    except FileExistsError as error:
+    except (UserError, FileExistsError) as error:
         logging.error("%s", error)
         return 1
     logging.info("Wrote %s; pass --data_dir=%s to submission_runner.py.", target, data_dir)

@@ -30,6 +30,7 @@ from workloads_smoke.errors import UserError
 MEASUREMENTS = "measurements.csv"
 EVAL_MEASUREMENTS = "eval_measurements.csv"
 STEP_TIMES = "step_times.csv"
+OUTCOME = "outcome.json"
 
 
 class CsvTable:

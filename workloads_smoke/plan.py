@@ -4,10 +4,16 @@ import struct
 from os import urandom
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 
 from workloads_smoke.errors import UserError
-from workloads_smoke.experiment import check_folders, experiment_folder, make_folder, recorded_seed
+from workloads_smoke.experiment import (
+    check_flags,
+    check_folders,
+    experiment_folder,
+    make_folder,
+    recorded_seed,
+)
 from workloads_smoke.settings import RunSettings, TrialRequest
 from workloads_smoke.tuning import read_hyperparameters
 
@@ -34,6 +40,11 @@ def plan_trials(
     )
     folders = {name: experiment / f"{name}_{values.framework}" for name in batch_sizes}
     check_folders(list(folders.values()), values.overwrite, bool(values.resume_last_run))
+    if values.resume_last_run:
+        for folder in folders.values():
+            check_flags(folder, values.flag_values_dict())
+            if not folder.exists():
+                logging.warning("--resume_last_run: there is no %s yet, it is started", folder)
     fresh_seed = struct.unpack("I", urandom(4))[0] if values.rng_seed is None else values.rng_seed
     requests = []
     for name, folder in folders.items():

@@ -3,6 +3,7 @@
 Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `submission_runner.py`.
 """
 
+import math
 from pathlib import Path
 
 from absl import flags
@@ -105,7 +106,7 @@ def _define_logs(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "experiment_dir",
         None,
-        "Folder of all experiments; '~' is the home folder.",
+        "Folder of all experiments, best one for each submission; '~' is the home folder.",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -131,7 +132,9 @@ def _define_logs(values: flags.FlagValues) -> None:
         "resume_last_run",
         None,
         "Go on in an existing folder: complete trials are kept, the others continue from their "
-        "latest checkpoint, with the same bits on one process, or start.",
+        "latest checkpoint, with the same bits on one process, or start. Refused where flags that "
+        "decide results differ from those of the trials there. Starts where there is no folder, as "
+        "in the official runner.",
         flag_values=values,
     )
     flags.DEFINE_boolean(
@@ -217,7 +220,8 @@ def _define_local(values: flags.FlagValues) -> None:
         "eval_every_steps",
         None,
         "Ours: evaluate after the first step and then every so many steps, instead of every "
-        "eval_period_time_sec seconds of the workload; steps to target then repeat exactly.",
+        "eval_period_time_sec seconds of the workload; steps to target then repeat exactly, unless the "
+        "submission decides by measured time, as ours does on the interval of its refreshes.",
         lower_bound=1,
         flag_values=values,
     )
@@ -272,8 +276,8 @@ def read_settings(values: flags.FlagValues) -> RunSettings:
         raise UserError("--tuning_ruleset=self takes no --tuning_search_space")
     if values.max_global_steps is not None and values.max_global_steps < 1:
         raise UserError(f"--max_global_steps must be at least 1, got {values.max_global_steps}")
-    if values.step_budget is not None and values.step_budget <= 0:
-        raise UserError(f"--step_budget must be above 0, got {values.step_budget}")
+    if values.step_budget is not None and not 0 < values.step_budget < math.inf:
+        raise UserError(f"--step_budget must be a number above 0, got {values.step_budget}")
     space = values.tuning_search_space
     return RunSettings(
         submission_path=Path(values.submission_path).expanduser(),

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import namedtuple
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from absl import logging
 
 from workloads_smoke.distributed import on_rank_zero, pytorch_setup
 from workloads_smoke.errors import UserError
-from workloads_smoke.logs import read_json_object, write_json
+from workloads_smoke.logs import OUTCOME, read_json_object, write_json
 from workloads_smoke.outcome import TrialOutcome
 from workloads_smoke.profiling import Profiler
 from workloads_smoke.progress import TrialProgress
@@ -20,7 +20,7 @@ from workloads_smoke.submissions import Submission
 from workloads_smoke.trial import run_loop, step_limit
 from workloads_smoke.trial_setup import TrialContext
 
-_HPARAMS, _OUTCOME = "hparams.json", "outcome.json"
+_HPARAMS = "hparams.json"
 
 
 def run_trial(
@@ -64,7 +64,7 @@ def run_trial(
         raise
     finally:
         progress.close()
-    on_rank_zero(lambda: write_json(request.folder / _OUTCOME, asdict(outcome)))
+    on_rank_zero(lambda: write_json(request.folder / OUTCOME, asdict(outcome)))
     progress.finish(outcome.summary(workload))
     if settings.profile:
         progress.finish(f"time by action\n{profiler.summary()}")
@@ -77,8 +77,17 @@ def read_outcome(folder: Path) -> TrialOutcome | None:
     Raises:
         UserError: `outcome.json` was changed into something else.
     """
-    path = folder / _OUTCOME
-    return TrialOutcome(**read_json_object(path)) if path.exists() else None
+    path = folder / OUTCOME
+    if not path.exists():
+        return None
+    content = read_json_object(path)
+    names = {field.name for field in fields(TrialOutcome)}
+    if set(content) != names:
+        raise UserError(
+            f"{path} must hold {', '.join(sorted(names))}; delete it to go on with the trial, or "
+            "start with --overwrite"
+        )
+    return TrialOutcome(**content)
 
 
 def _discard_if_unused(folder: Path) -> None:

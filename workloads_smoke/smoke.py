@@ -18,14 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from absl import flags
+
+from workloads_smoke import run_flags
 from workloads_smoke.atomic_files import write_text
 from workloads_smoke.contenders import (
     Contender,
     check_same_number_of_trials,
-    known_contenders,
     read_contenders,
 )
 from workloads_smoke.errors import UserError
+from workloads_smoke.experiment import check_flags
+from workloads_smoke.folders import check_folder
 from workloads_smoke.registry import WORKLOADS, load_workload
 from workloads_smoke.report import write_report
 from workloads_smoke.scoring.console import say
@@ -35,11 +39,8 @@ from workloads_smoke.scoring.scoreboard import Scoreboard
 from workloads_smoke.scoring.tables import score_text
 from workloads_smoke.scoring.targets import Target
 from workloads_smoke.scoring.verdict import headline, workload_verdict
+from workloads_smoke.smoke_flags import BUDGETS, parse_arguments, step_budget
 
-DEFAULT_WORKLOADS = "mnist,wmt"
-DEFAULT_SUBMISSIONS = "shampoo,nadamw"
-# Multiples of a workload's step hint and of its time that a ruleset allows.
-BUDGETS = {"external": 1.0, "self": 1.5}
 INTERRUPTED = 130  # a shell's status of a command that Ctrl-C ended
 TERMINATED = 143  # and of one that SIGTERM ended
 
@@ -71,7 +72,7 @@ class Job:
             f"--experiment_name={self.study}",
             f"--rng_seed={self.seed}",
             f"--eval_every_steps={every}",
-            f"--step_budget={options.step_budget or BUDGETS[options.tuning_ruleset]:g}",
+            f"--step_budget={step_budget(options):g}",
             # A trial is short: one that was cut off starts anew.
             "--nosave_checkpoints",
         ]
@@ -104,91 +105,14 @@ class Pace:
         return sum(means.get(job.workload, overall) for job in remaining)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; None means that of the process."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workloads_smoke.smoke",
-        description="Train submissions on smoke workloads with the local runner, then compare them:"
-        " table, plots, report. Every submission gets the same number of trials, at its own points.",
-    )
-    parser.add_argument(
-        "--workloads",
-        type=_names,
-        default=DEFAULT_WORKLOADS,
-        help=f"separated by commas, or 'all'; known: {', '.join(WORKLOADS)} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--submissions",
-        type=_names,
-        default=DEFAULT_SUBMISSIONS,
-        help=f"separated by commas; known: {', '.join(known_contenders())}; NAME=FILE for any other,"
-        " with tuning_search_space.json beside the file or one folder up (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds", type=_seeds, default="0", help="one study a seed, such as 0,1,2 (default: 0)"
-    )
-    parser.add_argument(
-        "--tuning_ruleset",
-        choices=sorted(BUDGETS),
-        default="external",
-        help="external: each submission at the points of its search space; self: one trial without"
-        " any point, half as much budget again (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--trials",
-        type=_positive,
-        default=1,
-        help="trials of each study: the first points of each search space (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--evaluations",
-        type=_positive,
-        default=20,
-        help="evaluations along a workload's step hint, at equal steps for everybody"
-        " (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--step_budget",
-        type=float,
-        help="end a trial after this multiple of the step hint, where schedules have decayed"
-        " (default: 1, or 1.5 under --tuning_ruleset=self)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=_positive,
-        default=1,
-        help="CPU threads of a run; with one, times of these small models repeat best, also on a"
-        " busy machine (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--results_dir",
-        type=Path,
-        default=Path("results"),
-        help="folder of all results (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--run_name",
-        help="folder of this comparison below it (default: a new one, smoke-001, smoke-002, ...)",
-    )
-    parser.add_argument(
-        "--resume_last_run",
-        action="store_true",
-        help="go on with --run_name: complete trials are kept",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="with --run_name: delete its logs of the submissions, workloads and seeds to be run",
-    )
-    return parser.parse_args(arguments)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parse_arguments(arguments)
     try:
         jobs = plan(options)
         folder = run_folder(options)
+        if options.resume_last_run:
+            check_resumed(jobs, folder / "logs", options)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -212,7 +136,7 @@ def plan(options: argparse.Namespace) -> list[Job]:
     unknown = [name for name in workloads if name not in WORKLOADS]
     if unknown:
         raise UserError(f"unknown workload(s) {', '.join(unknown)}; known: {', '.join(WORKLOADS)}")
-    contenders = read_contenders(options.submissions)
+    contenders = read_contenders(options.submissions, options.tuning_ruleset)
     if options.tuning_ruleset == "external":
         check_same_number_of_trials(contenders, options.trials)
     elif options.trials != 1:
@@ -231,13 +155,21 @@ def run_folder(options: argparse.Namespace) -> Path:
     """Folder of this comparison, new unless the options say otherwise.
 
     Raises:
-        UserError: if it exists and neither ``--resume_last_run`` nor ``--overwrite`` was given.
+        UserError: if it exists and neither ``--resume_last_run`` nor ``--overwrite`` was given,
+            or is to be resumed and does not exist, or cannot be a folder.
     """
     if options.run_name is None:
         if options.resume_last_run or options.overwrite:
             raise UserError("--resume_last_run and --overwrite need --run_name: which comparison?")
+        check_folder(options.results_dir, "--results_dir")
         return fresh_folder(options.results_dir, "smoke")
-    folder: Path = options.results_dir / options.run_name
+    name = options.run_name
+    if not name or Path(name).name != name or name == "..":
+        raise UserError(f"--run_name is the name of one folder in --results_dir, got {name!r}")
+    folder: Path = options.results_dir / name
+    check_folder(folder, "--results_dir")
+    if options.resume_last_run and not folder.is_dir():
+        raise UserError(f"--resume_last_run: there is no {folder}; leave it out to start that run")
     if folder.exists() and not (options.resume_last_run or options.overwrite):
         raise UserError(
             f"{folder} exists; --resume_last_run goes on with it, --overwrite deletes its logs"
@@ -247,6 +179,21 @@ def run_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
+def check_resumed(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> None:
+    """Look at the logs of every job, and of what it is compared with, before any is run.
+
+    Raises:
+        UserError: if one was run with other flags.
+    """
+    for job in jobs:
+        values = flags.FlagValues()
+        run_flags.define(values)
+        values(job.command(logs, options)[2:])
+        own = logs / job.contender.name / job.study
+        for folder in sorted(logs.glob(f"*/*/{job.workload}_pytorch")):
+            check_flags(folder, values.flag_values_dict(), same_submission=folder.parent == own)
+
+
 def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> list[Job]:
     """Run every job, one after the other so that times compare; returns those that failed."""
     say(
@@ -254,7 +201,9 @@ def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> li
         f" {', '.join(dict.fromkeys(job.workload for job in jobs))}; results in {logs.parent}"
     )
     commands = "".join(f"{shlex.join(job.command(logs, options))}\n" for job in jobs)
-    write_text(logs.parent / "commands.txt", commands)
+    record = logs.parent / "commands.txt"
+    earlier = record.read_text() if record.exists() else ""
+    write_text(record, earlier + commands)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     pace, failed = Pace(), []
     start = time.monotonic()
@@ -324,29 +273,6 @@ def _show_table(logs: Path, budget: float) -> None:
     except FileNotFoundError:
         return
     say(f"\n{score_text(board)}")
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
-    return list(dict.fromkeys(names))
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        seeds = []
-    if not seeds or min(seeds) < 0:
-        raise argparse.ArgumentTypeError(f"expected whole numbers >= 0 such as 0,1,2, got {text!r}")
-    return list(dict.fromkeys(seeds))
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

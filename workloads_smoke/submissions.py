@@ -2,8 +2,8 @@
 
 The official runner imports `a/b/submission.py` as the module `a.b.submission` from the working
 directory. We do the same from the file's own root, wherever the working directory is: the first
-folder above it that is not a package. So relative imports, imports from the root, and imports of what
-lies beside the file all resolve.
+folder above it that is not a package, or whose name belongs to another one. So relative imports,
+imports from the root, and imports of what lies beside the file all resolve.
 """
 
 import importlib
@@ -89,9 +89,7 @@ def load_submission(path: Path) -> Submission:
 
 def _import_file(path: Path) -> ModuleType:
     """Import a file under its dotted name below its root."""
-    root = path.parent
-    while (root / "__init__.py").exists() and root.name.isidentifier():
-        root = root.parent
+    root = _root(path)
     name = ".".join(path.relative_to(root).with_suffix("").parts)
     # The root goes first, so that the file itself is found under its name; what is added for other
     # people's absolute imports goes last, so that it hides nothing.
@@ -109,6 +107,26 @@ def _import_file(path: Path) -> ModuleType:
             f"{module.__file__}; rename the file or its folder"
         )
     return module
+
+
+def _root(path: Path) -> Path:
+    """The highest folder above a file from which Python can reach it by a dotted name.
+
+    A checkout of the harness may be a package itself, in a folder that is called `algoperf` as the
+    package inside it is: a name that belongs to something else is no way to the file.
+    """
+    root = folder = path.parent
+    while (folder / "__init__.py").exists() and folder.name.isidentifier():
+        if not _is_taken(folder):
+            root = folder.parent
+        folder = folder.parent
+    return root
+
+
+def _is_taken(package: Path) -> bool:
+    """Whether the name of a package's folder already belongs to a module from elsewhere."""
+    module = sys.modules.get(package.name)
+    return module is not None and str(package) not in getattr(module, "__path__", [])
 
 
 def _describe(error: Exception) -> str:

@@ -146,8 +146,6 @@ class TrainingLoop:
         except spec.TrainingCompleteError:
             state.train_state["training_complete"] = True
         state.global_step += 1
-        if self._max_steps is not None and state.global_step >= self._max_steps:
-            state.train_state["training_complete"] = True
 
     def _common_arguments(self, rng: Any) -> dict[str, Any]:
         """Keyword arguments of `update_params` and `prepare_for_eval` alike."""
@@ -175,7 +173,7 @@ class TrainingLoop:
     def _evaluation_is_due(self, now: float) -> bool:
         """After the first step, then every period of seconds (or steps), and at the end."""
         train_state, every = self._state.train_state, self._context.settings.eval_every_steps
-        if train_state["training_complete"]:
+        if train_state["training_complete"] or self._is_at_limit():
             return True
         if every is not None:
             return self._state.global_step == 1 or self._state.global_step % every == 0
@@ -246,10 +244,16 @@ class TrainingLoop:
             return "targets reached"
         if not train_state["is_time_remaining"]:
             return "time budget used up"
-        if train_state["training_complete"]:
-            at_limit = self._max_steps is not None and self._state.global_step >= self._max_steps
-            return "step limit" if at_limit else "submission ended training"
-        return None
+        if self._is_at_limit():
+            return "step limit"
+        return "submission ended training" if train_state["training_complete"] else None
+
+    def _is_at_limit(self) -> bool:
+        """Whether the steps that are allowed have been taken.
+
+        No part of `train_state`: a trial that is resumed under a larger limit goes on.
+        """
+        return self._max_steps is not None and self._state.global_step >= self._max_steps
 
     def _finish(self) -> TrialOutcome:
         """Log the final time and save."""

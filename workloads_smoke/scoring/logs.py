@@ -46,6 +46,8 @@ class Trial:
         target: the target that the run itself recorded, None where it recorded none.
         hyperparameters: what ``hparams.json`` says, empty where there is none.
         metadata: what ``meta_data_0.json`` says about workload and machine, likewise.
+        ruleset: ``external`` or ``self``, None where the logs do not say.
+        submission_path: the submission's file as the command named it, likewise.
         folder: the trial's folder, None where it came from one file of evaluations.
     """
 
@@ -57,6 +59,8 @@ class Trial:
     target: Target | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    ruleset: str | None = None
+    submission_path: str | None = None
     folder: Path | None = None
 
     @property
@@ -72,7 +76,9 @@ def read_results(sources: Iterable[str | Path]) -> list[Trial]:
         sources: each a folder, a file of evaluations (``.csv``, ``.csv.gz``), or
             ``NAME=FOLDER`` to give the submission in that folder another name. A folder may hold
             submissions (``submission/study/workload/trial_k``), be one submission
-            (``study/workload/trial_k``) or be one study (``workload/trial_k``).
+            (``study/workload/trial_k``) or be one study (``workload/trial_k``). Experiments in one
+            folder that are not named ``study...`` are submissions of one study each, unless
+            ``NAME=FOLDER`` says that they are studies of one.
 
     Returns:
         Trials sorted by submission, workload, study and trial.
@@ -114,8 +120,8 @@ def _read_source(source: str | Path) -> Iterator[Trial]:
         yield from read_evaluation_file(path)
         return
     for folder in _trial_folders(path):
-        submission, study, workload, trial = _names(path, folder)
-        yield _read_trial(folder, renamed or submission, study, workload, trial)
+        submission, study, workload, trial = _names(path, folder, renamed)
+        yield _read_trial(folder, submission, study, workload, trial)
 
 
 def _trial_folders(root: Path) -> Iterator[Path]:
@@ -127,25 +133,36 @@ def _trial_folders(root: Path) -> Iterator[Path]:
         subfolders[:] = sorted(name for name in subfolders if not _TRIAL_FOLDER.fullmatch(name))
 
 
-def _names(root: Path, folder: Path) -> tuple[str, str, str, str]:
+def _names(root: Path, folder: Path, renamed: str | None) -> tuple[str, str, str, str]:
     """Submission, study, workload and trial, from the folders between root and trial."""
     parts = folder.relative_to(root).parts
     if len(parts) < 2:
         raise ValueError(f"{root} holds trials itself; give the folder above it, a study")
-    workload = _FRAMEWORK_SUFFIX.sub("", parts[-2])
+    workload, trial = _FRAMEWORK_SUFFIX.sub("", parts[-2]), parts[-1]
     base = root.resolve()
-    if len(parts) == 2:
-        # A study's folder, or an experiment that was given no --experiment_name.
-        if base.name.startswith("study"):
-            return base.parent.name, base.name, workload, parts[-1]
-        return base.name, "study_0", workload, parts[-1]
-    if len(parts) == 3:
-        return base.name, parts[0], workload, parts[-1]
-    return parts[-4], parts[-3], workload, parts[-1]
+    if len(parts) > 3:
+        submission, study = parts[-4], parts[-3]
+    elif len(parts) == 3:
+        submission, study = _experiment_names(base.name, parts[0], known=renamed is not None)
+    else:
+        submission, study = _experiment_names(base.parent.name, base.name)
+    return renamed or submission, study, workload, trial
+
+
+def _experiment_names(folder: str, experiment: str, known: bool = False) -> tuple[str, str]:
+    """Submission and study of an experiment in a folder.
+
+    The official layout has a folder for each submission and its studies in it. Where an experiment
+    is no study by its name, it stands for a submission, unless that is `known` to be the folder.
+    """
+    if known or experiment.startswith("study"):
+        return folder, experiment
+    return experiment, "study_0"
 
 
 def _read_trial(folder: Path, submission: str, study: str, workload: str, trial: str) -> Trial:
     metadata = _read_json(folder / "meta_data_0.json")
+    flags = _read_json(folder / "flags_0.json")
     return Trial(
         submission=submission,
         study=study,
@@ -155,6 +172,8 @@ def _read_trial(folder: Path, submission: str, study: str, workload: str, trial:
         target=Target.from_mapping(metadata, prefix="workload."),
         hyperparameters=_read_json(folder / "hparams.json"),
         metadata=metadata,
+        ruleset=_ruleset(flags.get("tuning_ruleset")),
+        submission_path=flags.get("submission_path"),
         folder=folder,
     )
 
@@ -187,14 +206,19 @@ def _read_evaluations(path: Path) -> pd.DataFrame:
     return evaluations
 
 
+def _ruleset(name: object) -> str | None:
+    """The benchmark writes ``external_tuning`` in its repositories and ``external`` in its flags."""
+    return name.removesuffix("_tuning") if isinstance(name, str) else None
+
+
 def read_evaluation_file(path: Path) -> list[Trial]:
     """Read many trials from one CSV file, gzipped or not.
 
     Args:
         path: one row an evaluation, with the columns ``submission``, ``study``, ``workload``,
             ``trial``, ``global_step``, ``accumulated_submission_time`` (seconds), ``metric``
-            (for example ``validation/loss``) and ``value``; others, such as ``ruleset``, are
-            ignored. Rows of a trial are in the order of training.
+            (for example ``validation/loss``) and ``value``; ``ruleset`` is read where it is there,
+            others are ignored. Rows of a trial are in the order of training.
 
     Raises:
         ValueError: if a column is missing.
@@ -206,6 +230,11 @@ def read_evaluation_file(path: Path) -> list[Trial]:
     trials = []
     for key, group in rows.groupby(["submission", "study", "workload", "trial"], sort=False):
         submission, study, workload, trial = (str(part) for part in key)
+        if "ruleset" in group and group["ruleset"].nunique() > 1:
+            raise ValueError(
+                f"{path}: {submission} {study} {workload} {trial} was run under several rulesets,"
+                f" {', '.join(map(str, group['ruleset'].unique()))}; give each a submission's name"
+            )
         metrics = group["metric"].unique()
         if len(metrics) != 1:
             raise ValueError(
@@ -213,7 +242,9 @@ def read_evaluation_file(path: Path) -> list[Trial]:
                 f" {', '.join(map(str, metrics))}; one target metric a trial is expected"
             )
         evaluations = group[[STEP, SECONDS, "value"]].rename(columns={"value": str(metrics[0])})
-        trials.append(Trial(submission, study, workload, trial, evaluations.reset_index(drop=True)))
+        evaluations = evaluations.reset_index(drop=True)
+        ruleset = _ruleset(group["ruleset"].iloc[0]) if "ruleset" in group else None
+        trials.append(Trial(submission, study, workload, trial, evaluations, ruleset=ruleset))
     return trials
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from workloads_smoke.scoring.logs import Trial
+from workloads_smoke.scoring.notes import notes_on_counts, notes_on_files, notes_on_rulesets
 from workloads_smoke.scoring.profiles import (
     R_MAX,
     algoperf_scores,
@@ -26,9 +27,6 @@ from workloads_smoke.scoring.time_to_target import (
     workload_table,
 )
 
-# A full benchmark comparison under external tuning; self-tuning has one trial a study.
-OFFICIAL_NUM_STUDIES = 3
-OFFICIAL_NUM_TRIALS = 5
 _REFERENCE_WORDS = ("baseline", "nadamw", "adamw")
 
 
@@ -87,7 +85,7 @@ class Scoreboard:
             ValueError: if a name is unknown, a target is missing or ambiguous, or r_max <= 1.
         """
         run = sorted({trial.workload for trial in trials})
-        counted = tuple(run if workloads is None else workloads)
+        counted = tuple(run if workloads is None else dict.fromkeys(workloads))
         unknown = sorted(set(counted) - set(run))
         if unknown:
             raise ValueError(
@@ -176,30 +174,13 @@ class Scoreboard:
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting the comparison."""
-        notes = []
-        counts = self.per_study.groupby("submission").agg(
-            studies=("study", "nunique"), most_trials=("num_trials", "max")
-        )
-        shapes = {
-            name: (int(row["studies"]), int(row["most_trials"])) for name, row in counts.iterrows()
-        }
-        if len(set(shapes.values())) > 1:
-            listed = ", ".join(f"{n}: {s} x {t}" for n, (s, t) in sorted(shapes.items()))
-            notes.append(f"uneven comparison, studies x trials differ ({listed})")
-        elif set(shapes.values()) != {(OFFICIAL_NUM_STUDIES, OFFICIAL_NUM_TRIALS)}:
-            studies, most_trials = next(iter(shapes.values()))
-            notes.append(
-                f"{studies} {'study' if studies == 1 else 'studies'} x {most_trials}"
-                f" {'trial' if most_trials == 1 else 'trials'} a submission and workload; the"
-                f" benchmark asks {OFFICIAL_NUM_STUDIES} x {OFFICIAL_NUM_TRIALS} under external"
-                f" tuning, {OFFICIAL_NUM_STUDIES} x 1 under self-tuning"
-            )
+        notes = notes_on_counts(self.per_study)
         ran = set(zip(self.per_workload["submission"], self.per_workload["workload"], strict=True))
         for submission in self.submissions:
             absent = [name for name in self.workloads if (submission, name) not in ran]
             if absent:
                 notes.append(f"{submission} did not run {', '.join(absent)}: counted as missed")
-        return notes
+        return notes + notes_on_files(self.trials) + notes_on_rulesets(self.trials)
 
     def _times(self, unit: str) -> pd.DataFrame:
         if unit not in ("seconds", "steps"):

@@ -1,0 +1,99 @@
+"""What a reader must know before trusting a comparison: what lacks, and what is no like for like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from workloads_smoke.scoring.logs import Trial
+
+# A full benchmark comparison under external tuning; self-tuning has one trial a study.
+OFFICIAL_NUM_STUDIES = 3
+OFFICIAL_NUM_TRIALS = 5
+
+
+def notes_on_counts(per_study: pd.DataFrame) -> list[str]:
+    """Name who has fewer studies or trials than others, or else say how many everybody has.
+
+    Args:
+        per_study: see `time_to_target.study_table`.
+    """
+    lacking: dict[str, list[str]] = {}
+    shapes: dict[tuple[int, int], list[str]] = {}
+    for workload, rows in per_study.groupby("workload", sort=True):
+        most_studies = int(rows.groupby("submission").size().max())
+        most_trials = int(rows["num_trials"].max())
+        shapes.setdefault((most_studies, most_trials), []).append(str(workload))
+        for submission, own in rows.groupby("submission"):
+            missing = []
+            if len(own) < most_studies:
+                missing.append(f"{len(own)} of {most_studies} studies")
+            short = own[own["num_trials"] < most_trials]
+            for count, studies in short.groupby("num_trials")["study"]:
+                missing.append(f"{count} of {most_trials} trials in {', '.join(sorted(studies))}")
+            if missing:
+                texts = lacking.setdefault(str(submission), [])
+                texts.append(f"{' and '.join(missing)} of {workload}")
+    if lacking:
+        return [
+            f"uneven comparison, {submission} has fewer than others: {'; '.join(texts)}"
+            for submission, texts in sorted(lacking.items())
+        ]
+    if set(shapes) == {(OFFICIAL_NUM_STUDIES, OFFICIAL_NUM_TRIALS)}:
+        return []
+    counts = [
+        f"{_count(studies, 'study', 'studies')} x {_count(trials, 'trial', 'trials')}"
+        for studies, trials in shapes
+    ]
+    if len(shapes) == 1:
+        found = f"{counts[0]} a submission and workload"
+    else:
+        of = zip(counts, shapes.values(), strict=True)
+        found = ", ".join(f"{count} of {', '.join(names)}" for count, names in of)
+        found += " a submission"
+    return [
+        f"{found}; the benchmark asks {OFFICIAL_NUM_STUDIES} x {OFFICIAL_NUM_TRIALS} under external"
+        f" tuning, {OFFICIAL_NUM_STUDIES} x 1 under self-tuning"
+    ]
+
+
+def notes_on_files(trials: Sequence[Trial]) -> list[str]:
+    """Name submissions whose trials were run from several files."""
+    files: dict[str, list[str]] = {}
+    for trial in trials:
+        known = files.setdefault(trial.submission, [])
+        if trial.submission_path is not None and trial.submission_path not in known:
+            known.append(trial.submission_path)
+    return [
+        f"{submission} was run from {len(paths)} files, {', '.join(paths)}: if these are several"
+        " submissions, give each a folder of its own with studies in it"
+        for submission, paths in sorted(files.items())
+        if len(paths) > 1
+    ]
+
+
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
+
+
+def notes_on_rulesets(trials: Sequence[Trial]) -> list[str]:
+    """Say who ran under which ruleset, where there is more than one."""
+    rulesets = by_ruleset(trials)
+    if len(rulesets) < 2:
+        return []
+    return [f"rulesets are mixed ({listed(rulesets)}); the benchmark scores each by itself"]
+
+
+def by_ruleset(trials: Sequence[Trial]) -> dict[str, list[str]]:
+    """Submissions by ruleset, as far as the logs say."""
+    found: dict[str, set[str]] = {}
+    for trial in trials:
+        if trial.ruleset is not None:
+            found.setdefault(trial.ruleset, set()).add(trial.submission)
+    return {ruleset: sorted(names) for ruleset, names in sorted(found.items())}
+
+
+def listed(rulesets: Mapping[str, Sequence[str]]) -> str:
+    """Rulesets and their submissions in words."""
+    return "; ".join(f"{ruleset}: {', '.join(names)}" for ruleset, names in rulesets.items())
