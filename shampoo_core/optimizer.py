@@ -387,6 +387,7 @@ class DistributedShampoo(torch.optim.Optimizer):
         with torch.no_grad():
             for target, source in pairs:
                 target.copy_(source)
+            bring_up_to_date(self._engines)  # what they know of the old state is void
         for state in self.state.values():
             state.pop(TRAINING_WEIGHTS, None)
         for parameter, training in kept_aside.items():

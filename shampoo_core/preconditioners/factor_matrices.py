@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.config import Storage
+from shampoo_core.preconditioners.readiness import Readiness
 from shampoo_core.refresh import FactorSlice, portions
 from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
@@ -56,6 +57,10 @@ class Stale(NamedTuple):
 
     due: list[FactorSlice]
     """The factors to solve."""
+    new: list[FactorSlice]
+    """Those of them that were never refreshed, as far as was asked."""
+    continued: list[FactorSlice]
+    """The others."""
     may_wait: bool
     """Whether the solver may ask the host what failed, to fall back on safer means."""
 
@@ -103,9 +108,8 @@ class FactorMatrices:
         self._factors = factors
         self._exponents = tuple(exponents)
         self._store = matrix_store(stack_set, factors.sizes, storage, kind)
-        self.num_refreshes = self._counters()
-        """Per factor, how many refreshes gave it a new matrix."""
-        self.num_failures = self._counters()
+        self.ready = Readiness(stack_set, factors)
+        self.num_failures = [count.clone() for count in self.ready.num_refreshes]
         """Per factor, how many refreshes kept the old matrix because the new one was no good."""
 
     def read(self, stack: int) -> Tensor:
@@ -115,6 +119,23 @@ class FactorMatrices:
     def read_slice(self, where: FactorSlice) -> Tensor:
         """Some matrices of a factor stack, (K, d, d); maybe a view, so not to be written to."""
         return self._store.read([where])[0]
+
+    def rounds(
+        self, stale: Stale, *, warm_starts: bool
+    ) -> Iterator[tuple[list[FactorSlice], bool]]:
+        """Portions of what is stale, and whether the old matrices of a portion are to be continued.
+
+        Args:
+            stale: From `stale`.
+            warm_starts: Whether the solver continues any: then what is new comes apart, for one iteration
+                from the identity would make a poor first matrix.
+        """
+        parts = (
+            [(stale.new, False), (stale.continued, True)] if warm_starts else [(stale.due, True)]
+        )
+        for due, continued in parts:
+            for portion in self.portions(due):
+                yield portion, continued
 
     @torch.compiler.disable
     def portions(self, due: Sequence[FactorSlice]) -> list[list[FactorSlice]]:
@@ -172,8 +193,10 @@ class FactorMatrices:
         for group, solution in zip(groups, solutions, strict=True):
             new += solution.matrices.split([item.stop - item.start for item in group])
         self._store.blend(slices, new, weights)
-        torch._foreach_add_(_slices(self.num_refreshes, slices), list(accepted.split(counts)))
+        refreshes = self.ready.num_refreshes
+        torch._foreach_add_(_slices(refreshes, slices), list(accepted.split(counts)))
         torch._foreach_add_(_slices(self.num_failures, slices), list((~accepted).split(counts)))
+        self.ready.recount()
 
     def _batches(self, due: Sequence[FactorSlice]) -> list[Batch]:
         """What the solver is given."""
@@ -199,12 +222,14 @@ class FactorMatrices:
         basis_of: Callable[[FactorSlice], Tensor] | None = None,
         *,
         new_too: bool = False,
+        first: bool = False,
+        asks: bool = False,
     ) -> Stale:
         """The due factors that their bases no longer diagonalise; one host synchronisation.
 
-        It is to be the refresh's only one, so that the solver leaves alone what fails: the old matrix
-        stays, and does for an interval more. A factor that has ever failed lets the solver fall back,
-        which is learnt together with the result of the test.
+        With a test it is to be the refresh's only one, so that the solver leaves alone what fails: the
+        old matrix stays, and does for an interval more. A factor that has ever failed lets the solver
+        fall back, which is learnt together with the result of the test.
 
         Args:
             due: Slices to test.
@@ -213,24 +238,39 @@ class FactorMatrices:
             basis_of: (K, d, d) bases of a slice; None takes the matrices themselves.
             new_too: Whether factors that were never refreshed are due whatever the test says: the identity
                 may do for a basis, but not for a root.
+            first: Whether the schedule comes to these factors for the first time, so that all are new.
+            asks: Whether it matters which are new; where nothing is tested that costs a
+                synchronisation, until the host knows that none is.
         """
-        if tolerance <= 0.0 or not due:
-            return Stale(list(due), may_wait=True)
+        due = list(due)
+        tests = tolerance > 0.0 and bool(due)
+        if not tests and (first or not asks or self.ready.knows(due)):
+            return Stale(due, due if first else [], [] if first else due, may_wait=True)
         ratios: list[Tensor] = []
-        due_portions = self.portions(due)
-        for portion in due_portions:
-            ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
-        due = list(itertools.chain.from_iterable(due_portions))
-        exceeds = ~(torch.cat(ratios) <= tolerance)
-        if new_too:
-            exceeds |= torch.cat(_slices(self.num_refreshes, due)) == 0
-        has_failed = torch.cat(_slices(self.num_failures, due)) > 0
-        candidates = [
+        if tests:
+            due_portions = self.portions(due)
+            for portion in due_portions:
+                ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
+            due = list(itertools.chain.from_iterable(due_portions))
+        questions = [torch.cat(_slices(self.ready.num_refreshes, due)) == 0]
+        if tests:
+            exceeds = ~(torch.cat(ratios) <= tolerance)
+            questions.append(exceeds | questions[0] if new_too else exceeds)
+            questions.append(torch.cat(_slices(self.num_failures, due)) > 0)
+        is_new, *rest = torch.stack(questions).tolist()
+        exceeding, has_failed = rest if tests else ([True] * len(is_new), is_new)
+        factors = [
             FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)
         ]
-        answers = zip(candidates, *torch.stack([exceeds, has_failed]).tolist(), strict=True)
-        stale = [(candidate, failed) for candidate, exceeding, failed in answers if exceeding]
-        return Stale(_joined([item for item, _ in stale]), any(failed for _, failed in stale))
+        self.ready.learn([one for one, new in zip(factors, is_new, strict=True) if not new])
+        answers = zip(factors, exceeding, is_new, has_failed, strict=True)
+        stale = [(one, new, failed) for one, exceeds, new, failed in answers if exceeds]
+        return Stale(
+            _joined([one for one, _, _ in stale]),
+            _joined([one for one, new, _ in stale if new]),
+            _joined([one for one, new, _ in stale if not new]),
+            may_wait=not tests or any(failed for _, _, failed in stale),
+        )
 
     def _off_diagonal_ratios(
         self, due: Sequence[FactorSlice], basis_of: Callable[[FactorSlice], Tensor]
@@ -241,14 +281,6 @@ class FactorMatrices:
             off_diagonal_ratio(own, basis, overwrite=True)
             for own, basis in zip(factors, map(basis_of, due), strict=True)
         ]
-
-    def ready_blocks(self) -> Tensor:
-        """Block vector: 1 where every factor of the block has been refreshed once, else 0."""
-        ready = self._stack_set.block_vector(1.0)
-        per_stack = ready.split(self._stack_set.sizes)
-        for axis, count in zip(self._factors.axes, self.num_refreshes, strict=True):
-            per_stack[axis.stack].mul_(count > 0)
-        return ready
 
     def read_all(self) -> Iterator[Tensor]:
         """The matrices of every factor stack in turn; maybe views, so not to be written to."""
@@ -290,13 +322,14 @@ class FactorMatrices:
         return result
 
     def state(self, name: str) -> StackState:
-        """Matrices under ``name``, and the counters."""
+        """Matrices under ``name``, and the counters; whoever asks for them may write to them."""
+        self.ready.forget()
         count, axes = len(self._stack_set), self._factors.axes
         return merge_states(
             count,
             {
                 name: matrices_by_axis(count, axes, "axis", self._store),
-                "refreshes": by_axis(count, axes, "axis", self.num_refreshes),
+                "refreshes": by_axis(count, axes, "axis", self.ready.num_refreshes),
                 "failures": by_axis(count, axes, "axis", self.num_failures),
             },
         )
@@ -308,12 +341,6 @@ class FactorMatrices:
             key = (self._factors.sizes[item.stack].dimension, self._exponents[item.stack])
             groups.setdefault(key, []).append(item)
         return [(exponent, group) for (_, exponent), group in groups.items()]
-
-    def _counters(self) -> list[Tensor]:
-        return [
-            torch.zeros(size.num_factors, dtype=torch.int64, device=self._stack_set.device)
-            for size in self._factors.sizes
-        ]
 
 
 def eigenbases(solver: BasisSolver, *, continued: bool, may_wait: bool = True) -> Solve:

@@ -181,15 +181,18 @@ class KLFactors:
             due: Slices of factor stacks.
             tolerance: Of `FactorMatrices.stale`.
             carry_over: Is told of every change, for what else is kept in the bases; the last to use it.
-            first: Whether there is no basis to continue yet.
+            first: Whether the schedule comes to these factors for the first time.
 
         Returns:
             Whether any basis has changed.
         """
         # In the coordinates that factors are kept in, their old basis is the identity.
-        stale = self.bases.stale(due, tolerance, self._identities)
-        solve = partial(self._rotate_bases, first=first, may_wait=stale.may_wait)
-        for portion in self.bases.portions(stale.due):
+        solver = self._solver
+        stale = self.bases.stale(
+            due, tolerance, self._identities, first=first, asks=solver.warm_starts
+        )
+        for portion, continued in self.bases.rounds(stale, warm_starts=solver.warm_starts):
+            solve = partial(self._rotate_bases, continued=continued, may_wait=stale.may_wait)
             self._turn_portion(portion, solve, carry_over)
         return bool(stale.due)
 
@@ -214,8 +217,10 @@ class KLFactors:
     def _identities(self, where: FactorSlice) -> Tensor:
         return _identity_like(self.bases.read_slice(where))
 
-    def _rotate_bases(self, batches: list[Batch], *, first: bool, may_wait: bool) -> list[Solution]:
-        rotate = eigenbases(self._solver, continued=not first, may_wait=may_wait)
+    def _rotate_bases(
+        self, batches: list[Batch], *, continued: bool, may_wait: bool
+    ) -> list[Solution]:
+        rotate = eigenbases(self._solver, continued=continued, may_wait=may_wait)
         rotations = rotate(
             [batch._replace(read_old=partial(_identity_like, batch.factors)) for batch in batches]
         )
