@@ -16,7 +16,7 @@ Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, get_args
@@ -51,7 +51,13 @@ from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import FactorAxis, KroneckerFactors, multiply_along_axes, unfold
+from shampoo_core.statistics import (
+    FactorAxis,
+    KroneckerFactors,
+    RowsOf,
+    multiply_along_axes,
+    unfold,
+)
 
 Statistics = Literal["gram", "whitened", "whitened_mean"]
 
@@ -207,7 +213,7 @@ class Shampoo:
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
-        self.factors.absorb(gradients, step, self._rows_of(gradients))
+        self.factors.absorb(gradients, step, self._rows_of)
         if self.grafting is not None:
             self.grafting.absorb(gradients)
         filtered = self.filter.filter(gradients)
@@ -229,7 +235,7 @@ class Shampoo:
         """What a refresh asks which factors are due; bases are accepted with their roots."""
         return self.roots if self.bases is None else self.bases
 
-    def _rows_of(self, gradients: StackedGradients) -> Callable[[FactorAxis], Tensor] | None:
+    def _rows_of(self, gradients: StackedGradients) -> RowsOf | None:
         """What the factors are measured on; None for the gradients themselves."""
         if self._config.statistics == "gram":
             return None
