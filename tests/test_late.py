@@ -153,7 +153,7 @@ def test_a_resumed_run_treats_late_blocks_alike(name: str, saved: int, is_used: 
 
     The first gradient, of step 4, is not finite, and between steps whose gradients count.
     """
-    config = replace(METHODS[name], statistics_interval=3)
+    config = replace(METHODS[name], statistics_interval=5)
     options: dict[str, Any] = {"preconditioner": config, "refresh": FixedRefresh(5, 1)}
 
     def go_on(optimizer: Any, params: list[torch.nn.Parameter], steps: range, late: int) -> None:

@@ -60,10 +60,12 @@ class EigenvalueCorrectedConfig:
         second_moments: What becomes of D when the basis turns: ``"transport"`` carries it into the
             new basis, ``"permute"`` lets its numbers follow their columns, ``"keep"`` leaves them.
         lagged: Whether factors and bases know past gradients only, as in the published SOAP code:
-            the first gradient makes the first basis and no step, and later ones reach the factors
-            after their own step.
+            the group's first gradients make the first bases and no step, and later ones reach the
+            factors after their own step. A parameter that starts later moves at once, as by Adam until
+            its first refresh.
         factor_decay: Decay of the factors per step, 1 sums; None takes ``betas[1]``.
-        statistics_interval: Steps from one update of the factors to the next.
+        statistics_interval: Steps from one update of the factors to the next; a parameter's first
+            gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a basis too; by default they are
             stepped by Adam.
         sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its

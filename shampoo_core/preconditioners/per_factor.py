@@ -64,7 +64,8 @@ class PerFactorCorrectedConfig:
         ridge: Added to every (bias-corrected) eigenvalue.
         relative_ridge: As ``ridge``, in units of the factor's largest eigenvalue.
         factor_decay: Decay of the factors per step, 1 sums; None takes ``betas[1]``.
-        statistics_interval: Steps from one update of the factors to the next.
+        statistics_interval: Steps from one update of the factors to the next; a parameter's first
+            gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
         storage: How factors, bases and moments are kept: ``"dense"``; ``"packed"``, symmetric matrices in

@@ -80,7 +80,8 @@ class ShampooConfig:
             ones; ``"whitened"`` multiplied by the stored roots of the other axes; ``"whitened_mean"``
             also divided by the product of the other dimensions. For whitening proper the exponent has
             to be 1/2.
-        statistics_interval: Steps from one update of the factors to the next.
+        statistics_interval: Steps from one update of the factors to the next; a parameter's first
+            gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
         sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its
