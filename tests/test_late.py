@@ -163,6 +163,8 @@ def test_a_resumed_run_treats_late_blocks_alike(name: str, saved: int, is_used: 
                 grad[0, 0] = float("nan")
             step_both(optimizer, params, step, grad)
 
+    undisturbed, expected = two(1, **options)
+    go_on(undisturbed, expected, range(1, 17), late=4)
     first, params = two(1, **options)
     go_on(first, params, range(1, saved + 1), late=4)
     second, others = two(1, **options)
@@ -173,7 +175,8 @@ def test_a_resumed_run_treats_late_blocks_alike(name: str, saved: int, is_used: 
         other.detach().copy_(parameter.detach())
     go_on(first, params, range(saved + 1, 17), late=4)
     go_on(second, others, range(saved + 1, 17), late=4)
-    assert_same(others, params)
+    assert_same(params, expected)
+    assert_same(others, expected)
 
 
 @pytest.mark.parametrize("name", METHODS)
