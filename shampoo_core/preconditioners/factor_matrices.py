@@ -246,30 +246,33 @@ class FactorMatrices:
         tests = tolerance > 0.0 and bool(due)
         if not tests and (first or not asks or self.ready.knows(due)):
             return Stale(due, due if first else [], [] if first else due, may_wait=True)
+        if not tests:
+            self.ready.ask()
+            factors = _singles(due)
+            new = [one for one in factors if not self.ready.knows([one])]
+            continued = [one for one in factors if self.ready.knows([one])]
+            return Stale(due, _joined(new), _joined(continued), may_wait=True)
         ratios: list[Tensor] = []
-        if tests:
-            due_portions = self.portions(due)
-            for portion in due_portions:
-                ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
-            due = list(itertools.chain.from_iterable(due_portions))
-        questions = [torch.cat(_slices(self.ready.num_refreshes, due)) == 0]
-        if tests:
-            exceeds = ~(torch.cat(ratios) <= tolerance)
-            questions.append(exceeds | questions[0] if new_too else exceeds)
-            questions.append(torch.cat(_slices(self.num_failures, due)) > 0)
-        is_new, *rest = torch.stack(questions).tolist()
-        exceeding, has_failed = rest if tests else ([True] * len(is_new), is_new)
-        factors = [
-            FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)
-        ]
-        self.ready.learn([one for one, new in zip(factors, is_new, strict=True) if not new])
-        answers = zip(factors, exceeding, is_new, has_failed, strict=True)
-        stale = [(one, new, failed) for one, exceeds, new, failed in answers if exceeds]
+        due_portions = self.portions(due)
+        for portion in due_portions:
+            ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
+        due = list(itertools.chain.from_iterable(due_portions))
+        is_new = torch.cat(_slices(self.ready.num_refreshes, due)) == 0
+        exceeds = ~(torch.cat(ratios) <= tolerance)
+        if new_too:
+            exceeds |= is_new
+        has_failed = torch.cat(_slices(self.num_failures, due)) > 0
+        factors = _singles(due)
+        answers = list(
+            zip(factors, *torch.stack([exceeds, is_new, has_failed]).tolist(), strict=True)
+        )
+        self.ready.learn([one for one, _, new, _ in answers if not new])
+        stale = [(one, new, failed) for one, exceeding, new, failed in answers if exceeding]
         return Stale(
             _joined([one for one, _, _ in stale]),
             _joined([one for one, new, _ in stale if new]),
             _joined([one for one, new, _ in stale if not new]),
-            may_wait=not tests or any(failed for _, _, failed in stale),
+            may_wait=any(failed for _, _, failed in stale),
         )
 
     def _off_diagonal_ratios(
@@ -381,6 +384,11 @@ def _slices(tensors: Sequence[Tensor], due: Sequence[FactorSlice]) -> list[Tenso
 def _together(parts: Sequence[Tensor]) -> Tensor:
     """Several tensors as one; a single one itself."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _singles(due: Sequence[FactorSlice]) -> list[FactorSlice]:
+    """A slice for every factor."""
+    return [FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)]
 
 
 def _joined(singles: Sequence[FactorSlice]) -> list[FactorSlice]:

@@ -55,6 +55,13 @@ class Readiness:
         """Take notice of refreshes."""
         self._is_counted = False
 
+    def ask(self) -> None:
+        """Learn about all factors from the device; a host synchronisation."""
+        counts = [len(known) for known in self._is_known]
+        is_new = iter((self._counters == 0).tolist())
+        self._is_known = [[not next(is_new) for _ in range(count)] for count in counts]
+        self._all_are_known = all(map(all, self._is_known))
+
     def learn(self, refreshed: Sequence[FactorSlice]) -> None:
         """Remember that factors have been refreshed."""
         for stack, start, stop in refreshed:
