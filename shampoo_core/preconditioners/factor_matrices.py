@@ -238,9 +238,8 @@ class FactorMatrices:
             basis_of: (K, d, d) bases of a slice; None takes the matrices themselves.
             new_too: Whether factors that were never refreshed are due whatever the test says: the identity
                 may do for a basis, but not for a root.
-            first: Whether the schedule comes to these factors for the first time, so that all are new.
-            asks: Whether it matters which are new; where nothing is tested that costs a
-                synchronisation, until the host knows that none is.
+            first: Whether the schedule comes to these factors for the first time: all are new.
+            asks: Whether to wait, without a test, to learn which are new, until it is known that none is.
         """
         due = list(due)
         tests = tolerance > 0.0 and bool(due)
@@ -248,9 +247,8 @@ class FactorMatrices:
             return Stale(due, due if first else [], [] if first else due, may_wait=True)
         if not tests:
             self.ready.ask()
-            factors = _singles(due)
-            new = [one for one in factors if not self.ready.knows([one])]
-            continued = [one for one in factors if self.ready.knows([one])]
+            new = [one for one in _singles(due) if not self.ready.knows([one])]
+            continued = [one for one in _singles(due) if self.ready.knows([one])]
             return Stale(due, _joined(new), _joined(continued), may_wait=True)
         ratios: list[Tensor] = []
         due_portions = self.portions(due)
@@ -262,10 +260,8 @@ class FactorMatrices:
         if new_too:
             exceeds |= is_new
         has_failed = torch.cat(_slices(self.num_failures, due)) > 0
-        factors = _singles(due)
-        answers = list(
-            zip(factors, *torch.stack([exceeds, is_new, has_failed]).tolist(), strict=True)
-        )
+        told = torch.stack([exceeds, is_new, has_failed]).tolist()
+        answers = list(zip(_singles(due), *told, strict=True))
         self.ready.learn([one for one, _, new, _ in answers if not new])
         stale = [(one, new, failed) for one, exceeding, new, failed in answers if exceeding]
         return Stale(
