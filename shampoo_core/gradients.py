@@ -28,6 +28,8 @@ class StackedGradients:
     """Block vector: 1 where the block has a finite gradient, else 0; valid during the step."""
     presence: Tensor | None
     """Block vector: 1 where the parameter has a gradient at all; None when all have."""
+    missing: tuple[int, ...] = ()
+    """The parameters of the set that have none, by number in their group."""
 
     def free_stacks(self) -> None:
         """Let go of the stacks after their last use: the rest of a step needs memory too."""
@@ -58,6 +60,7 @@ class GradientGuard:
         self._limit = largest_gradient(stack_set.dtype)
         self._pattern: tuple[bool, ...] = ()
         self._presence: Tensor | None = None
+        self._missing: tuple[int, ...] = ()
 
     def close_bad_blocks(
         self, stacks: list[Tensor], gradients: Sequence[Tensor | None]
@@ -84,7 +87,7 @@ class GradientGuard:
         # Zero times NaN is NaN. Both are faster than filling under a mask, and two operations for all.
         self._stack_set.flat(stacks).nan_to_num_(0.0, 0.0, 0.0)
         torch._foreach_mul_(stacks, self._stack_set.split(is_open))
-        return StackedGradients(stacks, is_open, presence)
+        return StackedGradients(stacks, is_open, presence, self._missing)
 
     def _are_seen_to_be_good(self, stacks: Sequence[Tensor]) -> bool:
         """Whether all blocks together are finite and short enough, as far as that is known without waiting.
@@ -102,4 +105,5 @@ class GradientGuard:
         if pattern != self._pattern:
             self._pattern = pattern
             self._presence = None if all(pattern) else self._stack_set.presence(gradients)
+            self._missing = tuple(p for p in self._stack_set.parameters if gradients[p] is None)
         return self._presence

@@ -146,8 +146,8 @@ class StackSet:
         blocks = list(itertools.chain.from_iterable(stack.unbind() for stack in stacks))
         return torch.stack(torch._foreach_norm(blocks, order))
 
-    def presence(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Block vector with 1 where the block's parameter has a tensor in ``tensors``, else 0."""
+    def presence(self, tensors: Sequence[object | None]) -> Tensor:
+        """Block vector with 1 where the block's parameter has something in ``tensors``, else 0."""
         flags = [
             [0.0 if tensors[tile.parameter] is None else 1.0] * tile.num_blocks
             for tile in self.tiles

@@ -25,6 +25,9 @@ from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
 from shampoo_core.storage import MatrixStore, factor_store
 
+SEEN = 1e-30
+"""Weight of factors all of whose gradients were closed so far; it vanishes beside a real one."""
+
 
 class FactorAxis(NamedTuple):
     """One preconditioned axis of one stack; its factors are one (N, d, d) tensor."""
@@ -37,6 +40,10 @@ class FactorAxis(NamedTuple):
     """d, the length of that axis."""
     order: int
     """Number of axes of the block."""
+
+
+RowsOf = Callable[[FactorAxis], Tensor]
+"""What the Gram matrices of an axis are formed from, (N, d, any number); zero for closed blocks."""
 
 
 class KroneckerFactors:
@@ -79,23 +86,59 @@ class KroneckerFactors:
         shares = companion is not None and interval == 1 and companion.decay == decay
         self._companion = companion if shares else None
         self._own_weight = stack_set.block_vector()
+        self._seen: set[int] = set()
+        """Parameters whose first gradient has counted, as far as the host knows."""
 
     def absorb(
         self,
         gradients: StackedGradients,
         step: int,
-        rows_of: Callable[[FactorAxis], Tensor] | None = None,
-    ) -> None:
+        rows_of: Callable[[StackedGradients], RowsOf | None] | None = None,
+    ) -> StackedGradients | None:
         """Add the Gram matrices of the gradients, if this step is one of every ``interval``.
+
+        The first gradient of a parameter counts at any step, so that there is something to go by at a
+        refresh before the next of these.
 
         Args:
             gradients: Of this step.
-            step: Counted from 1; the first step always counts.
-            rows_of: What to form the Gram matrices of an axis from, (N, d, any number); None takes
-                the gradients, unfolded along it. Must be zero for closed blocks.
+            step: Counted from 1.
+            rows_of: Given the gradients that count, what to form Gram matrices from; None takes the
+                gradients, unfolded along the axis.
+
+        Returns:
+            The gradients that counted, None if none did.
         """
-        if (step - 1) % self._interval != 0 or not self.axes:
-            return
+        counting = gradients if self.axes else None
+        if counting is not None and self._interval > 1:
+            counting = self._counting(counting, step)
+        if counting is not None:
+            self._add(counting, None if rows_of is None else rows_of(counting))
+        return counting
+
+    @torch.compiler.disable
+    def _counting(self, gradients: StackedGradients, step: int) -> StackedGradients | None:
+        """The gradients that count at a step: all, the first ones alone, or None.
+
+        The host waits where it meets a parameter for the first time between steps that count, and once
+        for all of a run that was resumed.
+        """
+        all_count = (step - 1) % self._interval == 0
+        newcomers = set(self._stack_set.parameters).difference(self._seen, gradients.missing)
+        if not newcomers:
+            return gradients if all_count else None
+        self._seen |= newcomers
+        flags = [p in newcomers or None for p in range(max(self._stack_set.parameters) + 1)]
+        first = self._stack_set.presence(flags) * (self._own_weight == 0)
+        self._own_weight.add_(first, alpha=SEEN)
+        if all_count:
+            return gradients
+        if not first.any().item():
+            return None
+        stacks = torch._foreach_mul(gradients.stacks, self._stack_set.split(first))
+        return StackedGradients(list(stacks), gradients.is_open * first, first)
+
+    def _add(self, gradients: StackedGradients, rows_of: RowsOf | None) -> None:
         decay = self._decay
         if gradients.presence is not None:
             self._decay_present(gradients.presence)
@@ -157,6 +200,7 @@ class KroneckerFactors:
     def state(self) -> StackState:
         """The factors, one name per axis, and their weight unless it is the companion's."""
         self._store.complete()
+        self._seen.clear()  # whoever asks for the weights may write to them
         per_stack = {}
         if self._companion is None:
             per_stack["weight"] = self._own_weight.split(self._stack_set.sizes)

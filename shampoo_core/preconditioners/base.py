@@ -25,7 +25,10 @@ class Preconditioner(Protocol):
         """
 
     def state(self) -> StackState:
-        """All state that a checkpoint has to keep, by stack: the live tensors, brought up to date."""
+        """All state that a checkpoint has to keep, by stack: the live tensors, brought up to date.
+
+        The caller may write to them: what the host knows of them is forgotten.
+        """
 
 
 class PreconditionerConfig(Protocol):

@@ -43,7 +43,7 @@ from shampoo_core.preconditioners.basis_change import (
     turn_second_moment,
 )
 from shampoo_core.preconditioners.checks import check_basis_solver
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve, Stale, eigenbases
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve, eigenbases
 from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
@@ -61,10 +61,12 @@ class EigenvalueCorrectedConfig:
         second_moments: What becomes of D when the basis turns: ``"transport"`` carries it into the
             new basis, ``"permute"`` lets its numbers follow their columns, ``"keep"`` leaves them.
         lagged: Whether factors and bases know past gradients only, as in the published SOAP code:
-            the first gradient makes the first basis and no step, and later ones reach the factors
-            after their own step.
+            the group's first gradients make the first bases and no step, and later ones reach the
+            factors after their own step. A parameter that starts later moves at once, as by Adam until
+            its first refresh.
         factor_decay: Decay of the factors per step, 1 sums; None takes ``betas[1]``.
-        statistics_interval: Steps from one update of the factors to the next.
+        statistics_interval: Steps from one update of the factors to the next; a parameter's first
+            gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a basis too; by default they are
             stepped by Adam.
         sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its
@@ -192,7 +194,7 @@ class EigenvalueCorrected:
             return self._rotated_back(self._adam_in_eigenbasis(gradients, frees=True))
         if step == 1:
             self.factors.absorb(gradients, step)
-            self._turn(Stale(whole_stacks(self.factors.sizes), may_wait=True), continued=False)
+            self._turn(whole_stacks(self.factors.sizes), 0.0, first=True)
             return None
         direction = self._rotated_back(self._adam_in_eigenbasis(gradients, frees=False))
         self._refresh_bases(gradients, step - 1)
@@ -213,14 +215,15 @@ class EigenvalueCorrected:
 
     def _refresh_bases(self, gradients: StackedGradients, step: int) -> None:
         self.factors.absorb(gradients, step)
-        due = self.factors.due(self._refresh, step)
-        stale = self.bases.stale(due, self._refresh.tolerance)
-        self._turn(stale, continued=self._config.lagged or step > self._refresh.settled_step)
+        first = not self._config.lagged and step <= self._refresh.settled_step
+        self._turn(self.factors.due(self._refresh, step), self._refresh.tolerance, first=first)
 
-    def _turn(self, stale: Stale, *, continued: bool) -> None:
+    def _turn(self, due: list[FactorSlice], tolerance: float, *, first: bool) -> None:
         """Recompute bases and carry the moments into them."""
-        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
-        for portion in self.bases.portions(stale.due):
+        solver = self._config.solver
+        stale = self.bases.stale(due, tolerance, first=first, asks=solver.warm_starts)
+        for portion, continued in self.bases.rounds(stale, warm_starts=solver.warm_starts):
+            solve = eigenbases(solver, continued=continued, may_wait=stale.may_wait)
             self._turn_portion(portion, solve)
 
     def _turn_portion(self, due: list[FactorSlice], solve: Solve) -> None:

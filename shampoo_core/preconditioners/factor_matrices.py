@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.config import Storage
+from shampoo_core.preconditioners.readiness import Readiness
 from shampoo_core.refresh import FactorSlice, portions
 from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
@@ -59,6 +60,10 @@ class Stale(NamedTuple):
 
     due: list[FactorSlice]
     """The factors to solve."""
+    new: list[FactorSlice]
+    """Those of them that were never refreshed, as far as was asked."""
+    continued: list[FactorSlice]
+    """The others."""
     may_wait: bool
     """Whether the solver may ask the host what failed, to fall back on safer means."""
 
@@ -109,9 +114,8 @@ class FactorMatrices:
         self._exponents = tuple(exponents)
         self._limits = [math.inf] * len(exponents) if limits is None else limits
         self._store = matrix_store(stack_set, factors.sizes, storage, kind)
-        self.num_refreshes = self._counters()
-        """Per factor, how many refreshes gave it a new matrix."""
-        self.num_failures = self._counters()
+        self.ready = Readiness(stack_set, factors)
+        self.num_failures = [count.clone() for count in self.ready.num_refreshes]
         """Per factor, how many refreshes kept the old matrix because the new one was no good."""
 
     def read(self, stack: int) -> Tensor:
@@ -121,6 +125,23 @@ class FactorMatrices:
     def read_slice(self, where: FactorSlice) -> Tensor:
         """Some matrices of a factor stack, (K, d, d); maybe a view, so not to be written to."""
         return self._store.read([where])[0]
+
+    def rounds(
+        self, stale: Stale, *, warm_starts: bool
+    ) -> Iterator[tuple[list[FactorSlice], bool]]:
+        """Portions of what is stale, and whether the old matrices of a portion are to be continued.
+
+        Args:
+            stale: From `stale`.
+            warm_starts: Whether the solver continues any: then what is new comes apart, for one iteration
+                from the identity would make a poor first matrix.
+        """
+        parts = (
+            [(stale.new, False), (stale.continued, True)] if warm_starts else [(stale.due, True)]
+        )
+        for due, continued in parts:
+            for portion in self.portions(due):
+                yield portion, continued
 
     @torch.compiler.disable
     def portions(self, due: Sequence[FactorSlice]) -> list[list[FactorSlice]]:
@@ -178,8 +199,10 @@ class FactorMatrices:
         for group, solution in zip(groups, solutions, strict=True):
             new += solution.matrices.split([item.stop - item.start for item in group])
         self._store.blend(slices, new, weights)
-        torch._foreach_add_(_slices(self.num_refreshes, slices), list(accepted.split(counts)))
+        refreshes = self.ready.num_refreshes
+        torch._foreach_add_(_slices(refreshes, slices), list(accepted.split(counts)))
         torch._foreach_add_(_slices(self.num_failures, slices), list((~accepted).split(counts)))
+        self.ready.recount()
 
     def _batches(self, due: Sequence[FactorSlice]) -> list[Batch]:
         """What the solver is given."""
@@ -206,12 +229,14 @@ class FactorMatrices:
         basis_of: Callable[[FactorSlice], Tensor] | None = None,
         *,
         new_too: bool = False,
+        first: bool = False,
+        asks: bool = False,
     ) -> Stale:
         """The due factors that their bases no longer diagonalise; one host synchronisation.
 
-        It is to be the refresh's only one, so that the solver leaves alone what fails: the old matrix
-        stays, and does for an interval more. A factor that has ever failed lets the solver fall back,
-        which is learnt together with the result of the test.
+        With a test it is to be the refresh's only one, so that the solver leaves alone what fails: the
+        old matrix stays, and does for an interval more. A factor that has ever failed lets the solver
+        fall back, which is learnt together with the result of the test.
 
         Args:
             due: Slices to test.
@@ -220,24 +245,38 @@ class FactorMatrices:
             basis_of: (K, d, d) bases of a slice; None takes the matrices themselves.
             new_too: Whether factors that were never refreshed are due whatever the test says: the identity
                 may do for a basis, but not for a root.
+            first: Whether the schedule comes to these factors for the first time: all are new.
+            asks: Whether to wait, without a test, to learn which are new, until it is known that none is.
         """
-        if tolerance <= 0.0 or not due:
-            return Stale(list(due), may_wait=True)
+        due = list(due)
+        tests = tolerance > 0.0 and bool(due)
+        if not tests and (first or not asks or self.ready.knows(due)):
+            return Stale(due, due if first else [], [] if first else due, may_wait=True)
+        if not tests:
+            self.ready.ask()
+            new = [one for one in _singles(due) if not self.ready.knows([one])]
+            continued = [one for one in _singles(due) if self.ready.knows([one])]
+            return Stale(due, _joined(new), _joined(continued), may_wait=True)
         ratios: list[Tensor] = []
         due_portions = self.portions(due)
         for portion in due_portions:
             ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
         due = list(itertools.chain.from_iterable(due_portions))
+        is_new = torch.cat(_slices(self.ready.num_refreshes, due)) == 0
         exceeds = ~(torch.cat(ratios) <= tolerance)
         if new_too:
-            exceeds |= torch.cat(_slices(self.num_refreshes, due)) == 0
+            exceeds |= is_new
         has_failed = torch.cat(_slices(self.num_failures, due)) > 0
-        candidates = [
-            FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)
-        ]
-        answers = zip(candidates, *torch.stack([exceeds, has_failed]).tolist(), strict=True)
-        stale = [(candidate, failed) for candidate, exceeding, failed in answers if exceeding]
-        return Stale(_joined([item for item, _ in stale]), any(failed for _, failed in stale))
+        told = torch.stack([exceeds, is_new, has_failed]).tolist()
+        answers = list(zip(_singles(due), *told, strict=True))
+        self.ready.learn([one for one, _, new, _ in answers if not new])
+        stale = [(one, new, failed) for one, exceeding, new, failed in answers if exceeding]
+        return Stale(
+            _joined([one for one, _, _ in stale]),
+            _joined([one for one, new, _ in stale if new]),
+            _joined([one for one, new, _ in stale if not new]),
+            may_wait=any(failed for _, _, failed in stale),
+        )
 
     def _off_diagonal_ratios(
         self, due: Sequence[FactorSlice], basis_of: Callable[[FactorSlice], Tensor]
@@ -248,14 +287,6 @@ class FactorMatrices:
             off_diagonal_ratio(own, basis, overwrite=True)
             for own, basis in zip(factors, map(basis_of, due), strict=True)
         ]
-
-    def ready_blocks(self) -> Tensor:
-        """Block vector: 1 where every factor of the block has been refreshed once, else 0."""
-        ready = self._stack_set.block_vector(1.0)
-        per_stack = ready.split(self._stack_set.sizes)
-        for axis, count in zip(self._factors.axes, self.num_refreshes, strict=True):
-            per_stack[axis.stack].mul_(count > 0)
-        return ready
 
     def read_all(self) -> Iterator[Tensor]:
         """The matrices of every factor stack in turn; maybe views, so not to be written to."""
@@ -297,13 +328,14 @@ class FactorMatrices:
         return result
 
     def state(self, name: str) -> StackState:
-        """Matrices under ``name``, and the counters."""
+        """Matrices under ``name``, and the counters; whoever asks for them may write to them."""
+        self.ready.forget()
         count, axes = len(self._stack_set), self._factors.axes
         return merge_states(
             count,
             {
                 name: matrices_by_axis(count, axes, "axis", self._store),
-                "refreshes": by_axis(count, axes, "axis", self.num_refreshes),
+                "refreshes": by_axis(count, axes, "axis", self.ready.num_refreshes),
                 "failures": by_axis(count, axes, "axis", self.num_failures),
             },
         )
@@ -315,12 +347,6 @@ class FactorMatrices:
             key = (self._factors.sizes[item.stack].dimension, self._exponents[item.stack])
             groups.setdefault(key, []).append(item)
         return [(exponent, group) for (_, exponent), group in groups.items()]
-
-    def _counters(self) -> list[Tensor]:
-        return [
-            torch.zeros(size.num_factors, dtype=torch.int64, device=self._stack_set.device)
-            for size in self._factors.sizes
-        ]
 
 
 def eigenbases(solver: BasisSolver, *, continued: bool, may_wait: bool = True) -> Solve:
@@ -361,6 +387,11 @@ def _slices(tensors: Sequence[Tensor], due: Sequence[FactorSlice]) -> list[Tenso
 def _together(parts: Sequence[Tensor]) -> Tensor:
     """Several tensors as one; a single one itself."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _singles(due: Sequence[FactorSlice]) -> list[FactorSlice]:
+    """A slice for every factor."""
+    return [FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)]
 
 
 def _joined(singles: Sequence[FactorSlice]) -> list[FactorSlice]:

@@ -61,13 +61,15 @@ class KLShampooConfig:
         second_moments: What becomes of second moments that are kept in a basis when it turns:
             ``"transport"`` carries them into the new one, ``"permute"`` lets them follow their
             columns, ``"keep"`` leaves their numbers as they are, as the published code does.
-        lagged: Whether a step knows past gradients only, as in the published code: the first gradient
-            makes the first basis and no step, and later ones reach the factors after their own step.
+        lagged: Whether a step knows past gradients only, as in the published code: the group's first
+            gradients make the first bases and no step, and later ones reach the factors after their own
+            step. A parameter that starts later moves at once, in the identity until its first refresh.
         initial_eigenvalue: Of all axes after the first gradient, positive.
         largest_scale: Limit of lambda^(-1/2), positive; None means max(10, min(d, 4000)) on an axis
             of length d.
         factor_decay: Decay of factors and eigenvalues per step, 1 sums; None takes ``betas[1]``.
-        statistics_interval: Steps from one update of factors and eigenvalues to the next.
+        statistics_interval: Steps from one update of factors and eigenvalues to the next; a
+            parameter's first gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a factor too.
         storage: How factors, bases and moments are kept: ``"dense"``; ``"packed"``, symmetric matrices in
             half the memory without loss; ``"8bit"`` or ``"4bit"``, rounded; see

@@ -43,7 +43,7 @@ from shampoo_core.solvers import BasisSolver
 from shampoo_core.solvers.precision import full_precision
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states, stacked_state
-from shampoo_core.statistics import FactorAxis, KroneckerFactors, by_axis, unfold
+from shampoo_core.statistics import FactorAxis, KroneckerFactors, RowsOf, by_axis, unfold
 
 
 class KLFactors:
@@ -82,7 +82,6 @@ class KLFactors:
         self._stack_set = stack_set
         self._solver = solver
         self._second_moments = second_moments
-        self._interval = interval
         self._decay = decay**interval
         self._gain = 1.0 if decay == 1.0 else 1.0 - self._decay
         self._initial_eigenvalue = initial_eigenvalue
@@ -121,12 +120,16 @@ class KLFactors:
 
     def absorb(self, rotated: StackedGradients, step: int) -> None:
         """Learn from gradients that are in the eigenbases, if this step is one of every interval."""
-        if (step - 1) % self._interval != 0 or not self.eigenvalues:
-            return
+        lengths: list[Tensor] = []
+        counted = self.factors.absorb(rotated, step, partial(self._whitened, lengths))
+        if counted is not None:
+            self._absorb_eigenvalues(lengths, counted.is_open)
+
+    def _whitened(self, lengths: list[Tensor], rotated: StackedGradients) -> RowsOf:
+        """Rows that all other axes have whitened; ``lengths`` gets theirs as they are made."""
         dimensions = [float(axis.dimension) for axis in self.factors.axes]
         scales = torch._foreach_pow(torch._foreach_mul(self.eigenvalues, dimensions), -0.5)
         per_stack = self._broadcast(list(scales))
-        lengths: list[Tensor] = []
 
         def whitened_rows(axis: FactorAxis) -> Tensor:
             whitened = rotated.stacks[axis.stack]
@@ -138,8 +141,7 @@ class KLFactors:
             lengths.append(torch.linalg.vector_norm(rows, dim=-1))
             return rows
 
-        self.factors.absorb(rotated, step, whitened_rows)
-        self._absorb_eigenvalues(lengths, rotated.is_open)
+        return whitened_rows
 
     def _absorb_eigenvalues(self, lengths: list[Tensor], is_open: Tensor) -> None:
         """``lambda <- decay lambda + gain lengths^2``; a block's first gradient sets it instead."""
@@ -181,15 +183,18 @@ class KLFactors:
             due: Slices of factor stacks.
             tolerance: Of `FactorMatrices.stale`.
             carry_over: Is told of every change, for what else is kept in the bases; the last to use it.
-            first: Whether there is no basis to continue yet.
+            first: Whether the schedule comes to these factors for the first time.
 
         Returns:
             Whether any basis has changed.
         """
         # In the coordinates that factors are kept in, their old basis is the identity.
-        stale = self.bases.stale(due, tolerance, self._identities)
-        solve = partial(self._rotate_bases, first=first, may_wait=stale.may_wait)
-        for portion in self.bases.portions(stale.due):
+        solver = self._solver
+        stale = self.bases.stale(
+            due, tolerance, self._identities, first=first, asks=solver.warm_starts
+        )
+        for portion, continued in self.bases.rounds(stale, warm_starts=solver.warm_starts):
+            solve = partial(self._rotate_bases, continued=continued, may_wait=stale.may_wait)
             self._turn_portion(portion, solve, carry_over)
         return bool(stale.due)
 
@@ -214,8 +219,10 @@ class KLFactors:
     def _identities(self, where: FactorSlice) -> Tensor:
         return _identity_like(self.bases.read_slice(where))
 
-    def _rotate_bases(self, batches: list[Batch], *, first: bool, may_wait: bool) -> list[Solution]:
-        rotate = eigenbases(self._solver, continued=not first, may_wait=may_wait)
+    def _rotate_bases(
+        self, batches: list[Batch], *, continued: bool, may_wait: bool
+    ) -> list[Solution]:
+        rotate = eigenbases(self._solver, continued=continued, may_wait=may_wait)
         rotations = rotate(
             [batch._replace(read_old=partial(_identity_like, batch.factors)) for batch in batches]
         )

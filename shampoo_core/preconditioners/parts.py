@@ -84,6 +84,7 @@ class Part:
             [gradients.stacks[index] for index in self.indices],
             gradients.is_open[self.blocks],
             None if gradients.presence is None else gradients.presence[self.blocks],
+            gradients.missing,
         )
         return self.preconditioner.step(share, step)
 

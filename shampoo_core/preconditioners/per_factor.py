@@ -67,7 +67,8 @@ class PerFactorCorrectedConfig:
         ridge: Added to every (bias-corrected) eigenvalue.
         relative_ridge: As ``ridge``, in units of the factor's largest eigenvalue.
         factor_decay: Decay of the factors per step, 1 sums; None takes ``betas[1]``.
-        statistics_interval: Steps from one update of the factors to the next.
+        statistics_interval: Steps from one update of the factors to the next; a parameter's first
+            gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
         storage: How factors, bases and moments are kept: ``"dense"``; ``"packed"``, symmetric matrices in
@@ -191,17 +192,22 @@ class PerFactorCorrected:
         direction = self._precondition(filtered, grafted)
         if step < self._refresh.settled_step:
             # Blocks whose first basis is still to come follow the grafting method.
-            return blend(self._stack_set, self.bases.ready_blocks(), direction, grafted)
+            return blend(self._stack_set, self.bases.ready.blocks(), direction, grafted)
         return direction
 
     def _refresh_bases(self, step: int) -> None:
         due = self.factors.due(self._refresh, step)
         if not due:
             return
-        stale = self.bases.stale(due, self._refresh.tolerance)
-        continued = step > self._refresh.settled_step
-        solve = eigenbases(self._config.solver, continued=continued, may_wait=stale.may_wait)
-        for portion in self.bases.portions(stale.due):
+        solver = self._config.solver
+        stale = self.bases.stale(
+            due,
+            self._refresh.tolerance,
+            first=step <= self._refresh.settled_step,
+            asks=solver.warm_starts or self.grafting is not None,
+        )
+        for portion, continued in self.bases.rounds(stale, warm_starts=solver.warm_starts):
+            solve = eigenbases(solver, continued=continued, may_wait=stale.may_wait)
             self.bases.refresh(portion, solve)
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
@@ -212,6 +218,8 @@ class PerFactorCorrected:
             stacks[index] = multiply_along_axes(rotated, self._scaled(index, bases, powers))
         if self.grafting is None:
             return Direction(stacks, filtered.scale)
+        # So do those that have started late, or whose gradients were zero so far.
+        self.bases.ready.stand_in(stacks, grafted.stacks)
         return lend_length(self._stack_set, stacks, grafted)
 
     def _scaled(

@@ -17,7 +17,7 @@ Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, get_args
@@ -53,12 +53,18 @@ from shampoo_core.preconditioners.checks import (
     check_regularizers,
     check_root_solver,
 )
-from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution, Stale
+from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution
 from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
-from shampoo_core.statistics import FactorAxis, KroneckerFactors, multiply_along_axes, unfold
+from shampoo_core.statistics import (
+    FactorAxis,
+    KroneckerFactors,
+    RowsOf,
+    multiply_along_axes,
+    unfold,
+)
 
 Statistics = Literal["gram", "whitened", "whitened_mean"]
 
@@ -81,7 +87,8 @@ class ShampooConfig:
             ones; ``"whitened"`` multiplied by the stored roots of the other axes; ``"whitened_mean"``
             also divided by the product of the other dimensions. For whitening proper the exponent has
             to be 1/2.
-        statistics_interval: Steps from one update of the factors to the next.
+        statistics_interval: Steps from one update of the factors to the next; a parameter's first
+            gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
             follow the grafting method.
         sides: Which axes of a block with several get a factor: ``"all"``, or one-sided on its
@@ -219,26 +226,29 @@ class Shampoo:
 
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
-        self.factors.absorb(gradients, step, self._rows_of(gradients))
+        self.factors.absorb(gradients, step, self._rows_of)
         if self.grafting is not None:
             self.grafting.absorb(gradients)
         filtered = self.filter.filter(gradients)
         gradients.free_stacks()  # before the refresh, which needs memory of its own
-        stale = Stale(self.factors.due(self._refresh, step), may_wait=True)
-        if self.bases is not None:
-            stale = self.bases.stale(stale.due, self._refresh.tolerance, new_too=True)
-        if stale.due:
-            self._refresh_roots(stale, first=step <= self._refresh.settled_step)
+        due = self.factors.due(self._refresh, step)
+        if due:
+            self._refresh_roots(due, first=step <= self._refresh.settled_step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
             return grafted
         direction = self._precondition(filtered, grafted)
         if step < self._refresh.settled_step:
             # Blocks whose first root is still to come follow the grafting method.
-            return blend(self._stack_set, self.roots.ready_blocks(), direction, grafted)
+            return blend(self._stack_set, self.roots.ready.blocks(), direction, grafted)
         return direction
 
-    def _rows_of(self, gradients: StackedGradients) -> Callable[[FactorAxis], Tensor] | None:
+    @property
+    def _tested(self) -> FactorMatrices:
+        """What a refresh asks which factors are due; bases are accepted with their roots."""
+        return self.roots if self.bases is None else self.bases
+
+    def _rows_of(self, gradients: StackedGradients) -> RowsOf | None:
         """What the factors are measured on; None for the gradients themselves."""
         if self._config.statistics == "gram":
             return None
@@ -258,18 +268,26 @@ class Shampoo:
             stacks[index] = multiply_along_axes(filtered.stacks[index], roots)
         if self.grafting is None:
             return Direction(stacks, filtered.scale)
+        # So do those that have started late, or whose gradients were zero so far.
+        self._tested.ready.stand_in(stacks, grafted.stacks)
         return lend_length(self._stack_set, stacks, grafted)
 
-    def _refresh_roots(self, stale: Stale, *, first: bool) -> None:
-        solver = self._config.solver if stale.may_wait else self._config.solver.without_fallback()
-        if self.bases is None:
-            for portion in self.roots.portions(stale.due):
+    def _refresh_roots(self, due: list[FactorSlice], *, first: bool) -> None:
+        solver = self._config.solver
+        stale = self._tested.stale(
+            due,
+            self._refresh.tolerance,
+            new_too=True,
+            first=first,
+            asks=solver.warm_starts or self.grafting is not None,
+        )
+        if not stale.may_wait:
+            solver = solver.without_fallback()
+        for portion, continued in self._tested.rounds(stale, warm_starts=solver.warm_starts):
+            if self.bases is None:
                 self.roots.refresh(portion, partial(self._solve, solver))
-            return
-        # One iteration from the identity would make a poor first basis.
-        continued = not (first and self._config.solver.warm_starts)
-        for portion in self.roots.portions(stale.due):
-            self._refresh_with_bases(self.bases, portion, solver, continued=continued)
+            else:
+                self._refresh_with_bases(self.bases, portion, solver, continued=continued)
 
     def _refresh_with_bases(
         self,
