@@ -49,7 +49,8 @@ def count_steps(
         config: Of the preconditioner.
 
     Returns:
-        Counts of step 5 and of step 8, at refresh interval 4 from step 4 on.
+        Counts of step 9 and of step 12, at refresh interval 4 from step 4 on: behind the second refresh,
+        which asks whether all factors have been refreshed.
     """
     optimizer = DistributedShampoo(
         workload_parameters(workload),
@@ -58,11 +59,11 @@ def count_steps(
         refresh=FixedRefresh(interval=4, start=4),
     )
     counted = []
-    for _ in range(8):
+    for _ in range(12):
         with OperationCounter() as counter:
             optimizer.step()
         counted.append(counter)
-    return counted[4], counted[7]
+    return counted[8], counted[11]
 
 
 def allocated_bytes(workload: str, config: PreconditionerConfig) -> int:

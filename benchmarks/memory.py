@@ -63,8 +63,8 @@ def memory_rows(
 def _entries(
     workload: str, config: PreconditionerConfig, max_wave_numel: int | None, largest: int
 ) -> dict[str, Any]:
-    (plain, refresh), optimizer = measure(
-        workload, config, FixedRefresh(4, 1), [5, 8], max_wave_numel=max_wave_numel
+    (_, plain, refresh), optimizer = measure(
+        workload, config, FixedRefresh(4, 1), [4, 5, 8], max_wave_numel=max_wave_numel
     )
     second = range(INTERVAL + 1, 2 * INTERVAL + 1, 7)
     spread, _ = measure(
