@@ -26,6 +26,12 @@ Flags of the official start-up script, as `--flag value` or `--flag=value`:
   -c, --save_checkpoints      false: keep no checkpoints                        [true]
   -h, --home_dir              folder that holds data/ and experiment_runs/         [/]
   -a, --keep_container_alive  true: stay after the run                         [false]
+      --additional_requirements_path
+                              pip installs these before, else nothing is run   [none]
+      --traindiffs_test       true: run the harness's test of that name alone  [false]
+  -i, --internal_contributor, -r, --rsync_data, --data_bucket, --logs_bucket
+                              accepted, with a notice: nothing is copied from or to
+                              Google's buckets, data have to be in place
 Flags of this image:
       --resume_last_run       true: go on with the experiment of this name     [false]
       --torch_compile         false: do not compile the model                   [true]
@@ -55,13 +61,15 @@ declare -A option=(
     [num_tuning_trials]=5 [hparam_start_index]='' [hparam_end_index]=''
     [experiment_name]=shampoo [max_global_steps]='' [rng_seed]=''
     [overwrite]=false [save_checkpoints]=true [home_dir]='' [keep_container_alive]=false
+    [additional_requirements_path]='' [traindiffs_test]=false
+    [internal_contributor]=false [rsync_data]=true [data_bucket]='' [logs_bucket]=''
     [resume_last_run]=false [torch_compile]=true [num_gpus]='' [offline_data]=false
     [dry_run]=false
 )
 declare -A short=(
     [w]=workload [d]=dataset [f]=framework [s]=submission_path [t]=tuning_search_space
     [e]=experiment_name [m]=max_global_steps [o]=overwrite [c]=save_checkpoints [h]=home_dir
-    [a]=keep_container_alive
+    [a]=keep_container_alive [i]=internal_contributor [r]=rsync_data
 )
 
 passed_on=()
@@ -82,7 +90,7 @@ while [[ $# -gt 0 ]]; do
 done
 
 for name in overwrite save_checkpoints keep_container_alive resume_last_run torch_compile \
-    offline_data dry_run; do
+    offline_data dry_run traindiffs_test internal_contributor rsync_data; do
     [[ ${option[$name]} == true || ${option[$name]} == false ]] ||
         fail "--$name must be true or false, got '${option[$name]}'"
 done
@@ -92,6 +100,13 @@ done
     fail "--tuning_ruleset must be external or self, got '${option[tuning_ruleset]}'"
 [[ ${option[overwrite]} == false || ${option[resume_last_run]} == false ]] ||
     fail "--overwrite and --resume_last_run exclude each other"
+
+if [[ ${option[internal_contributor]} == true ]]; then
+    echo "notice: nothing is copied from or to Google's buckets: data have to lie in" \
+        "${option[home_dir]}/data, results stay in ${option[home_dir]}/experiment_runs" >&2
+elif [[ -n ${option[data_bucket]}${option[logs_bucket]} ]]; then
+    echo "notice: --data_bucket and --logs_bucket are not used" >&2
+fi
 
 # The part of a workload's name before the first underscore is its data set's.
 dataset=${option[dataset]:-${option[workload]%%_*}}
@@ -131,12 +146,32 @@ done
 command=("${prefix[@]}" "$harness/submission_runner.py" "${flags[@]}" "${special[@]}" \
     "${passed_on[@]}")
 
-# Relative paths are this submission's.
+if [[ ${option[traindiffs_test]} == true ]]; then
+    here=$harness
+    command=(python tests/test_traindiffs.py)
+fi
+
+# Relative paths are this submission's, or the harness's where it has no such file.
 cd "$here"
+requirements=${option[additional_requirements_path]}
+install=()
+if [[ -n $requirements ]]; then
+    [[ $requirements == /* || -e $requirements ]] || requirements=$harness/$requirements
+    [[ -f $requirements ]] || fail "--additional_requirements_path: there is no file" \
+        "'${option[additional_requirements_path]}' here or in $harness"
+    install=(python -m pip install --requirement "$requirements")
+fi
 if [[ ${option[dry_run]} == true ]]; then
+    [[ -z $requirements ]] || echo "$(printf '%q ' "${install[@]}")"
     printf '%q ' "${command[@]}"
     echo
     exit 0
+fi
+if [[ -n $requirements ]] && ! "${install[@]}"; then
+    fail "--additional_requirements_path: pip could not install $requirements (message above)"
+fi
+if [[ ${option[traindiffs_test]} == true ]]; then
+    exec "${command[@]}"
 fi
 
 if ! mkdir -p "$experiment_dir" || [[ ! -w $experiment_dir ]]; then

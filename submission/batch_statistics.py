@@ -7,12 +7,17 @@ the model looks at the last few batches once more before an evaluation, on the c
 A running statistic that keeps the share s of its old value over these passes ends at s old + (1 - s) new,
 new being the mean over the passes. It is solved for new: nothing of the old weights is left, and a few
 passes do what decay alone would take thirty for, or three thousand.
+
+A resumed run has none of the batches of before, and may be evaluated after its first step. But its
+checkpoint was taken at an evaluation: its statistics are those of averaged weights and stand for the
+batches they were made of. As long as c of these would still be kept beside the k new ones, statistics
+become (c old + k new) / (c + k), so that no single batch decides an evaluation.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +27,15 @@ from .objective import logits_of
 
 #: Recent batches that are kept, and looked at once each.
 KEPT_BATCHES = 8
+
+
+class Kept(NamedTuple):
+    """What batch statistics can be made of."""
+
+    batches: list[Mapping[str, Any]]
+    """The oldest first."""
+    num_carried: int = 0
+    """Earlier batches that are gone, but that the model's present statistics stand for."""
 
 
 class RecentBatches:
@@ -35,23 +49,25 @@ class RecentBatches:
     def __init__(self, model: nn.Module, averaging: bool) -> None:
         self._are_needed = averaging and bool(modules_with_statistics(model))
         self._batches: deque[Mapping[str, Any]] = deque(maxlen=KEPT_BATCHES)
+        self._num_loaded = 0
 
     def keep(self, batch: Mapping[str, Any]) -> None:
         """Keep a batch, or nothing where none is needed."""
         if self._are_needed:
             self._batches.append(batch)
 
-    def kept(self) -> list[Mapping[str, Any]]:
-        """Return the kept batches, the oldest first."""
-        return list(self._batches)
+    def kept(self) -> Kept:
+        """Return the kept batches, and how many more there would be had the run not been resumed."""
+        missing = KEPT_BATCHES - len(self._batches)
+        return Kept(list(self._batches), min(self._num_loaded, missing))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: a resumed run has new batches before its next evaluation."""
-        return {}
+        """Return how many batches the statistics stand for; batches themselves are not saved."""
+        return {"num_batches": len(self._batches) + self.kept().num_carried}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back nothing."""
-        del state
+        """Start without batches beside statistics that stand for some; for all if nothing is said."""
+        self._num_loaded = int(state.get("num_batches", KEPT_BATCHES))
         self._batches.clear()
 
 
@@ -76,17 +92,18 @@ def refresh(
     workload: Any,
     model: nn.Module,
     model_state: Any,
-    batches: Iterable[Mapping[str, Any]],
+    kept: Kept,
     rng: Any,
     dropout_rate: float | None,
 ) -> Any:
-    """Replace the model's batch statistics by those of `batches`; return the new model state.
+    """Replace the model's batch statistics by those of kept batches; return the new model state.
 
-    Without batches the statistics stay as they are.
+    Statistics stay as they are without batches, and in part with as few as a resumed run has at first.
     """
-    batches = list(batches)
+    batches = kept.batches
     if not batches:
         return model_state
+    carried_share = kept.num_carried / (kept.num_carried + len(batches))
     modules = modules_with_statistics(model)
     old = [_statistics(module) for module in modules]
     for batch in batches:
@@ -94,8 +111,9 @@ def refresh(
     for module, before in zip(modules, old, strict=True):
         share = kept_share(module, before.num_updates, len(batches))
         if share < 1.0:
-            _remove(module.running_mean, before.mean, share)
-            _remove(module.running_var, before.variance, share).clamp_min_(0.0)
+            _remove(module.running_mean, before.mean, share).lerp_(before.mean, carried_share)
+            variance = _remove(module.running_var, before.variance, share).clamp_min_(0.0)
+            variance.lerp_(before.variance, carried_share)
     return model_state
 
 

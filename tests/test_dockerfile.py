@@ -202,9 +202,72 @@ def test_the_entry_script_builds_the_runner_s_command(flags: str, expected: str)
     assert done.stdout.strip() == expected
 
 
+def test_the_entry_script_takes_what_the_working_group_s_launcher_passes() -> None:
+    """The arguments of scoring/utils/run_workloads.py, as it joins them."""
+    done = entry(
+        *shlex.split(
+            "-d fastmri -f pytorch -s submission/submission.py -w fastmri -e try/study_0 -m 100 "
+            "--num_tuning_trials 5 --rng_seed 4012345678 -c false -o true -i true "
+            "--tuning_ruleset external -t tuning_search_space.json  --hparam_end_index 3  "
+            "--num_gpus 8 --dry_run true"
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    assert "notice: nothing is copied from or to Google's buckets" in done.stderr
+    for flag in (
+        "--workload=fastmri", "--data_dir=/data/fastmri", "--experiment_name=try/study_0",
+        "--overwrite=true", "--save_checkpoints=false", "--rng_seed=4012345678",
+        "--max_global_steps=100", "--num_tuning_trials=5", "--hparam_end_index=3",
+    ):  # fmt: skip
+        assert flag in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "notice"),
+    [
+        ("-r false", ""),
+        ("--rsync_data=true --internal_contributor=false", ""),
+        ("--data_bucket data --logs_bucket logs", "--data_bucket and --logs_bucket are not used"),
+    ],
+)
+def test_the_entry_script_takes_flags_of_buckets(flags: str, notice: str) -> None:
+    done = entry("--dry_run=true", "--num_gpus=0", *flags.split())
+    assert done.returncode == 0, done.stderr
+    assert notice in done.stderr
+    assert bool(notice) == bool(done.stderr)
+    assert "bucket" not in done.stdout
+
+
+def test_the_entry_script_installs_requirements_before_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "submission_runner.py").write_text("print('runner ran')\n")
+    (tmp_path / "extra.txt").write_text("# nothing\n")
+    (tmp_path / "impossible.txt").write_text("./there-is-no-such-folder\n")
+    common = (f"--home_dir={tmp_path}", "--num_gpus=0", "--overwrite=true")
+    # A relative path that is not here is the harness's, whose folder the official script works in.
+    for path in ("extra.txt", str(tmp_path / "extra.txt")):
+        done = entry(*common, f"--additional_requirements_path={path}", harness=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert "runner ran" in done.stdout
+    for path, message in (("impossible.txt", "pip could not"), ("none.txt", "there is no file")):
+        done = entry(*common, "--additional_requirements_path", path, harness=str(tmp_path))
+        assert done.returncode == 2
+        assert f"--additional_requirements_path: {message}" in done.stderr
+        assert "runner ran" not in done.stdout
+
+
+def test_the_entry_script_runs_the_harness_s_own_test_instead(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_traindiffs.py").write_text(
+        "print('compared')\nraise SystemExit(4)\n"
+    )
+    done = entry("--traindiffs_test=true", "--num_gpus=0", harness=str(tmp_path))
+    assert (done.returncode, done.stdout) == (4, "compared\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--internal_contributor=yes", "--internal_contributor must be true or false, got 'yes'"),
         ("--bogus 1", "unknown flag 'bogus'"),
         ("--workload", "--workload needs a value"),
         ("-w mnist ogbg", "unexpected argument 'ogbg'"),

@@ -129,6 +129,30 @@ def test_a_short_run_takes_larger_steps() -> None:
     assert pace(setting, LONG_RUN // 100).schedule.peak == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("step_hint", "factors", "blocks"),
+    [
+        (10_666, [1.25, 1.53, 1.02, 1.25, 1.25], [1024, 512, 1024, 1024, 16_384]),
+        (18_094, [1.0, 1.18, 1.0, 1.0, 1.0], [1024, 1024, 1024, 1024, 16_384]),
+        (25_000, [1.0] * 5, [1024, 1024, 1024, 1024, 16_384]),
+        (11_112, [1.22, 1.5, 1.0, 1.22, 1.22], [1024, 512, 1024, 1024, 16_384]),
+    ],
+)
+def test_the_length_of_a_run_is_that_of_its_schedule(
+    step_hint: int, factors: list[float], blocks: list[int]
+) -> None:
+    """The figures in the README and in the module's own text."""
+    points = json.loads(TUNING_SEARCH_SPACE.read_text())
+    settings = [Hyperparameters.from_namespace(point) for point in points]
+    fitted = [pace(setting, step_hint) for setting in settings]
+    peaks = [
+        one.schedule.peak / setting.learning_rate
+        for one, setting in zip(fitted, settings, strict=True)
+    ]
+    assert peaks == pytest.approx(factors, abs=0.006)
+    assert [one.max_block_size for one in fitted] == blocks
+
+
 def test_averages_forget_within_a_hundredth_of_the_run() -> None:
     for step_hint in (600, 10_000, 200_000):
         fitted = pace(dataclasses.replace(SELF_TUNING, step_hint_factor=1.0), step_hint)

@@ -7,6 +7,7 @@ from toy_workload import Run, namespace
 
 from submission.batch_statistics import (
     KEPT_BATCHES,
+    Kept,
     RecentBatches,
     kept_share,
     modules_with_statistics,
@@ -60,22 +61,64 @@ def test_batches_are_kept_only_where_they_are_needed() -> None:
     for model, averaging, kept in ((with_norm, True, 1), (with_norm, False, 0), (without, True, 0)):
         recent = RecentBatches(model, averaging)
         recent.keep({"inputs": torch.ones(1)})
-        assert len(recent.kept()) == kept
+        assert len(recent.kept().batches) == kept
 
 
 def test_the_last_batches_are_kept() -> None:
     recent = RecentBatches(nn.BatchNorm1d(3), averaging=True)
     for index in range(KEPT_BATCHES + 3):
         recent.keep({"index": index})
-    assert [batch["index"] for batch in recent.kept()] == list(range(3, KEPT_BATCHES + 3))
+    assert [batch["index"] for batch in recent.kept().batches] == list(range(3, KEPT_BATCHES + 3))
+    assert recent.kept().num_carried == 0
 
 
-def test_a_resumed_run_starts_without_batches() -> None:
+def test_a_resumed_run_starts_without_batches_but_knows_how_many_there_were() -> None:
     recent = RecentBatches(nn.BatchNorm1d(3), averaging=True)
-    recent.keep({})
-    assert recent.state_dict() == {}
+    for _ in range(3):
+        recent.keep({})
+    saved = recent.state_dict()
+    recent.load_state_dict(saved)
+    assert recent.kept() == Kept([], 3)
+    for k in range(1, KEPT_BATCHES + 1):
+        recent.keep({})
+        assert recent.kept() == Kept([{}] * k, min(3, KEPT_BATCHES - k))
+        assert recent.state_dict() == {"num_batches": min(3 + k, KEPT_BATCHES)}
+    # A checkpoint of before they were counted.
     recent.load_state_dict({})
-    assert recent.kept() == []
+    assert recent.kept() == Kept([], KEPT_BATCHES)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.001, None])
+def test_no_single_batch_decides_an_evaluation_right_after_a_resumption(rate: float | None) -> None:
+    setting = namespace(averaging="schedule_free", learning_rate=0.01, schedule="constant")
+    run, resumed = Run(setting), Run(setting)
+    for one in (run, resumed):
+        one.model.bn.momentum = rate  # type: ignore[union-attr]
+    run.train(2 * KEPT_BATCHES)
+    run.prepare_for_eval()
+    resumed.resume(run.checkpoint())
+    before = statistics(resumed)
+    for one in (run, resumed):
+        one.train(1)
+    kept = resumed.state["recent_batches"].kept()
+    assert (len(kept.batches), kept.num_carried) == (1, KEPT_BATCHES - 1)
+    at_training = statistics(resumed)
+    for one in (run, resumed):
+        one.prepare_for_eval()
+    conv = resumed.model.conv
+    assert isinstance(conv, nn.Conv2d)
+    with torch.no_grad():
+        channels = conv(kept.batches[0]["inputs"])
+    news = channels.mean((0, 2, 3)), channels.var((0, 2, 3))
+    for old, new, found in zip(at_training, news, statistics(resumed), strict=True):
+        expected = ((KEPT_BATCHES - 1) * old + new) / KEPT_BATCHES
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    # Nearer to those of a run that goes on than one batch alone would be.
+    for old, whole, new, found in zip(
+        before, statistics(run), news, statistics(resumed), strict=True
+    ):
+        assert (found - whole).norm() < 0.5 * (new - whole).norm()
+        assert (found - old).norm() < (new - old).norm()
 
 
 def test_shares_follow_what_a_module_counts() -> None:

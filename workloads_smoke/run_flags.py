@@ -158,7 +158,9 @@ def _define_stopping(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "skip_evals",
         False,
-        "Train without evaluations, hence without checkpoints on the way and targets to stop at.",
+        "Train without evaluations, hence without checkpoints on the way and targets to stop at. A "
+        "submission whose processes share its optimizer state has not gathered it for the checkpoint "
+        "at the end: that is incomplete and cannot be resumed.",
         flag_values=values,
     )
 

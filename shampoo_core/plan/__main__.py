@@ -9,6 +9,14 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from shampoo_core.averaging import (
+    AveragingConfig,
+    HeavyBall,
+    LatestWeightAverage,
+    PrimalAveraging,
+    ScheduleFree,
+    WeightEMA,
+)
 from shampoo_core.config import STORAGES
 from shampoo_core.model_shapes import (
     REFERENCE_STEP_MS,
@@ -37,6 +45,14 @@ METHODS: dict[str, type] = {
     "kl_soap": KLSOAPConfig,
     "per_factor": PerFactorCorrectedConfig,
     "spectral": SpectralConfig,
+}
+AVERAGING: dict[str, type[AveragingConfig] | None] = {
+    "none": None,
+    "heavy_ball": HeavyBall,
+    "schedule_free": ScheduleFree,
+    "primal": PrimalAveraging,
+    "weight_ema": WeightEMA,
+    "latest": LatestWeightAverage,
 }
 
 
@@ -69,11 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--group_size", type=int, default=8, help="ranks of a replica under hsdp")
     parser.add_argument("--preconditioner", choices=sorted(METHODS), default="shampoo")
     parser.add_argument("--storage", choices=STORAGES, default="dense")
+    parser.add_argument(
+        "--averaging",
+        choices=AVERAGING,
+        default="none",
+        help=f"momentum or weights to evaluate; latest keeps {LatestWeightAverage().length} copies",
+    )
     parser.add_argument("--max_block_size", type=int, default=1024)
     parser.add_argument(
         "--max_wave_numel", type=int, help="step so many numbers at once; default all"
     )
     parser.add_argument("--refresh_interval", type=int, default=100)
+    parser.add_argument(
+        "--gradient_as_bucket_view",
+        action="store_true",
+        help="as of torch's DDP, which else keeps buckets as large as the gradients beside them",
+    )
     parser.add_argument("--reserved_gib", type=float, default=0.0, help="activations and the rest")
     parser.add_argument(
         "--step_ms",
@@ -90,17 +117,23 @@ def _request(options: argparse.Namespace) -> Request:
         parameters = shapes_from_file(options.shapes)
     else:
         parameters = named_model(options.workload)
+    averaging = AVERAGING[options.averaging]
+    step_ms = options.step_ms
+    if step_ms is None:
+        step_ms = REFERENCE_STEP_MS.get(options.workload)
     return Request(
         parameters,
         Placement(options.world_size, options.sharding, options.group_size),
         DEVICES[options.device],
         options.memory_gib,
         _config(options),
+        None if averaging is None else averaging(),
         max_block_size=options.max_block_size,
         max_wave_numel=options.max_wave_numel,
         refresh_interval=options.refresh_interval,
+        gradient_as_bucket_view=options.gradient_as_bucket_view,
         reserved_gib=options.reserved_gib,
-        step_ms=options.step_ms or REFERENCE_STEP_MS.get(options.workload),
+        step_ms=step_ms,
         overhead_percent=options.overhead_percent,
     )
 
@@ -122,9 +155,10 @@ def _config(options: argparse.Namespace) -> PreconditionerConfig:
 
 def _title(options: argparse.Namespace) -> str:
     model = options.workload or options.shapes
+    averaging = "" if options.averaging == "none" else f", {options.averaging}"
     return (
-        f"{model} by {options.preconditioner} ({options.storage}) on {options.world_size} x "
-        f"{options.device} {options.memory_gib:g} GiB, {options.sharding}"
+        f"{model} by {options.preconditioner} ({options.storage}{averaging}) on "
+        f"{options.world_size} x {options.device} {options.memory_gib:g} GiB, {options.sharding}"
     )
 
 

@@ -28,7 +28,8 @@ def alternatives(request: Request, plan: Plan) -> list[Change]:
     if plan.fits:
         return []
     changes = []
-    for what, changed in _changed(request, plan):
+    # Only memory and a mean step are compared: no interval has to be searched.
+    for what, changed in _changed(dataclasses.replace(request, step_ms=None), plan):
         result = make_plan(changed)
         changes.append(Change(what, result.peak_gib, result.mean_ms, result.fits))
     return sorted(changes, key=lambda change: (not change.fits, change.peak_gib))

@@ -13,6 +13,7 @@ from shampoo_core.averaging import AveragingConfig
 from shampoo_core.config import check_count, check_range
 from shampoo_core.model_shapes import NamedShape, num_elements
 from shampoo_core.plan.devices import DEVICES, Device
+from shampoo_core.plan.intervals import Times, reason, shortest_interval
 from shampoo_core.plan.layout import (
     MethodBlocks,
     Placement,
@@ -22,13 +23,19 @@ from shampoo_core.plan.layout import (
     numbers_owned,
     sent_bytes,
 )
-from shampoo_core.plan.simulation import RankSteps, simulate, state_bytes
+from shampoo_core.plan.simulation import (
+    RankSteps,
+    Step,
+    first_alike,
+    plain_and_refresh,
+    simulate,
+    state_bytes,
+)
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 
 GIB = 2**30
 FLOAT32 = 4
-LONGEST_INTERVAL = 10_000
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,9 @@ class Request:
         max_block_size: Longest side of a block.
         max_wave_numel: As of the optimizer: most numbers stepped at once; None is all.
         refresh_interval: Steps from one refresh of a factor to its next.
-        reserved_gib: What activations and everything else take of the memory.
+        gradient_as_bucket_view: As of torch's DDP: whether gradients lie in the buckets that it averages
+            them in, instead of beside them.
+        reserved_gib: What activations and everything else take of the memory, less than all of it.
         step_ms: A training step without the optimizer, positive; None leaves overheads out.
         overhead_percent: What the optimizer may add to that.
 
@@ -63,6 +72,7 @@ class Request:
     max_block_size: int = 1024
     max_wave_numel: int | None = None
     refresh_interval: int = 100
+    gradient_as_bucket_view: bool = False
     reserved_gib: float = 0.0
     step_ms: float | None = None
     overhead_percent: float = 5.0
@@ -72,6 +82,11 @@ class Request:
             raise ValueError("Request: parameters must have at least one element, got none")
         check_range("Request", "memory_gib", self.memory_gib, low=0.0, low_open=True)
         check_range("Request", "reserved_gib", self.reserved_gib, low=0.0)
+        if self.reserved_gib >= self.memory_gib:
+            raise ValueError(
+                f"Request: reserved_gib must be less than memory_gib={self.memory_gib:g}, of which it is "
+                f"a part, got {self.reserved_gib:g}"
+            )
         check_count("Request", "max_block_size", self.max_block_size)
         check_count("Request", "max_wave_numel", self.max_wave_numel)
         check_count("Request", "refresh_interval", self.refresh_interval)
@@ -81,8 +96,36 @@ class Request:
 
 
 @dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank, beside parameters, gradients and communication, of which all have as many."""
+
+    rank: int
+    state: int
+    plain: int
+    """Temporary, in a plain step."""
+    staggered: int
+    """Temporary, in the dearest step of a staggered refresh."""
+    refresh: int
+    """Temporary, in a step that refreshes everything at once."""
+
+    @property
+    def most_staggered(self) -> int:
+        """State and temporary bytes under a staggered refresh."""
+        return self.state + max(self.plain, self.staggered)
+
+    @property
+    def most_at_once(self) -> int:
+        """State and temporary bytes if everything is refreshed in one step."""
+        return self.state + max(self.plain, self.refresh)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a model needs; bytes and counts are exact, milliseconds estimates. Of the largest rank."""
+    """What a model needs; bytes and counts are exact, milliseconds estimates.
+
+    Memory is of the rank that needs most; arithmetic, operations and milliseconds are of the one with
+    the largest modelled load.
+    """
 
     num_parameters: int
     num_blocks: int
@@ -93,14 +136,14 @@ class Plan:
     parameter_bytes: int
     state_bytes_per_rank: list[int]
     """Of each owner."""
-    plain_peak_bytes: int
-    """Beside parameters, gradients, state and communication, in a plain step."""
-    staggered_peak_bytes: int
-    """In the dearest step of a staggered refresh."""
-    refresh_peak_bytes: int
-    """In a step that refreshes everything at once."""
+    staggered_memory: RankMemory
+    """Of the rank that needs most under a staggered refresh."""
+    at_once_memory: RankMemory
+    """Of the rank that needs most if everything is refreshed in one step."""
     buffer_bytes: int
     """Of communication."""
+    bucket_bytes: int
+    """Of DDP, beside gradients."""
     sent_bytes_per_rank: list[int]
     """By each owner in a step."""
     balance: float
@@ -120,7 +163,10 @@ class Plan:
     overhead_percent: float | None
     """Of the optimizer over a training step, at the interval given; None without ``step_ms``."""
     shortest_interval: int | None
-    """Shortest that keeps the overhead as small as asked for; None if none does or none was asked."""
+    """Keeps the overhead as small as asked for, and one step less does not; None if none does or none
+    was asked."""
+    no_interval: str | None
+    """Why none does."""
 
     @property
     def state_bytes(self) -> int:
@@ -130,28 +176,26 @@ class Plan:
     @property
     def mean_ms(self) -> float:
         """An average step, communication included."""
-        extra = (self.refresh_ms - self.plain_ms) / self.refresh_interval
-        return self.plain_ms + extra + self.send_ms
+        return Times(self.plain_ms, self.refresh_ms, self.send_ms).mean(self.refresh_interval)
 
     @property
     def peak_gib(self) -> float:
         """Most memory at once under a staggered refresh."""
-        temporary = max(self.plain_peak_bytes, self.staggered_peak_bytes)
-        return self._gib(temporary)
+        return self._gib(self.staggered_memory.most_staggered)
 
     @property
     def refresh_peak_gib(self) -> float:
         """Most memory at once when everything is refreshed in one step."""
-        return self._gib(max(self.plain_peak_bytes, self.refresh_peak_bytes))
+        return self._gib(self.at_once_memory.most_at_once)
 
     @property
     def fits(self) -> bool:
         """Whether the memory holds it, under a staggered refresh."""
         return self.peak_gib <= self.memory_gib
 
-    def _gib(self, temporary: int) -> float:
-        held = 2 * self.parameter_bytes + self.state_bytes + self.buffer_bytes
-        return (held + temporary) / GIB
+    def _gib(self, of_rank: int) -> float:
+        of_all = 2 * self.parameter_bytes + self.bucket_bytes + self.buffer_bytes
+        return (of_all + of_rank) / GIB
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -166,43 +210,68 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Work out what a model needs."""
-    placement = request.placement
-    methods = blocks_by_method(
-        request.parameters,
-        request.config,
-        placement,
-        max_block_size=request.max_block_size,
-        refresh_interval=request.refresh_interval,
-    )
-    load = loads(methods, placement)
-    heaviest = max(range(len(load)), key=load.__getitem__)
-    limit = request.max_wave_numel
-    steps = simulate(methods, heaviest, request.refresh_interval, request.averaging, limit)
+    placement, limit = request.placement, request.max_wave_numel
+    methods = _methods(request, request.refresh_interval)
+    alike = first_alike(methods, placement.num_owners)
+    steps_of = {
+        rank: simulate(methods, rank, request.refresh_interval, request.averaging, limit)
+        for rank in dict.fromkeys(alike)
+    }
+    steps = steps_of[alike[_heaviest(methods, placement)]]
     sent = sent_bytes(request.parameters, methods, placement, max_wave_numel=limit)
-    milliseconds = _milliseconds(request, steps, max(sent))
+    times = _times(request, steps.plain, steps.refresh, max(sent))
+    states = state_bytes(methods, placement.num_owners, request.averaging)
+    memory = [_rank_memory(rank, states[rank], steps_of[rank]) for rank in steps_of]
+    interval, no_interval = _shortest_interval(request, times)
+    parameter_bytes = _parameter_bytes(request)
+    has_buckets = placement.sharding == "ddp" and placement.world_size > 1
     return Plan(
         num_parameters=num_elements(request.parameters),
         num_blocks=sum(len(method.tiles) for method in methods),
         stacks=_stacks(methods),
         largest_stack=_largest_stack(methods),
-        parameter_bytes=_parameter_bytes(request),
-        state_bytes_per_rank=state_bytes(methods, placement.num_owners, request.averaging),
-        plain_peak_bytes=steps.plain.peak_bytes,
-        staggered_peak_bytes=steps.staggered.peak_bytes,
-        refresh_peak_bytes=steps.refresh.peak_bytes,
+        parameter_bytes=parameter_bytes,
+        state_bytes_per_rank=states,
+        staggered_memory=max(memory, key=lambda of_rank: of_rank.most_staggered),
+        at_once_memory=max(memory, key=lambda of_rank: of_rank.most_at_once),
         buffer_bytes=_buffer_bytes(methods, placement, limit),
+        bucket_bytes=parameter_bytes if has_buckets and not request.gradient_as_bucket_view else 0,
         sent_bytes_per_rank=sent,
         balance=balance(methods, placement),
         plain_flops=steps.plain.flops,
         refresh_flops=steps.refresh.flops,
         plain_operations=len(steps.plain.operations),
         refresh_operations=len(steps.refresh.operations),
+        plain_ms=times.plain,
+        refresh_ms=times.refresh,
+        staggered_ms=1e3 * request.device.step_seconds(steps.staggered.operations),
+        send_ms=times.send,
         memory_gib=request.memory_gib - request.reserved_gib,
         refresh_interval=request.refresh_interval,
-        overhead_percent=_overhead(request, milliseconds),
-        shortest_interval=_shortest_interval(request, milliseconds),
-        **milliseconds,
+        overhead_percent=_overhead(request, times),
+        shortest_interval=interval,
+        no_interval=no_interval,
     )
+
+
+def _methods(request: Request, refresh_interval: int) -> list[MethodBlocks]:
+    return blocks_by_method(
+        request.parameters,
+        request.config,
+        request.placement,
+        max_block_size=request.max_block_size,
+        refresh_interval=refresh_interval,
+    )
+
+
+def _heaviest(methods: Sequence[MethodBlocks], placement: Placement) -> int:
+    load = loads(methods, placement)
+    return max(range(len(load)), key=load.__getitem__)
+
+
+def _rank_memory(rank: int, state: int, steps: RankSteps) -> RankMemory:
+    peaks = (steps.plain.peak_bytes, steps.staggered.peak_bytes, steps.refresh.peak_bytes)
+    return RankMemory(rank, state, *peaks)
 
 
 def _stacks(methods: Sequence[MethodBlocks]) -> dict[str, int]:
@@ -237,30 +306,36 @@ def _buffer_bytes(
     return 2 * longest * FLOAT32  # to send, and received
 
 
-def _milliseconds(request: Request, steps: RankSteps, sent: int) -> dict[str, float]:
+def _times(request: Request, plain: Step, refresh: Step, sent: int) -> Times:
     device = request.device
-    return {
-        "plain_ms": 1e3 * device.step_seconds(steps.plain.operations),
-        "refresh_ms": 1e3 * device.step_seconds(steps.refresh.operations),
-        "staggered_ms": 1e3 * device.step_seconds(steps.staggered.operations),
-        "send_ms": 1e3 * device.send_seconds(sent, request.placement.num_owners),
-    }
+    return Times(
+        plain=1e3 * device.step_seconds(plain.operations),
+        refresh=1e3 * device.step_seconds(refresh.operations),
+        send=1e3 * device.send_seconds(sent, request.placement.num_owners),
+    )
 
 
-def _overhead(request: Request, milliseconds: dict[str, float]) -> float | None:
+def _overhead(request: Request, times: Times) -> float | None:
     if request.step_ms is None:
         return None
-    extra = (milliseconds["refresh_ms"] - milliseconds["plain_ms"]) / request.refresh_interval
-    total = milliseconds["plain_ms"] + milliseconds["send_ms"] + extra
-    return 100.0 * total / request.step_ms
+    return 100.0 * times.mean(request.refresh_interval) / request.step_ms
 
 
-def _shortest_interval(request: Request, milliseconds: dict[str, float]) -> int | None:
+def _shortest_interval(request: Request, times: Times) -> tuple[int | None, str | None]:
+    """The interval, or why there is none; neither if nobody asked."""
     if request.step_ms is None:
-        return None
+        return None, None
+    placement, limit = request.placement, request.max_wave_numel
+
+    def times_at(interval: int) -> Times:
+        if interval == request.refresh_interval:
+            return times
+        methods = _methods(request, interval)
+        rank = _heaviest(methods, placement)
+        plain, refresh = plain_and_refresh(methods, rank, request.averaging, limit)
+        sent = sent_bytes(request.parameters, methods, placement, max_wave_numel=limit)
+        return _times(request, plain, refresh, max(sent))
+
     allowed = request.step_ms * request.overhead_percent / 100.0
-    left = allowed - milliseconds["plain_ms"] - milliseconds["send_ms"]
-    extra = milliseconds["refresh_ms"] - milliseconds["plain_ms"]
-    if left <= 0.0 or extra / left > LONGEST_INTERVAL:
-        return None
-    return max(1, math.ceil(extra / left))
+    interval, of_interval = shortest_interval(allowed, request.refresh_interval, times_at)
+    return interval, reason(allowed, of_interval) if interval is None else None

@@ -47,26 +47,50 @@ def _blocks(plan: Plan) -> list[str]:
 
 
 def _memory(plan: Plan) -> list[str]:
-    least, most = min(plan.state_bytes_per_rank), plan.state_bytes
-    lines = {
-        "parameters and gradients": 2 * plan.parameter_bytes,
-        "state, largest rank": most,
-        "communication buffers": plan.buffer_bytes,
-        "temporary, plain step": plan.plain_peak_bytes,
-        "temporary, staggered refresh": plan.staggered_peak_bytes,
-        "temporary, refresh of everything": plan.refresh_peak_bytes,
-    }
+    staggered, at_once = plan.staggered_memory, plan.at_once_memory
     return [
         "Memory of a rank, exact for tensors of 4 bytes, without activations",
-        *(f"  {name:<34}{size / MIB:>12,.1f} MiB" for name, size in lines.items()),
-        f"  state, smallest rank              {least / MIB:>12,.1f} MiB",
+        *_lines(
+            {
+                "parameters and gradients": 2 * plan.parameter_bytes,
+                "gradient buckets of DDP": plan.bucket_bytes,
+                "communication buffers": plan.buffer_bytes,
+            }
+        ),
+        f" rank {staggered.rank}, which needs most when refreshes are staggered",
+        *_lines(
+            {
+                "state": staggered.state,
+                "temporary, plain step": staggered.plain,
+                "temporary, dearest step": staggered.staggered,
+            }
+        ),
+        f" rank {at_once.rank}, which needs most when everything is refreshed at once",
+        *_lines(
+            {
+                "state": at_once.state,
+                "temporary, plain step": at_once.plain,
+                "temporary, refresh of everything": at_once.refresh,
+            }
+        ),
+        " of all ranks",
+        *_lines(
+            {
+                "state, largest": plan.state_bytes,
+                "state, smallest": min(plan.state_bytes_per_rank),
+            }
+        ),
     ]
+
+
+def _lines(sizes: dict[str, int]) -> list[str]:
+    return [f"  {name:<34}{size / MIB:>12,.1f} MiB" for name, size in sizes.items()]
 
 
 def _time(request: Request, plan: Plan) -> list[str]:
     device = request.device.name
     lines = [
-        f"Time of a step on the largest rank, estimated from the rates of {device}",
+        f"Time of a step on the rank with the largest load, estimated from the rates of {device}",
         f"  plain            {plan.plain_ms:>10.2f} ms  {plan.plain_flops / 1e9:>12,.0f} GFLOP"
         f"  {plan.plain_operations:>6} operations",
         f"  dearest staggered{plan.staggered_ms:>10.2f} ms",
@@ -82,9 +106,7 @@ def _time(request: Request, plan: Plan) -> list[str]:
         )
         wanted = f"{request.overhead_percent:g} %"
         if plan.shortest_interval is None:
-            lines.append(
-                f"  no refresh interval keeps it at {wanted}: the plain step alone costs more"
-            )
+            lines.append(f"  no refresh interval keeps it at {wanted}: {plan.no_interval}")
         else:
             lines.append(
                 f"  shortest refresh interval that keeps it at {wanted}: {plan.shortest_interval}"

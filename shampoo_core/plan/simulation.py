@@ -152,13 +152,51 @@ def simulate(
         averaging: As of the optimizer.
         max_wave_numel: As of the optimizer.
     """
+    if not _has_blocks(methods, rank):
+        nothing = Step([], 0)
+        return RankSteps(nothing, nothing, nothing)
     remembering = _Remembering(interval=2, start=1)
-    together = _RankOnMeta(methods, rank, remembering, averaging, max_wave_numel)
-    together.step(1)
-    refresh, plain = together.step(2), together.step(3)
+    plain, refresh = _together(methods, rank, remembering, averaging, max_wave_numel)
     policy = StaggeredRefresh(interval)
     spread = _RankOnMeta(methods, rank, policy, averaging, max_wave_numel)
     return RankSteps(plain, refresh, spread.step(_busiest_step(policy, set(remembering.asked))))
+
+
+def plain_and_refresh(
+    methods: Sequence[MethodBlocks],
+    rank: int,
+    averaging: AveragingConfig | None = None,
+    max_wave_numel: int | None = None,
+) -> tuple[Step, Step]:
+    """Take a plain step of one rank that has blocks, and one that refreshes everything; see `simulate`."""
+    return _together(methods, rank, FixedRefresh(interval=2, start=1), averaging, max_wave_numel)
+
+
+def _together(
+    methods: Sequence[MethodBlocks],
+    rank: int,
+    every_other: FixedRefresh,
+    averaging: AveragingConfig | None,
+    max_wave_numel: int | None,
+) -> tuple[Step, Step]:
+    blocks = _RankOnMeta(methods, rank, every_other, averaging, max_wave_numel)
+    blocks.step(1)
+    refresh, plain = blocks.step(2), blocks.step(3)
+    return plain, refresh
+
+
+def first_alike(methods: Sequence[MethodBlocks], num_owners: int) -> list[int]:
+    """For each rank the first one that has as many blocks of every shape, in the same order."""
+    blocks: list[list[tuple[int, Shape]]] = [[] for _ in range(num_owners)]
+    for number, method in enumerate(methods):
+        for tile, owner in zip(method.tiles, method.owners, strict=True):
+            blocks[owner].append((number, tile.sizes))
+    firsts: dict[tuple[tuple[int, Shape], ...], int] = {}
+    return [firsts.setdefault(tuple(own), rank) for rank, own in enumerate(blocks)]
+
+
+def _has_blocks(methods: Sequence[MethodBlocks], rank: int) -> bool:
+    return any(rank in method.owners for method in methods)
 
 
 def _busiest_step(policy: StaggeredRefresh, asked: set[tuple[FactorStackSize, ...]]) -> int:

@@ -28,9 +28,10 @@ INTRODUCTION = """# Plans
 
 Made by `python -m shampoo_core.plan.tables`; `python -m shampoo_core.plan` plans any other case.
 Shampoo with stored roots, Adam graft, blocks of 1024, float32, factors dense, every factor refreshed once
-in 100 steps, refreshes staggered; all numbers are of the largest rank. Bytes and operations are counted on
-the optimizer itself and exact; milliseconds are estimates from stated rates of the device
-(`shampoo_core/plan/devices.py`), good to a factor of two or so. Memory is parameters, gradients, state,
+in 100 steps, refreshes staggered. Bytes are of the rank that needs most, milliseconds of the one with the
+largest load. Bytes and operations are counted on the optimizer itself and exact; milliseconds are estimates
+from stated rates of the device (`shampoo_core/plan/devices.py`), good to a factor of two or so. Memory is
+parameters, gradients, DDP's buckets of gradients (which `gradient_as_bucket_view=True` would save), state,
 communication and temporary tensors, without activations; everything steps at once, and waves
 (`max_wave_numel`) would need less. Sharded weights travel to the owners of their blocks along with
 gradients, as weight decay asks for. Lookup tables (a side of 65,536 or more) are stepped by Adam."""
@@ -107,7 +108,7 @@ def document() -> str:
         "`balance` is the largest modelled load of a rank over the mean; `dearest` the step of a "
         "staggered interval with most work; `mean` includes communication; `step` what a training step "
         "may take on the reference machine (the benchmark's runtime limit over its step hint); "
-        f"`interval` the shortest that keeps the optimizer at {OVERHEAD_PERCENT:g} % of it."
+        f"`interval` keeps the optimizer at {OVERHEAD_PERCENT:g} % of it, one step less does not."
     )
     for device, num_devices, memory in MACHINES:
         parts.append(f"## {num_devices} x {device.upper()} {memory:.0f} GB, replicated (DDP)")

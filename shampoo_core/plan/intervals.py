@@ -1,0 +1,89 @@
+"""The shortest refresh interval that keeps the optimizer's share of a training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LONGEST_INTERVAL = 10_000
+ROUNDS_OF_ESTIMATES = 8
+"""So often the next interval is estimated from the last one's times; then brackets are halved."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of the steps of one plan."""
+
+    plain: float
+    refresh: float
+    """All of a step that refreshes everything."""
+    send: float
+
+    def mean(self, interval: int) -> float:
+        """An average step, communication included."""
+        return self.plain + self.send + (self.refresh - self.plain) / interval
+
+    def estimated_interval(self, allowed: float) -> float:
+        """Shortest that would keep a mean, if times were the same for every interval; may be infinite."""
+        left = allowed - self.plain - self.send
+        if left <= 0.0:
+            return math.inf
+        return max(1, math.ceil((self.refresh - self.plain) / left))
+
+
+def shortest_interval(
+    allowed: float, start: int, times_at: Callable[[int], Times]
+) -> tuple[int | None, Times]:
+    """Find an interval that keeps to some mean milliseconds while the one before it does not.
+
+    Blocks are divided over ranks by what they cost at an interval, so that every interval has times
+    of its own and each that is considered is planned.
+
+    Args:
+        allowed: Milliseconds that an average step may take.
+        start: An interval whose times are a first guess.
+        times_at: Times of a plan with an interval.
+
+    Returns:
+        The interval, and its times. None, and the times with the longest interval, if that does not
+        keep to them either.
+    """
+    failing, holding, found = 0, LONGEST_INTERVAL, None
+    last = times_at(start)
+    rounds = 0
+    while holding - failing > 1 or found is None:
+        guess = last.estimated_interval(allowed)
+        if found is None and guess >= LONGEST_INTERVAL:
+            candidate = LONGEST_INTERVAL
+        elif rounds < ROUNDS_OF_ESTIMATES:
+            # An interval that is its own estimate is the answer unless the one before holds as well.
+            candidate = int(min(max(guess, failing + 1), holding - 1))
+        else:
+            candidate = (failing + holding) // 2
+        rounds += 1
+        last = times_at(candidate)
+        if last.mean(candidate) <= allowed:
+            holding, found = candidate, last
+        elif candidate == LONGEST_INTERVAL:
+            return None, last
+        else:
+            failing = candidate
+    return holding, found
+
+
+def reason(allowed: float, times: Times) -> str:
+    """Why no interval keeps to it, by times with the longest one."""
+    limit = f"{allowed:.2f} ms"
+    if times.plain > allowed:
+        return f"a plain step alone takes {times.plain:.2f} ms of {limit}"
+    beside = times.plain + times.send
+    if beside > allowed:
+        return (
+            f"a plain step takes {times.plain:.2f} ms and sending {times.send:.2f} ms, "
+            f"together {beside:.2f} of {limit}"
+        )
+    return (
+        f"with one of {LONGEST_INTERVAL:,} steps, the longest considered, a mean step takes "
+        f"{times.mean(LONGEST_INTERVAL):.2f} ms of {limit}"
+    )
