@@ -208,6 +208,22 @@ def whole_stacks(sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
     return [FactorSlice(stack, 0, size.num_factors) for stack, size in enumerate(sizes)]
 
 
+def singles(due: Sequence[FactorSlice]) -> list[FactorSlice]:
+    """A slice for every factor."""
+    return [FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)]
+
+
+def joined(due: Sequence[FactorSlice]) -> list[FactorSlice]:
+    """Join neighbouring slices of one stack."""
+    longer: list[FactorSlice] = []
+    for item in due:
+        if longer and longer[-1].stack == item.stack and longer[-1].stop == item.start:
+            longer[-1] = FactorSlice(item.stack, longer[-1].start, item.stop)
+        else:
+            longer.append(item)
+    return longer
+
+
 def portions(
     due: Sequence[FactorSlice], sizes: Sequence[FactorStackSize], limit: int
 ) -> list[list[FactorSlice]]:

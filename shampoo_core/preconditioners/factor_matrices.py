@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shampoo_core.config import Storage
 from shampoo_core.preconditioners.readiness import Readiness
-from shampoo_core.refresh import FactorSlice, portions
+from shampoo_core.refresh import FactorSlice, joined, portions, singles
 from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
@@ -254,9 +254,9 @@ class FactorMatrices:
             return Stale(due, due if first else [], [] if first else due, may_wait=True)
         if not tests:
             self.ready.ask()
-            new = [one for one in _singles(due) if not self.ready.knows([one])]
-            continued = [one for one in _singles(due) if self.ready.knows([one])]
-            return Stale(due, _joined(new), _joined(continued), may_wait=True)
+            new = [one for one in singles(due) if not self.ready.knows([one])]
+            continued = [one for one in singles(due) if self.ready.knows([one])]
+            return Stale(due, joined(new), joined(continued), may_wait=True)
         ratios: list[Tensor] = []
         due_portions = self.portions(due)
         for portion in due_portions:
@@ -268,13 +268,13 @@ class FactorMatrices:
             exceeds |= is_new
         has_failed = torch.cat(_slices(self.num_failures, due)) > 0
         told = torch.stack([exceeds, is_new, has_failed]).tolist()
-        answers = list(zip(_singles(due), *told, strict=True))
+        answers = list(zip(singles(due), *told, strict=True))
         self.ready.learn([one for one, _, new, _ in answers if not new])
         stale = [(one, new, failed) for one, exceeding, new, failed in answers if exceeding]
         return Stale(
-            _joined([one for one, _, _ in stale]),
-            _joined([one for one, new, _ in stale if new]),
-            _joined([one for one, new, _ in stale if not new]),
+            joined([one for one, _, _ in stale]),
+            joined([one for one, new, _ in stale if new]),
+            joined([one for one, new, _ in stale if not new]),
             may_wait=any(failed for _, _, failed in stale),
         )
 
@@ -387,19 +387,3 @@ def _slices(tensors: Sequence[Tensor], due: Sequence[FactorSlice]) -> list[Tenso
 def _together(parts: Sequence[Tensor]) -> Tensor:
     """Several tensors as one; a single one itself."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _singles(due: Sequence[FactorSlice]) -> list[FactorSlice]:
-    """A slice for every factor."""
-    return [FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)]
-
-
-def _joined(singles: Sequence[FactorSlice]) -> list[FactorSlice]:
-    """Join neighbouring slices of one stack."""
-    joined: list[FactorSlice] = []
-    for item in singles:
-        if joined and joined[-1].stack == item.stack and joined[-1].stop == item.start:
-            joined[-1] = FactorSlice(item.stack, joined[-1].start, item.stop)
-        else:
-            joined.append(item)
-    return joined

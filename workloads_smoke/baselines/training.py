@@ -96,8 +96,8 @@ def short_run_factor(step_hint: int) -> float:
     """Return what published learning rates are multiplied by in a run of `step_hint` steps.
 
     They were found on runs of ten thousand steps and more, where this is 1. On the few hundred steps
-    of a smoke workload they would lose by their shortness alone; the square root is the rule that our
-    own submission follows, too.
+    of a smoke workload they would lose by their shortness alone. Our submission has a rule of the same
+    form for the length of its own schedule.
     """
     return math.sqrt(max(1.0, LONG_RUN / step_hint))
 
