@@ -14,7 +14,7 @@ PACKAGE = Path(shampoo_core.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = (
-    ("config", "blocking", "grams"),
+    ("config", "blocking", "grams", "load_hooks"),
     ("state", "costs"),
     ("counting", "live_memory", "model_shapes", "refresh"),
     ("stacks",),
@@ -27,6 +27,7 @@ LAYERS = (
     ("engine",),
     ("groups",),
     ("allocation", "stepping", "checkpoint"),
+    ("group_engines",),
     ("optimizer",),
     ("diagnostics", "plan"),
     ("__init__",),

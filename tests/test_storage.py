@@ -163,10 +163,11 @@ def test_a_stack_is_decoded_whatever_its_length_in_the_same_operations(storage: 
         config = ShampooConfig(storage=storage)
         optimizer = DistributedShampoo(params, preconditioner=config, refresh=FixedRefresh(3, 2))
         steps = []
-        for _ in range(3):
+        for _ in range(6):
             with OperationCounter() as counter:
                 optimizer.step()
             steps.append((counter.num_operations, counter.num_synchronisations))
         counts.append(steps)
     assert counts[0] == counts[1]
-    assert [waits for _, waits in counts[0]] == [0, 1, 1]
+    # The second refresh asks whether all factors have been refreshed, once for all.
+    assert [waits for _, waits in counts[0]] == [0, 1, 2, 0, 0, 1]

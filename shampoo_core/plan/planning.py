@@ -88,7 +88,7 @@ class Request:
                 f"a part, got {self.reserved_gib:g}"
             )
         check_count("Request", "max_block_size", self.max_block_size)
-        check_count("Request", "max_wave_numel", self.max_wave_numel)
+        check_count("Request", "max_wave_numel", self.max_wave_numel, optional=True)
         check_count("Request", "refresh_interval", self.refresh_interval)
         if self.step_ms is not None:
             check_range("Request", "step_ms", self.step_ms, low=0.0, low_open=True)
