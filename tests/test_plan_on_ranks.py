@@ -58,10 +58,8 @@ def measured() -> dict[tuple[Sharding, str, int | None], tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "ranks",
-    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_bytes_are_those_of_the_ranks(ranks: int, tmp_path: Path) -> None:
     found = on_ranks(ranks, tmp_path / "ranks", measured)
     parameters = [NamedShape(str(i), shape) for i, shape in enumerate(SHAPES)]
