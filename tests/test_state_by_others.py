@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import pickle
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from quadratic import assert_same, optimizer_for, parameters, run
+from test_state import saved
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -36,15 +36,6 @@ SCHEDULERS: dict[str, Callable[[DistributedShampoo], LRScheduler]] = {
     "cyclic": lambda o: CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
     "averaging": lambda o: SWALR(o, swa_lr=0.02, anneal_epochs=4),
 }
-
-
-def saved(optimizer: DistributedShampoo) -> dict[str, Any]:
-    """What comes back from a file of tensors and plain values."""
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    loaded: dict[str, Any] = torch.load(buffer, weights_only=True)
-    return loaded
 
 
 def copies(params: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
