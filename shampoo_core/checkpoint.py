@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ TRAINING_WEIGHTS = "training_weights"
 
 
 def block_views(engine: Engine) -> dict[int, dict[str, Tensor]]:
-    """Views of an engine's state by parameter index and block."""
+    """Views of an engine's state by parameter index and block, brought up to date."""
     views: dict[int, dict[str, Tensor]] = {}
     for layout, state in zip(engine.stack_set.layouts, engine.state(), strict=True):
         block = 0
@@ -45,12 +45,6 @@ def block_views(engine: Engine) -> dict[int, dict[str, Tensor]]:
                     of_parameter[f"{prefix}.{name}"] = tensor[block]
                 block += 1
     return views
-
-
-def bring_up_to_date(engines: Iterable[Iterable[Engine]]) -> None:
-    """Complete what `block_views` views, see `Engine.state`."""
-    for engine in itertools.chain.from_iterable(engines):
-        engine.state()
 
 
 def block_name(position: Shape) -> str:

@@ -15,7 +15,6 @@ from shampoo_core.blocking import Cut, MergeDirection
 from shampoo_core.checkpoint import (
     FORMAT_VERSION,
     TRAINING_WEIGHTS,
-    bring_up_to_date,
     changed_entries,
     check_evaluated,
     check_groups,
@@ -188,7 +187,7 @@ class DistributedShampoo(WithLoadHooks):
         self._show_state(self._owned[-1])
 
     def _show_state(self, own: GroupEngines) -> None:
-        """Let ``state`` view the state of a group's engines; steps do not read it."""
+        """Let ``state`` view the state of a group's engines, brought up to date; steps do not read it."""
         for index, views in views_of(own.engines).items():
             self.state[own.group["params"][index]].update(views)
 
@@ -308,7 +307,8 @@ class DistributedShampoo(WithLoadHooks):
         group = None if self._exchanges is None else self._exchanges.group
         if group is None:
             return 0
-        bring_up_to_date(self._engines)
+        for own in self._owned:
+            self._show_state(own)
         states = [self.state.get(p, {}) for g in self.param_groups for p in g["params"]]
         self._gathered = gather_states(states, group)
         return sum(tensor.nbytes for tensor in self._gathered.values())
@@ -325,7 +325,6 @@ class DistributedShampoo(WithLoadHooks):
             ``complete``: whether the state of all blocks is there.
         """
         check_unchanged(self._owned, self.param_groups)
-        bring_up_to_date(self._engines)
         for own in self._owned:
             self._show_state(own)
         state_dict = super().state_dict()
