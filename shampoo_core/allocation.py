@@ -66,7 +66,8 @@ def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> I
     division = exchange.divide(
         whole, partial(method.block_flops, refresh_interval=refresh.interval)
     )
-    limit = wave_limit(group, whole.device, sends=exchange.sends)
+    most = max(own.numel for own in division.by_rank)
+    limit = wave_limit(group["max_wave_numel"], whole.device, sends=exchange.sends, numel=most)
     create = partial(
         method.create,
         options=constant_options(group, limit),

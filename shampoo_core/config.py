@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 MomentumNormaliser = Literal["exact", "algoperf_v05"]
 Storage = Literal["dense", "packed", "8bit", "4bit"]
@@ -96,6 +96,17 @@ def check_flag(owner: str, name: str, value: object) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+
+
+def check_flags(config: Any) -> None:
+    """Raise unless every field of a dataclass whose default is True or False is one of them.
+
+    Raises:
+        TypeError: One is not, such as a 1 or the text of a command line, "False", which counts as true.
+    """
+    for field in fields(config):
+        if isinstance(field.default, bool):
+            check_flag(type(config).__name__, field.name, getattr(config, field.name))
 
 
 def check_object(owner: str, name: str, value: object, method: str, wanted: str) -> None:

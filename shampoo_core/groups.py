@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ have to agree with the checkpoint's."""
 CPU_WAVE_NUMEL = 2**20
 """Numbers in a wave by default on a CPU: a stack of as many is 4 MB, which the C library's allocator hands
 out again and again, where larger ones come from the system, page by page, at every step."""
+
+LARGEST_WAVE_NUMEL = 2**27
+"""Numbers in a wave by default elsewhere, half a GiB in float32: a step takes up to 1.8 GiB for a while,
+however large the model. Products of as many numbers take thousands of times as long as the launches that
+a wave adds."""
 
 WITHOUT_MEANING = ("max_wave_numel",)
 """Options that neither results nor the state in a checkpoint depend on: they may differ from it, and
@@ -213,18 +218,22 @@ def grafting_of(group: Mapping[str, Any]) -> GraftingConfig | None:
     return named
 
 
-def wave_limit(group: Mapping[str, Any], device: torch.device, *, sends: bool) -> int | None:
+def wave_limit(
+    asked: int | Literal["auto"] | None, device: torch.device, *, sends: bool, numel: int
+) -> int | None:
     """Most numbers that are stepped at once, None for all.
 
     Args:
-        group: A parameter group.
+        asked: The option ``max_wave_numel`` of a group.
         device: Of its state.
         sends: Whether every wave costs a message.
+        numel: Numbers that the rank with most of them steps; the same on all ranks.
     """
-    if group["max_wave_numel"] == "auto":
-        return CPU_WAVE_NUMEL if device.type == "cpu" and not sends else None
-    limit: int | None = group["max_wave_numel"]
-    return limit
+    if asked != "auto":
+        return asked
+    if device.type == "cpu" and not sends:
+        return CPU_WAVE_NUMEL
+    return LARGEST_WAVE_NUMEL if numel > LARGEST_WAVE_NUMEL else None
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:

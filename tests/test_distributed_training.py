@@ -143,7 +143,7 @@ def losses(kind: str) -> list[float]:
         loss = nn.functional.cross_entropy(model(inputs), inputs[:, :3].argmax(1))
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
+        found.append(loss.item())
         if step % 4 == 3:
             optimizer.eval()
             found.append(float(nn.functional.mse_loss(model(inputs)[:, :3], inputs[:, :3])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from quadratic import optimizer_for, parameters, run
 
+import shampoo_core
 from shampoo_core import (
     AdamGrafting,
     CoupledNewtonSolver,
@@ -105,6 +107,26 @@ def test_vectors_without_a_factor_need_no_root() -> None:
 def test_what_is_of_the_wrong_kind(make: Callable[[], object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (config, option.name)
+        for config in (getattr(shampoo_core, name) for name in shampoo_core.__all__)
+        if isinstance(config, type) and dataclasses.is_dataclass(config)
+        for option in dataclasses.fields(config)
+        if isinstance(option.default, bool)
+    ],
+)
+def test_flags_are_true_or_false(config: Any, name: str) -> None:
+    """The text "False", as of a command line, would count as true."""
+    for given in (1, "False", None):
+        message = f"{config.__name__}: {name} must be True or False, got {given!r}"
+        with pytest.raises(TypeError, match=message):
+            config(**{name: given})
+    for given in (True, False):
+        assert getattr(config(**{name: given}), name) is given
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int32, torch.complex64])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -24,6 +25,7 @@ from shampoo_core import (
 )
 from shampoo_core.blocking import merge_dimensions, tiles_of
 from shampoo_core.counting import Operation, OperationCounter
+from shampoo_core.groups import LARGEST_WAVE_NUMEL
 from shampoo_core.live_memory import LiveMemory
 from shampoo_core.model_shapes import (
     TRANSFORMERS,
@@ -86,13 +88,18 @@ def test_state_of_one_process_is_that_of_the_optimizer(config: Any, averaging: s
     assert make_plan(request).state_bytes_per_rank == [measured(request, 0)[0]]
 
 
-@pytest.mark.parametrize("max_wave_numel", [None, 3_000_000])
-@pytest.mark.parametrize("workload", ["imagenet_resnet", "imagenet_vit", "ogbg"])
+@pytest.mark.parametrize(
+    ("workload", "max_wave_numel"),
+    [
+        *itertools.product(["imagenet_resnet", "imagenet_vit", "ogbg"], ["auto", 3_000_000]),
+        ("finewebedu_lm", "auto"),
+    ],
+)
 def test_peaks_of_one_process_are_those_of_the_optimizer(
-    workload: str, max_wave_numel: int | None
+    workload: str, max_wave_numel: Any
 ) -> None:
     """Up to the vectors with a number per block, which a plan makes for blocks one by one."""
-    request = Request(named_model(workload), max_wave_numel=max_wave_numel)
+    request = Request(named_model(workload), max_wave_numel=max_wave_numel, refresh_interval=4)
     plan = make_plan(request)
     state, peaks = measured(request, 3, "meta")
     assert plan.state_bytes_per_rank == [state]
@@ -198,6 +205,18 @@ def test_waves_bound_temporary_memory_and_buffers(ranks: int) -> None:
     if ranks > 1:
         assert waves.buffer_bytes <= (ranks + 1) * limit * 4 < whole.buffer_bytes
         assert waves.sent_bytes_per_rank[0] >= whole.sent_bytes_per_rank[0]
+
+
+def test_waves_are_the_default_where_the_whole_is_large() -> None:
+    bounded = make_plan(Request(named_model("finewebedu_lm"), refresh_interval=4))
+    assert max(bounded.staggered_memory.staggered, bounded.at_once_memory.refresh) <= (
+        3.5 * 4 * LARGEST_WAVE_NUMEL
+    )
+    whole = make_plan(
+        Request(named_model("finewebedu_lm"), refresh_interval=4, max_wave_numel=None)
+    )
+    assert whole.at_once_memory.refresh > 2 * bounded.at_once_memory.refresh
+    assert whole.plain_ms < bounded.plain_ms < 1.005 * whole.plain_ms
 
 
 def test_estimates_by_hand() -> None:

@@ -29,6 +29,7 @@ from shampoo_core import (
     FixedRefresh,
     OrthogonalIterationSolver,
     PerFactorCorrectedConfig,
+    SGDConfig,
     ShampooConfig,
     StaggeredRefresh,
     WeightEMA,
@@ -206,6 +207,30 @@ def test_groups_choose_for_themselves() -> None:
         [{"params": params[:3], "max_wave_numel": WAVE}, {"params": params[3:]}]
     )
     assert [len(engines) for engines in optimizer._engines] == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "device", "groups", "expected"),
+    [
+        (2**17, "meta", 1, [1]),
+        (2**17 + 1024, "meta", 1, [2]),
+        (2**18 + 1024, "meta", 1, [3]),
+        (2**17, "meta", 2, [1, 1]),
+        (2**10, "cpu", 1, [1]),
+        (2**11, "cpu", 1, [2]),
+    ],
+)
+def test_how_much_is_stepped_at_once_by_default(
+    rows: int, device: str, groups: int, expected: list[int]
+) -> None:
+    """Of a matrix with 1024 columns: a million numbers on a CPU, 2^27 elsewhere, of every group."""
+    matrices = [torch.nn.Parameter(torch.empty(rows, 1024, device=device)) for _ in range(groups)]
+    optimizer = DistributedShampoo(
+        [{"params": [matrix]} for matrix in matrices], preconditioner=SGDConfig()
+    )
+    assert [len(engines) for engines in optimizer._engines] == expected
+    alone = [engine.alone for engines in optimizer._engines for engine in engines]
+    assert all(alone) == (device == "cpu" or len(alone) > groups)
 
 
 def test_a_wave_of_nothing_is_refused() -> None:

@@ -13,7 +13,7 @@ from shampoo_core.averaging.base import (
     TrainingWeights,
     Update,
 )
-from shampoo_core.config import check_range
+from shampoo_core.config import check_flags, check_range
 from shampoo_core.filtering import Direction
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
@@ -42,6 +42,7 @@ class HeavyBall:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(self)
         check_range("HeavyBall", "momentum", self.momentum, low=0.0, high=1.0, high_open=True)
         check_range("HeavyBall", "dampening", self.dampening, low=0.0, high=1.0)
 

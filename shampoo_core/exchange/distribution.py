@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from shampoo_core.config import check_choice, check_count
+from shampoo_core.config import check_choice, check_count, check_flags
 
 COMMUNICATION_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +40,7 @@ class Distribution:
 
     def __post_init__(self) -> None:
         owner = "Distribution"
+        check_flags(self)
         check_choice(owner, "communication_dtype", self.communication_dtype, COMMUNICATION_DTYPES)
         check_count(owner, "ranks_per_group", self.ranks_per_group, optional=True)
         if self.ranks_per_group is not None and self.process_group is not None:

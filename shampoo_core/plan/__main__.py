@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from shampoo_core.averaging import (
     AveragingConfig,
@@ -93,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max_block_size", type=int, default=1024)
     parser.add_argument(
-        "--max_wave_numel", type=int, help="step so many numbers at once; default all"
+        "--max_wave_numel",
+        type=_wave,
+        default="auto",
+        help="step so many numbers at once, or 'all'; default all up to 2^27 of a rank and method, "
+        "waves of as many beyond, as the optimizer does",
     )
     parser.add_argument("--refresh_interval", type=int, default=100)
     parser.add_argument(
@@ -110,6 +114,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overhead_percent", type=float, default=5.0, help="that it may add")
     parser.add_argument("--json", action="store_true")
     return parser
+
+
+def _wave(text: str) -> int | Literal["auto"] | None:
+    if text == "auto":
+        return "auto"
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 'auto' or 'all', got {text!r}")
+    return int(text)
 
 
 def _request(options: argparse.Namespace) -> Request:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from shampoo_core.config import STORAGES
+from shampoo_core.groups import LARGEST_WAVE_NUMEL
 from shampoo_core.plan.layout import Placement
 from shampoo_core.plan.planning import Plan, Request, make_plan
 
@@ -38,7 +39,8 @@ def alternatives(request: Request, plan: Plan) -> list[Change]:
 def _changed(request: Request, plan: Plan) -> list[tuple[str, Request]]:
     changes = []
     wave = max(1, plan.largest_stack // (WAVES_OF_LARGEST_STACK * request.placement.num_owners))
-    if request.max_wave_numel is None:
+    wave = min(wave, LARGEST_WAVE_NUMEL // WAVES_OF_LARGEST_STACK)
+    if request.max_wave_numel in (None, "auto"):
         waves = dataclasses.replace(request, max_wave_numel=wave)
         changes.append((f"max_wave_numel={wave}", waves))
     storage = getattr(request.config, "storage", None)

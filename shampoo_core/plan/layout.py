@@ -16,6 +16,7 @@ from shampoo_core.config import check_choice, check_count
 from shampoo_core.exchange.assignment import imbalance
 from shampoo_core.exchange.division import divide, wave_labels
 from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
+from shampoo_core.groups import wave_limit
 from shampoo_core.model_shapes import NamedShape
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.diagonal import AdamConfig
@@ -76,6 +77,8 @@ class MethodBlocks:
     """One tile for each block."""
     owners: list[int]
     costs: list[float]
+    max_wave_numel: int | None = None
+    """Most numbers that a rank steps and sends at once; None is all, together with other methods."""
 
     def of_rank(self, rank: int) -> list[Tile]:
         """The blocks of one rank."""
@@ -89,6 +92,7 @@ def blocks_by_method(
     *,
     max_block_size: int,
     refresh_interval: int,
+    max_wave_numel: int | Literal["auto"] | None = None,
 ) -> list[MethodBlocks]:
     """Cut parameters into blocks, lookup tables apart, and give each an owner as the optimizer does.
 
@@ -98,6 +102,7 @@ def blocks_by_method(
         placement: Ranks.
         max_block_size: Longest side of a block.
         refresh_interval: Weighs the cost of refreshes against that of steps.
+        max_wave_numel: As of the optimizer.
     """
     is_table = [max(parameter.shape, default=1) >= TABLE_ROWS for parameter in parameters]
     loads = [0.0] * placement.num_owners
@@ -108,7 +113,7 @@ def blocks_by_method(
             if is_table[index] == tables:
                 tiles += _tiles(index, parameter.shape, max_block_size, whole=tables)
         if tiles:
-            methods.append(_divided(method, tiles, loads, refresh_interval))
+            methods.append(_divided(method, tiles, loads, refresh_interval, max_wave_numel))
     return methods
 
 
@@ -119,7 +124,11 @@ def _tiles(index: int, shape: Shape, max_block_size: int, *, whole: bool) -> lis
 
 
 def _divided(
-    config: PreconditionerConfig, tiles: Sequence[Tile], loads: list[float], interval: int
+    config: PreconditionerConfig,
+    tiles: Sequence[Tile],
+    loads: list[float],
+    interval: int,
+    max_wave_numel: int | Literal["auto"] | None,
 ) -> MethodBlocks:
     """Give the blocks to ranks with some loads, to which theirs are added."""
     whole = StackSet(tiles, dtype=torch.float32, device=torch.device("meta"))
@@ -131,7 +140,10 @@ def _divided(
         for block in _single_blocks(tile)
     ]
     costs = [config.block_flops(block.sizes, interval) for block, _ in owned]
-    return MethodBlocks(config, [block for block, _ in owned], [owner for _, owner in owned], costs)
+    most = max(own.numel for own in division.by_rank)
+    limit = wave_limit(max_wave_numel, whole.device, sends=len(loads) > 1, numel=most)
+    blocks, owners = [block for block, _ in owned], [owner for _, owner in owned]
+    return MethodBlocks(config, blocks, owners, costs, limit)
 
 
 def _single_blocks(tile: Tile) -> list[Tile]:
@@ -163,32 +175,25 @@ def loads(methods: Sequence[MethodBlocks], placement: Placement) -> list[float]:
     return totals
 
 
-def numbers_owned(
-    methods: Sequence[MethodBlocks], placement: Placement, max_wave_numel: int | None = None
-) -> list[list[int]]:
-    """Numbers in the blocks that each owner steps and sends together, for every wave.
-
-    Args:
-        methods: The blocks of the model.
-        placement: Ranks.
-        max_wave_numel: As of the optimizer; None makes one wave of all methods.
-    """
-    owners = range(placement.num_owners)
-    numels = [
-        [[math.prod(tile.sizes) for tile in method.of_rank(rank)] for rank in owners]
-        for method in methods
-    ]
-    if max_wave_numel is None:
-        return [[sum(sum(by_rank[rank]) for by_rank in numels) for rank in owners]]
-    waves = []
-    for by_rank in numels:
+def numbers_owned(methods: Sequence[MethodBlocks], placement: Placement) -> list[list[int]]:
+    """Numbers in the blocks that each owner steps and sends together, for every wave."""
+    waves: list[list[int]] = []
+    together = [0] * placement.num_owners
+    for method in methods:
+        by_rank = [
+            [math.prod(tile.sizes) for tile in method.of_rank(rank)]
+            for rank in range(placement.num_owners)
+        ]
+        if method.max_wave_numel is None:
+            together = [sum(own, start) for own, start in zip(by_rank, together, strict=True)]
+            continue
         sums: list[Counter[int]] = []
         for own in by_rank:
             sums.append(Counter())
-            for wave, numel in zip(wave_labels(own, max_wave_numel), own, strict=True):
+            for wave, numel in zip(wave_labels(own, method.max_wave_numel), own, strict=True):
                 sums[-1][wave] += numel
         waves += [[of_rank[wave] for of_rank in sums] for wave in range(max(map(len, sums)))]
-    return waves
+    return [*waves, together] if any(together) else waves
 
 
 def sent_bytes(
@@ -198,7 +203,6 @@ def sent_bytes(
     *,
     reads_weights: bool = True,
     bytes_per_number: int = 4,
-    max_wave_numel: int | None = None,
 ) -> list[int]:
     """Bytes that each owner puts on the wire in a step.
 
@@ -208,12 +212,11 @@ def sent_bytes(
         placement: Ranks.
         reads_weights: Whether a step needs the weights of its blocks, as for weight decay.
         bytes_per_number: Of the communication dtype.
-        max_wave_numel: As of the optimizer.
     """
     if placement.num_owners == 1:
         return [0]
     if placement.sharding == "ddp":
-        waves = numbers_owned(methods, placement, max_wave_numel)
+        waves = numbers_owned(methods, placement)
         sent_by_all = sum(all_gather_bytes(numbers, bytes_per_number) for numbers in waves)
         return [sent_by_all] * placement.num_owners
     pieces = travelling_pieces(parameters, methods, placement)

@@ -7,10 +7,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from shampoo_core.averaging import AveragingConfig
-from shampoo_core.config import check_count, check_range
+from shampoo_core.config import check_count, check_flags, check_range
 from shampoo_core.model_shapes import NamedShape, num_elements
 from shampoo_core.plan.devices import DEVICES, Device
 from shampoo_core.plan.intervals import Times, reason, shortest_interval
@@ -50,7 +50,8 @@ class Request:
         config: The method.
         averaging: As of the optimizer.
         max_block_size: Longest side of a block.
-        max_wave_numel: As of the optimizer: most numbers stepped at once; None is all.
+        max_wave_numel: As of the optimizer: most numbers stepped at once; None is all, ``"auto"`` all or
+            2^27, see `DistributedShampoo`.
         refresh_interval: Steps from one refresh of a factor to its next.
         gradient_as_bucket_view: As of torch's DDP: whether gradients lie in the buckets that it averages
             them in, instead of beside them.
@@ -70,7 +71,7 @@ class Request:
     config: PreconditionerConfig = field(default_factory=ShampooConfig)
     averaging: AveragingConfig | None = None
     max_block_size: int = 1024
-    max_wave_numel: int | None = None
+    max_wave_numel: int | Literal["auto"] | None = "auto"
     refresh_interval: int = 100
     gradient_as_bucket_view: bool = False
     reserved_gib: float = 0.0
@@ -80,6 +81,7 @@ class Request:
     def __post_init__(self) -> None:
         if not num_elements(self.parameters):
             raise ValueError("Request: parameters must have at least one element, got none")
+        check_flags(self)
         check_range("Request", "memory_gib", self.memory_gib, low=0.0, low_open=True)
         check_range("Request", "reserved_gib", self.reserved_gib, low=0.0)
         if self.reserved_gib >= self.memory_gib:
@@ -88,7 +90,8 @@ class Request:
                 f"a part, got {self.reserved_gib:g}"
             )
         check_count("Request", "max_block_size", self.max_block_size)
-        check_count("Request", "max_wave_numel", self.max_wave_numel, optional=True)
+        if self.max_wave_numel != "auto":
+            check_count("Request", "max_wave_numel", self.max_wave_numel, optional=True)
         check_count("Request", "refresh_interval", self.refresh_interval)
         if self.step_ms is not None:
             check_range("Request", "step_ms", self.step_ms, low=0.0, low_open=True)
@@ -210,15 +213,15 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Work out what a model needs."""
-    placement, limit = request.placement, request.max_wave_numel
+    placement = request.placement
     methods = _methods(request, request.refresh_interval)
     alike = first_alike(methods, placement.num_owners)
     steps_of = {
-        rank: simulate(methods, rank, request.refresh_interval, request.averaging, limit)
+        rank: simulate(methods, rank, request.refresh_interval, request.averaging)
         for rank in dict.fromkeys(alike)
     }
     steps = steps_of[alike[_heaviest(methods, placement)]]
-    sent = sent_bytes(request.parameters, methods, placement, max_wave_numel=limit)
+    sent = sent_bytes(request.parameters, methods, placement)
     times = _times(request, steps.plain, steps.refresh, max(sent))
     states = state_bytes(methods, placement.num_owners, request.averaging)
     memory = [_rank_memory(rank, states[rank], steps_of[rank]) for rank in steps_of]
@@ -234,7 +237,7 @@ def make_plan(request: Request) -> Plan:
         state_bytes_per_rank=states,
         staggered_memory=max(memory, key=lambda of_rank: of_rank.most_staggered),
         at_once_memory=max(memory, key=lambda of_rank: of_rank.most_at_once),
-        buffer_bytes=_buffer_bytes(methods, placement, limit),
+        buffer_bytes=_buffer_bytes(methods, placement),
         bucket_bytes=parameter_bytes if has_buckets and not request.gradient_as_bucket_view else 0,
         sent_bytes_per_rank=sent,
         balance=balance(methods, placement),
@@ -261,6 +264,7 @@ def _methods(request: Request, refresh_interval: int) -> list[MethodBlocks]:
         request.placement,
         max_block_size=request.max_block_size,
         refresh_interval=refresh_interval,
+        max_wave_numel=request.max_wave_numel,
     )
 
 
@@ -295,12 +299,10 @@ def _parameter_bytes(request: Request) -> int:
     return numbers * FLOAT32
 
 
-def _buffer_bytes(
-    methods: Sequence[MethodBlocks], placement: Placement, max_wave_numel: int | None
-) -> int:
+def _buffer_bytes(methods: Sequence[MethodBlocks], placement: Placement) -> int:
     if placement.num_owners == 1:
         return 0
-    longest = max(map(max, numbers_owned(methods, placement, max_wave_numel)))
+    longest = max(map(max, numbers_owned(methods, placement)))
     if placement.sharding == "ddp":  # one's own segment, and those of all
         return (placement.num_owners + 1) * longest * FLOAT32
     return 2 * longest * FLOAT32  # to send, and received
@@ -325,15 +327,15 @@ def _shortest_interval(request: Request, times: Times) -> tuple[int | None, str 
     """The interval, or why there is none; neither if nobody asked."""
     if request.step_ms is None:
         return None, None
-    placement, limit = request.placement, request.max_wave_numel
+    placement = request.placement
 
     def times_at(interval: int) -> Times:
         if interval == request.refresh_interval:
             return times
         methods = _methods(request, interval)
         rank = _heaviest(methods, placement)
-        plain, refresh = plain_and_refresh(methods, rank, request.averaging, limit)
-        sent = sent_bytes(request.parameters, methods, placement, max_wave_numel=limit)
+        plain, refresh = plain_and_refresh(methods, rank, request.averaging)
+        sent = sent_bytes(request.parameters, methods, placement)
         return _times(request, plain, refresh, max(sent))
 
     allowed = request.step_ms * request.overhead_percent / 100.0

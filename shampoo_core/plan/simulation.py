@@ -70,7 +70,6 @@ class _RankOnMeta:
         rank: int,
         refresh: RefreshPolicy,
         averaging: AveragingConfig | None,
-        max_wave_numel: int | None,
     ) -> None:
         groups: list[dict[str, Any]] = []
         for method in methods:
@@ -80,7 +79,7 @@ class _RankOnMeta:
                     {
                         "params": on_meta(shapes),
                         "preconditioner": method.config,
-                        "max_wave_numel": max_wave_numel,
+                        "max_wave_numel": method.max_wave_numel,
                     }
                 )
         self._optimizer = optimizer_of(groups, refresh, averaging)
@@ -141,7 +140,6 @@ def simulate(
     rank: int,
     interval: int,
     averaging: AveragingConfig | None = None,
-    max_wave_numel: int | None = None,
 ) -> RankSteps:
     """Take the steps of one rank.
 
@@ -150,15 +148,14 @@ def simulate(
         rank: Whose blocks to step.
         interval: Steps from one refresh of a factor to its next.
         averaging: As of the optimizer.
-        max_wave_numel: As of the optimizer.
     """
     if not _has_blocks(methods, rank):
         nothing = Step([], 0)
         return RankSteps(nothing, nothing, nothing)
     remembering = _Remembering(interval=2, start=1)
-    plain, refresh = _together(methods, rank, remembering, averaging, max_wave_numel)
+    plain, refresh = _together(methods, rank, remembering, averaging)
     policy = StaggeredRefresh(interval)
-    spread = _RankOnMeta(methods, rank, policy, averaging, max_wave_numel)
+    spread = _RankOnMeta(methods, rank, policy, averaging)
     return RankSteps(plain, refresh, spread.step(_busiest_step(policy, set(remembering.asked))))
 
 
@@ -166,10 +163,9 @@ def plain_and_refresh(
     methods: Sequence[MethodBlocks],
     rank: int,
     averaging: AveragingConfig | None = None,
-    max_wave_numel: int | None = None,
 ) -> tuple[Step, Step]:
     """Take a plain step of one rank that has blocks, and one that refreshes everything; see `simulate`."""
-    return _together(methods, rank, FixedRefresh(interval=2, start=1), averaging, max_wave_numel)
+    return _together(methods, rank, FixedRefresh(interval=2, start=1), averaging)
 
 
 def _together(
@@ -177,9 +173,8 @@ def _together(
     rank: int,
     every_other: FixedRefresh,
     averaging: AveragingConfig | None,
-    max_wave_numel: int | None,
 ) -> tuple[Step, Step]:
-    blocks = _RankOnMeta(methods, rank, every_other, averaging, max_wave_numel)
+    blocks = _RankOnMeta(methods, rank, every_other, averaging)
     blocks.step(1)
     refresh, plain = blocks.step(2), blocks.step(3)
     return plain, refresh

@@ -24,6 +24,7 @@ from shampoo_core.config import (
     Storage,
     check_choice,
     check_count,
+    check_flags,
     check_range,
 )
 from shampoo_core.costs import method_flops
@@ -94,6 +95,7 @@ class EigenvalueCorrectedConfig:
 
     def __post_init__(self) -> None:
         owner = "EigenvalueCorrectedConfig"
+        check_flags(self)
         check_basis_solver(owner, self.solver)
         check_range(owner, "exponent", self.exponent, low=0.0, high=1.0, low_open=True)
         check_choice(owner, "second_moments", self.second_moments, SECOND_MOMENTS)

@@ -27,6 +27,7 @@ from shampoo_core.config import (
     Storage,
     check_choice,
     check_count,
+    check_flags,
     check_range,
 )
 from shampoo_core.costs import method_flops
@@ -92,6 +93,7 @@ class KLShampooConfig:
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
+        check_flags(self)
         check_basis_solver(owner, self.solver)
         check_choice(owner, "second_moments", self.second_moments, SECOND_MOMENTS)
         check_range(owner, "initial_eigenvalue", self.initial_eigenvalue, low=0.0, low_open=True)

@@ -29,6 +29,7 @@ from shampoo_core.config import (
     Storage,
     check_choice,
     check_count,
+    check_flags,
     check_range,
 )
 from shampoo_core.costs import method_flops
@@ -92,6 +93,7 @@ class PerFactorCorrectedConfig:
 
     def __post_init__(self) -> None:
         owner = "PerFactorCorrectedConfig"
+        check_flags(self)
         check_exponents(owner, self.exponent)
         check_basis_solver(owner, self.solver)
         check_regularizers(owner, self.rank_tolerance, self.ridge, self.relative_ridge)

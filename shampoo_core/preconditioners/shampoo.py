@@ -32,6 +32,7 @@ from shampoo_core.config import (
     Storage,
     check_choice,
     check_count,
+    check_flags,
     check_range,
 )
 from shampoo_core.costs import method_flops
@@ -119,6 +120,7 @@ class ShampooConfig:
 
     def __post_init__(self) -> None:
         owner = "ShampooConfig"
+        check_flags(self)
         check_exponents(owner, self.exponent)
         check_root_solver(owner, self.solver, self.exponent)
         check_regularizers(owner, self.rank_tolerance, self.ridge, self.relative_ridge)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.blocking import Shape
-from shampoo_core.config import GroupOptions, check_choice, check_count, check_range
+from shampoo_core.config import GroupOptions, check_choice, check_count, check_flags, check_range
 from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
@@ -74,6 +74,7 @@ class SpectralConfig:
 
     def __post_init__(self) -> None:
         owner = "SpectralConfig"
+        check_flags(self)
         check_range(owner, "momentum", self.momentum, low=0.0, high=1.0, high_open=True)
         check_choice(owner, "scale", self.scale, get_args(Scale))
         check_choice(owner, "method", self.method, (*COEFFICIENTS, "svd"))

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo_core.config import check_flags
 from shampoo_core.grams import add_gram, mirror, strip_bounds
 from shampoo_core.solvers.base import (
     BasisResult,
@@ -59,6 +60,7 @@ class EighSolver(ManyBatchesSolver):
     finds_eigenvectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_flags(self)
         check_number("residual_bound", self.residual_bound, 1.0)
 
     def without_fallback(self) -> EighSolver:

@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from shampoo_core.config import check_flags
 from shampoo_core.solvers.base import (
     ManyBatchesSolver,
     RootResult,
@@ -54,6 +55,7 @@ class MatrixProductSolver(ManyBatchesSolver):
     finds_eigenvectors: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_flags(self)
         if self.relative_ridge_floor is not None:
             check_number("relative_ridge_floor", self.relative_ridge_floor, 1e-15, 1.0)
         check_number("residual_bound", self.residual_bound, 0.0)

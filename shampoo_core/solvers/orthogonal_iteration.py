@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo_core.config import check_flags
 from shampoo_core.solvers.base import (
     BasisResult,
     ManyBatchesSolver,
@@ -57,6 +58,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
     finds_eigenvectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_flags(self)
         check_number("max_iterations", self.max_iterations, 1)
         check_number("tolerance", self.tolerance, 0.0, 1.0)
         check_number("residual_bound", self.residual_bound, 0.0)
