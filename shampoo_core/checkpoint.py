@@ -68,7 +68,9 @@ def describe(value: object) -> Any:
         return {key: describe(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, float):
+        return float(value)  # numpy's is one as well
+    if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Tensor):
         return value.detach().clone()
@@ -119,8 +121,9 @@ def gather_states(
 def warn_of_incomplete_state() -> None:
     """Warn of checkpoints that one rank writes without having everything."""
     LOGGER.warning(
-        "state_dict() on rank 0 has the state of its own blocks alone. A file that rank 0 writes alone "
-        "needs gather_state() on all ranks before; torch.distributed.checkpoint does not"
+        "state_dict() on rank 0 has the state of its own blocks alone. A file that rank 0 writes alone, "
+        "and a full_state_dict of torch.distributed.checkpoint.state_dict, need gather_state() on all "
+        "ranks before; torch.distributed.checkpoint.save does not"
     )
 
 
@@ -279,6 +282,7 @@ def matching_entries(
             f"{owner}: the checkpoint does not fit: "
             f"missing {missing[:3]}{'...' if len(missing) > 3 else ''}, "
             f"unknown {unknown[:3]}{'...' if len(unknown) > 3 else ''}"
+            f"{'' if unknown else '; a full state dict of several ranks needs gather_state() before'}"
         )
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:

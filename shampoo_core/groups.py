@@ -170,8 +170,10 @@ def facts(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             found[f"parameter {position} of group {index}"] = f"{tuple(p.shape)} {p.dtype}{frozen}"
         for name, value in group.items():
             if name not in ("params", "param_names"):
+                # How a tensor is printed hangs on settings and on its device.
+                plain = value.tolist() if isinstance(value, Tensor) else value
                 # Addresses of objects without a name of their own differ between processes.
-                found[f"{name} of group {index}"] = re.sub(" at 0x[0-9a-f]+", "", repr(value))
+                found[f"{name} of group {index}"] = re.sub(" at 0x[0-9a-f]+", "", repr(plain))
     return found
 
 

@@ -53,7 +53,8 @@ class DistributedShampoo(WithLoadHooks):
     Args:
         params: Parameters or parameter groups. Those that do not require a gradient get state when
             they first have one.
-        lr: Learning rate, at least 0; in units of an Adam step under Adam grafting.
+        lr: Learning rate, at least 0; in units of an Adam step under Adam grafting; better no tensor on a
+            GPU, for which the host may wait at every step.
         betas: Decay of the filtered gradient, in [0, 1), and of the second moments, in [0, 1].
         eps: Added to the roots of second moments, positive.
         weight_decay: At least 0.
@@ -80,9 +81,8 @@ class DistributedShampoo(WithLoadHooks):
             bytes of a wave, 3.5 at a refresh by `EighSolver`: half of the largest stack keeps a step below
             twice that. Costs some 40 operations and a message each way between ranks per wave, some 80
             and a host synchronisation per portion. None steps all at once; so does ``"auto"`` up to 2^27
-            numbers of a group and rank, and takes waves of as many beyond, but of a million on a CPU
-            without other ranks, where these are quicker. Results change by rounding only, checkpoints
-            not at all.
+            numbers of a group and rank, and takes waves of as many beyond, but of a million on one CPU,
+            where these are quicker. Results change by rounding only, checkpoints not at all.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
@@ -284,7 +284,8 @@ class DistributedShampoo(WithLoadHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything: `torch.optim.Optimizer` would copy or pickle the groups without the engines."""
-        return self.__dict__.copy()
+        # Schedulers put a step() of their own into the instance, which would step this one for a copy.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over everything; unpickled tensors have memory of their own, views as well."""
@@ -334,11 +335,11 @@ class DistributedShampoo(WithLoadHooks):
             for own, group in zip(self._owned, state_dict["param_groups"], strict=True)
         ]
         state_dict["complete"] = self._is_complete()
-        if self._gathered:
-            merged = {index: dict(entries) for index, entries in state_dict["state"].items()}
-            for (index, name), tensor in self._gathered.items():
-                merged[index][name] = tensor
-            state_dict["state"] = merged
+        # Dicts of its own: train() takes entries out of those of the optimizer.
+        state = {index: dict(entries) for index, entries in state_dict["state"].items()}
+        for (index, name), tensor in (self._gathered or {}).items():
+            state[index][name] = tensor
+        state_dict["state"] = state
         state_dict["evaluates"] = self._evaluates
         state_dict["format_version"] = FORMAT_VERSION
         return state_dict

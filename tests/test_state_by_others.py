@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from quadratic import assert_same, optimizer_for, parameters, run
@@ -17,19 +18,25 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import SWALR
 
+import shampoo_core.refresh
 from shampoo_core import (
     AdamConfig,
     AdamGrafting,
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
+    KLSOAPConfig,
+    OrthogonalIterationSolver,
     ScheduleFree,
     SGDConfig,
+    ShampooConfig,
+    StaggeredRefresh,
     WeightEMA,
 )
+from shampoo_core.groups import facts
 
 SCHEDULERS: dict[str, Callable[[DistributedShampoo], LRScheduler]] = {
     "one cycle": lambda o: OneCycleLR(o, max_lr=0.2, total_steps=12),
@@ -128,6 +135,87 @@ def test_an_unpickled_optimizer_goes_on_and_shows_its_own_state(averaging: Any) 
     run(optimizer, params, range(8, 12))
     run(other, resumed, range(8, 12))
     assert_same(params, resumed, 0.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ShampooConfig(),
+        ShampooConfig(solver=OrthogonalIterationSolver()),
+        EigenvalueCorrectedConfig(solver=OrthogonalIterationSolver()),
+        KLSOAPConfig(),
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2])
+def test_pickled_before_all_factors_were_refreshed(
+    config: Any, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts refreshes and what knows of them have memory in common, a copy's as well."""
+    monkeypatch.setattr(shampoo_core.refresh, "SMALLEST_SHARE", 1.0)
+    params = parameters()
+    optimizer = optimizer_for(params, preconditioner=config, refresh=StaggeredRefresh(4))
+    run(optimizer, params, range(1, at + 1))
+    resumed, other = pickle.loads(pickle.dumps((params, optimizer)))
+    run(optimizer, params, range(at + 1, 12))
+    run(other, resumed, range(at + 1, 12))
+    assert_same(params, resumed, 0.0)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_scheduled_optimizer_steps_itself(copied: Callable[[Any], Any]) -> None:
+    """Schedulers put a step() into the instance, which refers to it."""
+    params = parameters()
+    optimizer = optimizer_for(params, refresh=FixedRefresh(2))
+    scheduler = OneCycleLR(optimizer, max_lr=0.2, total_steps=12)
+    run(optimizer, params, range(1, 3))
+    scheduler.step()
+    own, other = copied((params, optimizer))
+    weights = copies(params)
+    run(other, own, range(3, 6))
+    assert_same(params, weights, 0.0)
+    assert optimizer.param_groups[0]["step"] == 2
+    run(optimizer, params, range(3, 6))
+    assert_same(params, own, 0.0)
+
+
+def test_a_state_taken_in_evaluation_keeps_the_training_weights() -> None:
+    """As where a file is written later, by another thread."""
+    params = parameters()
+    optimizer = optimizer_for(params, averaging=WeightEMA(0.9, interval=1))
+    run(optimizer, params, range(1, 4))
+    optimizer.eval()
+    evaluated, state = copies(params), optimizer.state_dict()
+    optimizer.train()
+    other = optimizer_for(evaluated, averaging=WeightEMA(0.9, interval=1))
+    other.load_state_dict(state)
+    other.train()
+    assert_same(params, evaluated, 0.0)
+
+
+def test_numbers_of_numpy_are_plain_in_a_file() -> None:
+    params = parameters()
+    optimizer = optimizer_for(params)
+    scheduler = LambdaLR(optimizer, lambda step: np.cos(step / 100))
+    run(optimizer, params, range(1, 3))
+    scheduler.step()
+    assert isinstance(optimizer.param_groups[0]["lr"], np.float64)
+    (group,) = saved(optimizer)["param_groups"]
+    assert group["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def test_rates_in_tensors_are_compared_by_value() -> None:
+    def said() -> dict[str, str]:
+        return facts([{"params": [], "lr": torch.tensor(1e-3)}])
+
+    before = said()
+    torch.set_printoptions(precision=8)
+    try:
+        assert said() == before
+    finally:
+        torch.set_printoptions(profile="default")
+    assert facts([{"params": [], "lr": torch.tensor(1.00001e-3)}]) != before
 
 
 @pytest.mark.parametrize("flatten", [False, True])

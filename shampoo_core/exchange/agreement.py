@@ -34,7 +34,8 @@ def check_agreement(owner: str, facts: Mapping[str, str], group: dist.ProcessGro
                 raise ValueError(
                     f"{owner}: ranks 0 and {rank} of the process group differ: {name} is {mine} on "
                     f"rank 0 and {theirs} on rank {rank}. Ranks that share the work need the same "
-                    "model and options; distributed=None makes every rank work for itself"
+                    "model and options; Distribution(process_group=...) names those that do, "
+                    "distributed=None makes every rank work for itself"
                 )
 
 

@@ -108,8 +108,24 @@ def slices(request: Request) -> Collected:
     own = request.division.own
     gradients: list[Tensor] = []
     if request.gradients is not None and any(g is not None for g in request.gradients):
-        gradients = own.gather([None if g is None else local_of(g) for g in request.gradients])
+        gradients = own.gather(
+            [
+                None if g is None else local_of(placed_as(g, p))
+                for g, p in zip(request.gradients, request.parameters, strict=True)
+            ]
+        )
     return Collected(gradients, WeightSlices(own, [local_of(p) for p in request.parameters]))
+
+
+def placed_as(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor with the placements of a parameter; a collective where they differ."""
+    if (
+        isinstance(tensor, DTensor)
+        and isinstance(parameter, DTensor)
+        and tensor.placements != parameter.placements
+    ):
+        return tensor.redistribute(parameter.device_mesh, parameter.placements)
+    return tensor
 
 
 def local_of(tensor: Tensor) -> Tensor:

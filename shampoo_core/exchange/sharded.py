@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo_core.blocking import Shape
-from shampoo_core.exchange.base import Collected, Request, Result, local_of
+from shampoo_core.exchange.base import Collected, Request, Result, local_of, placed_as
 from shampoo_core.exchange.division import Division, divide
 from shampoo_core.exchange.pieces import Piece, pieces_of
 from shampoo_core.stacks import StackSet
@@ -65,7 +64,7 @@ class ShardedExchange:
         for request in requests:
             division, parameters = request.division, request.parameters
             route = self._route(division, parameters)
-            shipment = shipments.on(division.own.device, _common_dtype(division, parameters))
+            shipment = shipments.on(division.own.device, _common_dtype(request))
             arrivals.append([])
             for tensors in _wanted(request):
                 shards = {
@@ -81,10 +80,7 @@ class ShardedExchange:
                         shipment.send(peer, piece.shape, source)
                     for piece in route.owned[peer]:
                         shipment.receive(peer, piece.in_slot(slots[piece.slot]))
-        for (_, dtype), shipment in shipments.items():
-            targets, sources = shipment.travel(self._group, as_dtype=dtype)
-            if targets:
-                torch._foreach_copy_(targets, sources)
+        shipments.unload(self._group)
         for request, stacks in zip(requests, arrivals, strict=True):
             weights = StackedWeights(stacks.pop() if request.reads_weights else [])
             yield Collected(stacks.pop() if stacks else [], weights)
@@ -212,6 +208,14 @@ class _Shipments(dict[tuple[torch.device, torch.dtype], _Shipment]):
         """The shipment that goes from a device in a dtype."""
         return self.setdefault((device, dtype), _Shipment(self._num_ranks, device))
 
+    def unload(self, group: dist.ProcessGroup) -> None:
+        """Let all travel and copy what arrives to the targets; nothing of it stays in memory."""
+        while self:
+            (_, dtype), shipment = self.popitem()
+            targets, sources = shipment.travel(group, as_dtype=dtype)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+
 
 def _wanted(request: Request) -> Iterator[Sequence[Tensor | None]]:
     """The tensors, by parameter, that a request asks for."""
@@ -225,16 +229,14 @@ def _merged_shard(tensor: Tensor | None, parameter: Tensor, merged_shape: Shape)
     """What this rank holds of a parameter-shaped tensor, as rows of the merged view."""
     if tensor is None:
         return None
-    if (
-        isinstance(tensor, DTensor)
-        and isinstance(parameter, DTensor)
-        and tensor.placements != parameter.placements
-    ):
-        tensor = tensor.redistribute(parameter.device_mesh, parameter.placements)
-    return local_of(tensor).detach().reshape(-1, *merged_shape[1:])
+    return local_of(placed_as(tensor, parameter)).detach().reshape(-1, *merged_shape[1:])
 
 
-def _common_dtype(division: Division, parameters: Sequence[Tensor]) -> torch.dtype:
+def _common_dtype(request: Request) -> torch.dtype:
     """In which gradients and weights travel: their own, or that of the arithmetic if they differ."""
-    dtypes = {parameters[index].dtype for index in division.whole.parameters}
-    return dtypes.pop() if len(dtypes) == 1 else division.own.dtype
+    indices = request.division.whole.parameters
+    dtypes = {request.parameters[index].dtype for index in indices}
+    if request.gradients is not None:
+        gradients = [request.gradients[index] for index in indices]
+        dtypes |= {gradient.dtype for gradient in gradients if gradient is not None}
+    return dtypes.pop() if len(dtypes) == 1 else request.division.own.dtype

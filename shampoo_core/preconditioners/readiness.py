@@ -45,6 +45,17 @@ class Readiness:
         self._weights = stack_set.split(self._unready)
         self.forget()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without views: pickled, they would have memory of their own."""
+        views = ("num_refreshes", "_weights")
+        return {name: value for name, value in vars(self).items() if name not in views}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Take over everything, and view it."""
+        vars(self).update(state)
+        self.num_refreshes = list(self._counters.split([len(k) for k in self._is_known]))
+        self._weights = self._stack_set.split(self._unready)
+
     def forget(self) -> None:
         """Know nothing, for somebody may have written to the counters."""
         self._is_known = [[False] * len(counts) for counts in self.num_refreshes]
