@@ -140,7 +140,8 @@ def sharded_traffic() -> dict[str, Any]:
         for piece in pieces_of(engine.division, shapes):
             way = piece.holder, piece.owner
             pieces[way] = pieces.get(way, 0) + piece.numel
-        there, back = all_to_all_bytes(pieces, dist.get_rank(), 4)
+        by_rank = all_to_all_bytes(pieces, dist.get_world_size(), 4)
+        there, back = (sent[dist.get_rank()] for sent in by_rank)
         found[str(decay)] = {"calls": calls, "there": there, "back": back}
     return found
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ from shampoo_core.model_shapes import (
 )
 from shampoo_core.plan import DEVICES, Placement, Plan, Request, make_plan
 from shampoo_core.plan.__main__ import AVERAGING, main
+from shampoo_core.plan.advice import Change, alternatives
 from shampoo_core.plan.devices import LAUNCH_SECONDS
-from shampoo_core.plan.layout import blocks_by_method, sent_bytes, travelling_pieces
+from shampoo_core.plan.layout import blocks_by_method
+from shampoo_core.plan.planning import GIB
+from shampoo_core.plan.travel import pieces_of, travel, waves
+from shampoo_core.storage.triangles import tables_apart
 
 SMALL = [NamedShape("w", (24, 40)), NamedShape("b", (24,)), NamedShape("k", (6, 5, 3, 3))]
 CONFIGS = [
@@ -124,7 +129,8 @@ def test_every_number_has_one_owner_and_one_holder(
     assert all(0 <= owner < placement.num_owners for m in methods for owner in m.owners)
     numbers = sum(math.prod(tile.sizes) for m in methods for tile in m.tiles)
     assert numbers == num_elements(parameters)
-    pieces = travelling_pieces(parameters, methods, placement)
+    assert len(waves(methods)) <= 1
+    pieces = sum((pieces_of(wave, parameters, placement) for wave in waves(methods)), Counter())
     assert sum(pieces.values()) == numbers
     for holder in range(placement.num_shards):
         held = sum(n for (whose, _), n in pieces.items() if whose == holder)
@@ -146,11 +152,15 @@ def test_pieces_of_a_matrix_by_hand() -> None:
     )
     owner_of = dict(zip((t.grid_starts for t in methods[0].tiles), methods[0].owners, strict=True))
     assert [owner_of[place] for place in sorted(owner_of)] == [0, 1, 0, 1, 0, 1]
-    pieces = travelling_pieces(parameters, methods, placement)
-    assert pieces == {(0, 0): 8, (0, 1): 4, (1, 1): 8, (1, 0): 4}
-    # Gradients and weights of 4 numbers out and updates of 4 numbers back, on either rank.
-    assert sent_bytes(parameters, methods, placement) == [48, 48]
-    assert sent_bytes(parameters, methods, placement, reads_weights=False) == [32, 32]
+    (wave,) = waves(methods)
+    assert pieces_of(wave, parameters, placement) == {(0, 0): 8, (0, 1): 4, (1, 1): 8, (1, 0): 4}
+    # Gradients and weights of 4 numbers out and updates of 4 numbers back, on either rank. Most is alive
+    # while 12 numbers of each go out, come in and are put into stacks; the weights stay.
+    travelling = travel(parameters, methods, placement)
+    assert travelling == ([48, 48], [4 * 2 * 36] * 2, [4 * 12] * 2)
+    # Or updates of 12 numbers as they are computed, as they are sent, in a message out and in one in.
+    travelling = travel(parameters, methods, placement, reads_weights=False)
+    assert travelling == ([32, 32], [4 * 48] * 2, [0, 0])
 
 
 def test_replicas_send_the_longest_segment_to_everyone() -> None:
@@ -160,7 +170,11 @@ def test_replicas_send_the_longest_segment_to_everyone() -> None:
         parameters, ShampooConfig(), placement, max_block_size=2, refresh_interval=10
     )
     # Six blocks of four numbers on four ranks: two on some.
-    assert sent_bytes(parameters, methods, placement) == [3 * 8 * 4] * 4
+    travelling = travel(parameters, methods, placement)
+    assert travelling.sent == [3 * 8 * 4] * 4
+    # A message and four that arrive, updates as they are computed and as they are sent.
+    assert sorted(travelling.alive) == [4 * (40 + 8)] * 2 + [4 * (40 + 16)] * 2
+    assert travelling.weights == [0] * 4
 
 
 @pytest.mark.parametrize("model", [*official_workloads(), *TRANSFORMERS])
@@ -203,7 +217,9 @@ def test_waves_bound_temporary_memory_and_buffers(ranks: int) -> None:
     # Fewer matrices at a time save less by their symmetry: of 16 parts 13 are left, or all.
     assert whole.plain_flops <= waves.plain_flops <= 16 / 13 * whole.plain_flops
     if ranks > 1:
-        assert waves.buffer_bytes <= (ranks + 1) * limit * 4 < whole.buffer_bytes
+        assert (
+            waves.staggered_memory.travel <= (ranks + 3) * limit * 4 < whole.staggered_memory.travel
+        )
         assert waves.sent_bytes_per_rank[0] >= whole.sent_bytes_per_rank[0]
 
 
@@ -229,19 +245,81 @@ def test_estimates_by_hand() -> None:
     small = Operation("aten::_linalg_eigh", 1.0, 0, side=512, num_matrices=3)
     assert device.step_seconds([large]) == pytest.approx(3 * 50e-3 * 8)
     assert device.step_seconds([small]) == pytest.approx(3 * 50e-3 / 4)
-    assert device.send_seconds(130e9, 8) == pytest.approx(1.0)
-    assert device.send_seconds(3e9, 16) == pytest.approx(1.0)
+    for to_all in (True, False):
+        assert device.send_seconds(130e9, 8, to_all=to_all) == pytest.approx(1.0)
+    # Between nodes a ring uses all links of a node, what differs for every device its own.
+    assert device.send_seconds(8 * 6.25e9, 16, to_all=True) == pytest.approx(1.0)
+    assert device.send_seconds(6.25e9, 16, to_all=False) == pytest.approx(1.0)
 
 
 def test_what_does_not_fit_is_said_and_helped(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "0.15"])
     text = capsys.readouterr().out
     assert "Does not fit" in text
-    assert 'storage="packed"' in text
+    assert 'storage="4bit"' in text
     assert "2 ranks" in text
     assert "max_wave_numel=1048576" in text
     main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "16"])
     assert "Fits" in capsys.readouterr().out
+
+
+def test_advice_is_what_saves_memory_and_is_put_together_where_nothing_does_alone() -> None:
+    matrices = [NamedShape(str(index), (256, 256)) for index in range(8)]
+    request = Request(matrices, Placement(2), max_block_size=128, refresh_interval=4)
+    peak = make_plan(request).peak_gib
+
+    def advised(share: float, **options: Any) -> dict[str, Change]:
+        short = dataclasses.replace(request, memory_gib=share * peak, **options)
+        return {change.what: change for change in alternatives(short, make_plan(short))}
+
+    alone = advised(0.95)
+    views = alone["gradient_as_bucket_view=True"]
+    assert views.fits
+    assert views.mean_ms == make_plan(request).mean_ms
+    assert all(change.peak_gib <= 0.99 * peak for change in alone.values())
+    (together,) = (
+        change for what, change in advised(0.2).items() if "gradient" in what and "," in what
+    )
+    assert together.what.startswith("gradient_as_bucket_view=True, max_wave_numel=")
+    assert together.what.endswith('storage="4bit"')
+    assert together.peak_gib < min(change.peak_gib for change in alone.values())
+    assert any(what.startswith("max_wave_numel=") for what in advised(0.2, max_wave_numel=100_000))
+
+
+def test_what_fits_in_turns_alone_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "0.22"])
+    text = capsys.readouterr().out
+    assert "Fits with refresh=StaggeredRefresh(), not with the default: needs 0.19 GiB" in text
+    main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "1"])
+    assert "\nFits: needs" in capsys.readouterr().out
+
+
+def test_lookup_tables_are_named_or_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "shapes.json"
+    file.write_text("[[70000, 4], [32, 32]]")
+    flags = ["--shapes", str(file), "--world_size", "1", "--memory_gib", "1"]
+    main(flags)
+    assert "65,536 or more, in a group of their own stepped by Adam: 1\n" in capsys.readouterr().out
+    main([*flags, "--table_rows", "0"])
+    assert "Adam" not in capsys.readouterr().out
+    request = Request(shapes_from_file(file), table_rows=None)
+    assert make_plan(request).state_bytes_per_rank == [measured(request, 0)[0]]
+
+
+@pytest.mark.parametrize(("storage", "with_diagonal"), [("packed", True), ("4bit", False)])
+def test_indices_that_a_storage_keeps_are_counted(storage: Any, with_diagonal: bool) -> None:
+    request = Request(SMALL, config=ShampooConfig(storage=storage), max_block_size=16)
+    with tables_apart() as tables:
+        measured(request, 2)
+    assert {kept for _, _, kept in tables} == {with_diagonal}
+    memory = make_plan(request).at_once_memory
+    assert memory.tables == sum(t.nbytes for pair in tables.values() for t in pair) > 0
+    assert make_plan(Request(SMALL, max_block_size=16)).at_once_memory.tables == 0
+    assert make_plan(request).refresh_peak_gib * GIB == pytest.approx(
+        8 * num_elements(SMALL) + memory.state + memory.tables + max(memory.plain, memory.refresh)
+    )
 
 
 def test_shapes_from_a_file_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +335,13 @@ def test_shapes_from_a_file_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[[3, -1]]", "parameter_0"), ("{", "not JSON"), ("[]", "at least one"), ('{"w": 3}', "'w'")],
+    [
+        ("[[3, -1]]", "parameter_0"),
+        ("{", "not JSON"),
+        ("[]", "at least one"),
+        ('{"w": 3}', "'w'"),
+        ('{"w": [3], "w": [4]}', "'w' is there twice"),
+    ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "shapes.json"

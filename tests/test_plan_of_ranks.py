@@ -16,6 +16,7 @@ from shampoo_core.plan.intervals import LONGEST_INTERVAL, Times, shortest_interv
 from shampoo_core.plan.layout import blocks_by_method
 from shampoo_core.plan.planning import GIB
 from shampoo_core.plan.simulation import first_alike, simulate, state_bytes
+from shampoo_core.plan.travel import travel
 
 SMALL = [NamedShape("w", (24, 40)), NamedShape("b", (24,))]
 
@@ -102,16 +103,17 @@ def test_memory_is_of_the_rank_that_needs_most(workload: str) -> None:
     )
     states = state_bytes(methods, 4)
     steps = [simulate(methods, rank, 100) for rank in range(4)]
+    alive = travel(parameters, methods, placement).alive
     staggered = [
-        state + max(of_rank.plain.peak_bytes, of_rank.staggered.peak_bytes)
-        for state, of_rank in zip(states, steps, strict=True)
+        state + max(moving, of_rank.plain.peak_bytes, of_rank.staggered.peak_bytes)
+        for state, moving, of_rank in zip(states, alive, steps, strict=True)
     ]
     at_once = [
-        state + max(of_rank.plain.peak_bytes, of_rank.refresh.peak_bytes)
-        for state, of_rank in zip(states, steps, strict=True)
+        state + max(moving, of_rank.plain.peak_bytes, of_rank.refresh.peak_bytes)
+        for state, moving, of_rank in zip(states, alive, steps, strict=True)
     ]
     # Gradients, and DDP's buckets of them, are as large as the parameters.
-    beside = 3 * plan.parameter_bytes + plan.buffer_bytes
+    beside = 3 * plan.parameter_bytes
     assert plan.peak_gib == pytest.approx((max(staggered) + beside) / GIB)
     assert plan.refresh_peak_gib == pytest.approx((max(at_once) + beside) / GIB)
     for memory in (plan.staggered_memory, plan.at_once_memory):
@@ -176,6 +178,15 @@ def test_peaks_with_averaged_weights_are_those_of_the_optimizer() -> None:
         ("--memory_gib 2 --reserved_gib 3", "reserved_gib must be less than memory_gib=2"),
         ("--memory_gib 2 --reserved_gib 2", "reserved_gib must be less than memory_gib=2"),
         ("--memory_gib 2 --step_ms 0", "step_ms must lie in"),
+        ("--memory_gib 2 --group_size 4", "--group_size is for --sharding hsdp, not for ddp"),
+        (
+            "--memory_gib 2 --max_wave_numel few",
+            "must be a whole number, 'auto' or 'all', got 'few'",
+        ),
+        (
+            "--memory_gib 2 --sharding fsdp2 --gradient_as_bucket_view",
+            "--gradient_as_bucket_view is for --sharding ddp, not for fsdp2",
+        ),
     ],
 )
 def test_impossible_flags_are_refused(
@@ -184,3 +195,21 @@ def test_impossible_flags_are_refused(
     with pytest.raises(SystemExit):
         main(["--workload", "ogbg", "--world_size", "1", *flags.split()])
     assert message in capsys.readouterr().err
+
+
+def test_a_share_of_an_unknown_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--workload",
+        "mnist",
+        "--world_size",
+        "1",
+        "--memory_gib",
+        "1",
+        "--overhead_percent",
+        "2",
+    ]
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "--overhead_percent is of a training step: give its --step_ms" in capsys.readouterr().err
+    main([*flags, "--step_ms", "40"])
+    assert "keeps it at 2 %" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Plans against what ranks hold and send: bytes of state and of communication on 1, 2 and 4 processes."""
+"""Plans against what ranks hold and send: bytes of state, of messages and alive, on 1, 2 and 4 of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from shampoo_core import DistributedShampoo, EigenvalueCorrectedConfig, FixedRefresh, ShampooConfig
+from shampoo_core.live_memory import LiveMemory
 from shampoo_core.model_shapes import NamedShape
 from shampoo_core.plan import Placement, Request, Sharding, make_plan
 
@@ -75,3 +76,60 @@ def test_bytes_are_those_of_the_ranks(ranks: int, tmp_path: Path) -> None:
         plan = make_plan(request)
         assert plan.state_bytes_per_rank == [of_rank[case][0] for of_rank in found], case
         assert plan.sent_bytes_per_rank == [of_rank[case][1] for of_rank in found], case
+
+
+LARGE = ((256, 256),) * 8 + ((256,),) * 4
+DECAYS = (0.01, 0.0)
+PEAKS = tuple(itertools.product(SHARDINGS, METHODS, DECAYS))
+
+
+def optimizer_on_ranks(sharding: Sharding, name: str, decay: float) -> list[int]:
+    """Most bytes alive in a plain step and in one that refreshes everything."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in LARGE]
+    if sharding == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        params = [
+            torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params
+        ]
+    optimizer = DistributedShampoo(
+        params,
+        preconditioner=METHODS[name],
+        max_block_size=128,
+        refresh=FixedRefresh(2, start=1),
+        weight_decay=decay,
+    )
+    found = []
+    for _ in range(4):
+        for parameter in params:
+            parameter.grad = torch.ones_like(parameter)
+        with LiveMemory() as memory:
+            optimizer.step()
+        found.append(memory.peak)
+    return found[2:]
+
+
+def alive() -> dict[tuple[Sharding, str, float], list[int]]:
+    return {case: optimizer_on_ranks(*case) for case in PEAKS}
+
+
+@pytest.mark.slow  # a quarter of a minute each
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_memory_is_what_is_alive_on_the_ranks(ranks: int, tmp_path: Path) -> None:
+    """Up to vectors of a number per block, and what few rows of a block more a rank has than another."""
+    found = on_ranks(ranks, tmp_path / "ranks", alive)
+    parameters = [NamedShape(str(i), shape) for i, shape in enumerate(LARGE)]
+    for case in PEAKS:
+        sharding, name, decay = case
+        request = Request(
+            parameters,
+            Placement(ranks, sharding),
+            config=METHODS[name],
+            weight_decay=decay,
+            max_block_size=128,
+            refresh_interval=2,
+        )
+        memory = make_plan(request).at_once_memory
+        planned = [max(memory.travel, memory.plain), max(memory.travel, memory.refresh)]
+        measured = [max(of_rank[case][kind] for of_rank in found) for kind in range(2)]
+        assert planned == pytest.approx(measured, rel=0.02), case

@@ -59,6 +59,12 @@ class ShardedExchange:
 
     def collect(self, requests: Sequence[Request]) -> Iterator[Collected]:
         """See `Exchange`; one all-to-all per device and dtype, in which nothing is rounded."""
+        for request, stacks in zip(requests, self._bring(requests), strict=True):
+            weights = StackedWeights(stacks.pop() if request.reads_weights else [])
+            yield Collected(stacks.pop() if stacks else [], weights)
+
+    def _bring(self, requests: Sequence[Request]) -> list[list[list[Tensor]]]:
+        """Stacks of what each request wants; what they came in is freed when this is done."""
         shipments = _Shipments(self._num_ranks)
         arrivals: list[list[list[Tensor]]] = []
         for request in requests:
@@ -80,10 +86,11 @@ class ShardedExchange:
                         shipment.send(peer, piece.shape, source)
                     for piece in route.owned[peer]:
                         shipment.receive(peer, piece.in_slot(slots[piece.slot]))
-        shipments.unload(self._group)
-        for request, stacks in zip(requests, arrivals, strict=True):
-            weights = StackedWeights(stacks.pop() if request.reads_weights else [])
-            yield Collected(stacks.pop() if stacks else [], weights)
+        for (_, dtype), shipment in shipments.items():
+            targets, sources = shipment.travel(self._group, as_dtype=dtype)
+            if targets:
+                torch._foreach_copy_(targets, sources)
+        return arrivals
 
     def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
         """See `Exchange`; one all-to-all per device and dtype."""
@@ -207,14 +214,6 @@ class _Shipments(dict[tuple[torch.device, torch.dtype], _Shipment]):
     def on(self, device: torch.device, dtype: torch.dtype) -> _Shipment:
         """The shipment that goes from a device in a dtype."""
         return self.setdefault((device, dtype), _Shipment(self._num_ranks, device))
-
-    def unload(self, group: dist.ProcessGroup) -> None:
-        """Let all travel and copy what arrives to the targets; nothing of it stays in memory."""
-        while self:
-            (_, dtype), shipment = self.popitem()
-            targets, sources = shipment.travel(group, as_dtype=dtype)
-            if targets:
-                torch._foreach_copy_(targets, sources)
 
 
 def _wanted(request: Request) -> Iterator[Sequence[Tensor | None]]:

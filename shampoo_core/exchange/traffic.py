@@ -23,20 +23,23 @@ def all_gather_bytes(numbers_per_rank: Sequence[int], bytes_per_number: int) -> 
 
 
 def all_to_all_bytes(
-    pieces: Mapping[tuple[int, int], int], rank: int, bytes_per_number: int
-) -> tuple[int, int]:
-    """What one rank sends to bring sharded gradients to owners, and updates back to holders.
+    pieces: Mapping[tuple[int, int], int], num_ranks: int, bytes_per_number: int
+) -> tuple[list[int], list[int]]:
+    """What each rank sends to bring sharded gradients to owners, and updates back to holders.
 
     Args:
         pieces: Numbers held by one rank in blocks owned by another, by (holder, owner); what a rank
             holds of its own blocks travels nowhere and may be left out.
-        rank: Whose bytes to count.
+        num_ranks: Of the group.
         bytes_per_number: Of the communication dtype.
 
     Returns:
-        Bytes towards owners, per tensor that is collected (gradients, and weights where a step reads
-        them), and bytes of updates back to holders.
+        By rank: bytes towards owners, per tensor that is collected (gradients, and weights where a step
+        reads them), and bytes of updates back to holders.
     """
-    to_owners = sum(n for (holder, owner), n in pieces.items() if holder == rank != owner)
-    to_holders = sum(n for (holder, owner), n in pieces.items() if owner == rank != holder)
-    return to_owners * bytes_per_number, to_holders * bytes_per_number
+    to_owners, to_holders = [0] * num_ranks, [0] * num_ranks
+    for (holder, owner), numbers in pieces.items():
+        if holder != owner:
+            to_owners[holder] += numbers * bytes_per_number
+            to_holders[owner] += numbers * bytes_per_number
+    return to_owners, to_holders

@@ -27,7 +27,7 @@ from shampoo_core.model_shapes import (
 )
 from shampoo_core.plan.advice import alternatives
 from shampoo_core.plan.devices import DEVICES
-from shampoo_core.plan.layout import Placement, Sharding
+from shampoo_core.plan.layout import TABLE_ROWS, Placement, Sharding
 from shampoo_core.plan.planning import Request, make_plan
 from shampoo_core.plan.report import report
 from shampoo_core.preconditioners.base import PreconditionerConfig
@@ -54,6 +54,9 @@ AVERAGING: dict[str, type[AveragingConfig] | None] = {
     "weight_ema": WeightEMA,
     "latest": LatestWeightAverage,
 }
+
+OVERHEAD_PERCENT = 5.0
+GROUP_SIZE = 8
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory_gib", type=float, required=True, help="of one device")
     parser.add_argument("--device", choices=sorted(DEVICES), default="a100")
     parser.add_argument("--sharding", choices=get_args(Sharding), default="ddp")
-    parser.add_argument("--group_size", type=int, default=8, help="ranks of a replica under hsdp")
+    parser.add_argument(
+        "--group_size", type=int, help=f"ranks of a replica under hsdp; default {GROUP_SIZE}"
+    )
     parser.add_argument("--preconditioner", choices=sorted(METHODS), default="shampoo")
     parser.add_argument("--storage", choices=STORAGES, default="dense")
     parser.add_argument(
@@ -99,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
         help="step so many numbers at once, or 'all'; default all up to 2^27 of a rank and method, "
         "waves of as many beyond, as the optimizer does",
     )
+    parser.add_argument(
+        "--table_rows",
+        type=int,
+        default=TABLE_ROWS,
+        help="parameters with a side of as many or more are lookup tables, stepped by Adam in a group of "
+        "their own as the submission has them; 0: none are; default %(default)s",
+    )
+    parser.add_argument("--weight_decay", type=float, default=1e-2, help="default %(default)s")
     parser.add_argument("--refresh_interval", type=int, default=100)
     parser.add_argument(
         "--gradient_as_bucket_view",
@@ -111,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help="a training step without the optimizer; for official workloads what the benchmark allows",
     )
-    parser.add_argument("--overhead_percent", type=float, default=5.0, help="that it may add")
+    parser.add_argument(
+        "--overhead_percent", type=float, help=f"that it may add; default {OVERHEAD_PERCENT:g}"
+    )
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -132,23 +147,34 @@ def _request(options: argparse.Namespace) -> Request:
     else:
         parameters = named_model(options.workload)
     averaging = AVERAGING[options.averaging]
-    step_ms = options.step_ms
+    step_ms, percent, group_size = options.step_ms, options.overhead_percent, options.group_size
     if step_ms is None:
         step_ms = REFERENCE_STEP_MS.get(options.workload)
+    if percent is not None and step_ms is None:
+        raise ValueError("--overhead_percent is of a training step: give its --step_ms, too")
+    if group_size is not None and options.sharding != "hsdp":
+        raise ValueError(f"--group_size is for --sharding hsdp, not for {options.sharding}")
+    if options.gradient_as_bucket_view and options.sharding != "ddp":
+        raise ValueError(
+            f"--gradient_as_bucket_view is for --sharding ddp, not for {options.sharding}"
+        )
+    group_size = GROUP_SIZE if group_size is None else group_size
     return Request(
         parameters,
-        Placement(options.world_size, options.sharding, options.group_size),
+        Placement(options.world_size, options.sharding, group_size),
         DEVICES[options.device],
         options.memory_gib,
         _config(options),
         None if averaging is None else averaging(),
+        weight_decay=options.weight_decay,
         max_block_size=options.max_block_size,
         max_wave_numel=options.max_wave_numel,
+        table_rows=options.table_rows or None,
         refresh_interval=options.refresh_interval,
         gradient_as_bucket_view=options.gradient_as_bucket_view,
         reserved_gib=options.reserved_gib,
         step_ms=step_ms,
-        overhead_percent=options.overhead_percent,
+        overhead_percent=OVERHEAD_PERCENT if percent is None else percent,
     )
 
 

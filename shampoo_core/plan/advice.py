@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shampoo_core.config import STORAGES
@@ -12,11 +13,14 @@ from shampoo_core.plan.planning import Plan, Request, make_plan
 
 WAVES_OF_LARGEST_STACK = 2
 """With a rank's share of the largest stack in so many waves a plain step takes less than twice that."""
+SMALLEST_BLOCK_SIZE = 128
+LEAST_SAVING = 0.01
+"""Of the memory, for a change to be worth a line."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change to a request, and what the plan would be with it."""
+    """One change to a request, or several together, and what the plan would be."""
 
     what: str
     peak_gib: float
@@ -24,41 +28,87 @@ class Change:
     fits: bool
 
 
+_Edit = tuple[str, Callable[[Request], Request]]
+"""A name, and what makes the change."""
+
+
 def alternatives(request: Request, plan: Plan) -> list[Change]:
-    """Changes to a plan that does not fit, those first that fit; nothing for one that does."""
+    """What saves memory where a plan does not fit, what fits first; nothing where it does.
+
+    If none does alone, those that change neither the ranks nor the blocks are tried together.
+    """
     if plan.fits:
         return []
-    changes = []
     # Only memory and a mean step are compared: no interval has to be searched.
-    for what, changed in _changed(dataclasses.replace(request, step_ms=None), plan):
-        result = make_plan(changed)
-        changes.append(Change(what, result.peak_gib, result.mean_ms, result.fits))
+    request = dataclasses.replace(request, step_ms=None)
+    found = [
+        (edit, _changed(request, [edit])) for edit in (*_gentle(request, plan), *_others(request))
+    ]
+    helpful = [
+        (edit, change)
+        for edit, change in found
+        if change.peak_gib <= (1.0 - LEAST_SAVING) * plan.peak_gib
+    ]
+    changes = [change for _, change in helpful]
+    if not any(change.fits for change in changes):
+        names = [name for name, _ in _gentle(request, plan)]
+        together = [edit for edit, _ in helpful if edit[0] in names]
+        # Of several storages the last is the smallest.
+        storages = [edit for edit in together if edit[0].startswith("storage")]
+        together = [edit for edit in together if edit not in storages[:-1]]
+        if len(together) > 1:
+            changes.append(_changed(request, together))
     return sorted(changes, key=lambda change: (not change.fits, change.peak_gib))
 
 
-def _changed(request: Request, plan: Plan) -> list[tuple[str, Request]]:
-    changes = []
-    wave = max(1, plan.largest_stack // (WAVES_OF_LARGEST_STACK * request.placement.num_owners))
-    wave = min(wave, LARGEST_WAVE_NUMEL // WAVES_OF_LARGEST_STACK)
-    if request.max_wave_numel in (None, "auto"):
-        waves = dataclasses.replace(request, max_wave_numel=wave)
-        changes.append((f"max_wave_numel={wave}", waves))
+def _changed(request: Request, edits: list[_Edit]) -> Change:
+    for _, edit in edits:
+        request = edit(request)
+    plan = make_plan(request)
+    return Change(", ".join(what for what, _ in edits), plan.peak_gib, plan.mean_ms, plan.fits)
+
+
+def _gentle(request: Request, plan: Plan) -> Iterator[_Edit]:
+    """Changes to how the same work is done on the same ranks."""
+    if plan.bucket_bytes:
+        yield (
+            "gradient_as_bucket_view=True",
+            lambda before: dataclasses.replace(before, gradient_as_bucket_view=True),
+        )
+    wave = plan.largest_stack // (WAVES_OF_LARGEST_STACK * request.placement.num_owners)
+    if isinstance(request.max_wave_numel, int):
+        wave = min(wave, request.max_wave_numel // 2)
+    wave = max(1, min(wave, LARGEST_WAVE_NUMEL // 2))
+    yield (
+        f"max_wave_numel={wave}",
+        lambda before: dataclasses.replace(before, max_wave_numel=wave),
+    )
     storage = getattr(request.config, "storage", None)
-    for kind in STORAGES:
-        if storage is not None and kind not in ("dense", storage):
-            config = dataclasses.replace(request.config, storage=kind)  # type: ignore[type-var]
-            changes.append((f'storage="{kind}"', dataclasses.replace(request, config=config)))
+    for kind in STORAGES[STORAGES.index(storage) + 1 :] if storage in STORAGES else ():
+        config = dataclasses.replace(request.config, storage=kind)  # type: ignore[type-var]
+        yield (
+            f'storage="{kind}"',
+            lambda before, config=config: dataclasses.replace(before, config=config),  # type: ignore[misc]
+        )
+
+
+def _others(request: Request) -> Iterator[_Edit]:
+    """Changes to blocks, which change the method, and to ranks."""
     half = request.max_block_size // 2
-    if half >= 128:
-        smaller = dataclasses.replace(request, max_block_size=half)
-        changes.append((f"max_block_size={half}", smaller))
+    if half >= SMALLEST_BLOCK_SIZE:
+        yield (
+            f"max_block_size={half}",
+            lambda before: dataclasses.replace(before, max_block_size=half),
+        )
     placement = request.placement
     if placement.sharding == "ddp" and placement.world_size > 1:
         sharded = dataclasses.replace(placement, sharding="fsdp2")
-        changes.append(
-            ("parameters sharded (FSDP2)", dataclasses.replace(request, placement=sharded))
+        yield (
+            "parameters sharded (FSDP2)",
+            lambda before: dataclasses.replace(before, placement=sharded),
         )
     more = Placement(2 * placement.world_size, placement.sharding, placement.group_size)
-    what = f"{more.world_size} ranks"
-    changes.append((what, dataclasses.replace(request, placement=more)))
-    return changes
+    yield (
+        f"{more.world_size} ranks",
+        lambda before: dataclasses.replace(before, placement=more),
+    )

@@ -4,7 +4,8 @@ Peak numbers are the vendors'; a step is charged a share of them. Matrix product
 without TF32, for factors and roots need it. Estimates are for choosing between plans, good to a factor
 of about two; bytes and operations are exact.
 
-Source: ALGORITHMS.md section 10.2 (rates) and 5.10, 10.1 (eigendecompositions of side 1024).
+Source: ALGORITHMS.md section 10.2 (arithmetic and memory) and 5.10, 10.1 (eigendecompositions of side
+1024); links as the vendor states them, those inside a node at some 0.8 of it.
 """
 
 from __future__ import annotations
@@ -60,19 +61,30 @@ class Device:
         each = self.decomposition_seconds * (operation.side / REFERENCE_SIDE) ** exponent
         return operation.num_matrices * each
 
-    def send_seconds(self, num_bytes: float, world_size: int) -> float:
-        """Estimated time in which one of ``world_size`` devices sends some bytes in a collective."""
-        inside = world_size <= self.devices_per_node
-        return num_bytes / (self.node_bandwidth if inside else self.network_bandwidth)
+    def send_seconds(self, num_bytes: float, world_size: int, *, to_all: bool) -> float:
+        """Estimated time in which one of ``world_size`` devices sends some bytes in a collective.
+
+        Args:
+            num_bytes: That the device sends, to all others together.
+            world_size: Devices that take part.
+            to_all: Whether all get the same, as in an all-gather: then they travel in a ring, which leaves
+                a node once, and its devices' links to the network share that. Otherwise, as in an
+                all-to-all, nearly all of a device's bytes leave the node by its own link.
+        """
+        if world_size <= self.devices_per_node:
+            return num_bytes / self.node_bandwidth
+        if not to_all:
+            return num_bytes / self.network_bandwidth
+        return num_bytes / min(self.node_bandwidth, self.devices_per_node * self.network_bandwidth)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("v100", 15.7e12, 900e9, 50e-3, 130e9, 3e9),
+        Device("v100", 15.7e12, 900e9, 50e-3, 130e9, 6.25e9),
         Device("a100", 19.5e12, 1555e9, 20e-3, 230e9, 25e9),
         Device("h100", 66.9e12, 3350e9, 12.5e-3, 370e9, 50e9),
     )
 }
-"""V100-SXM2 16 GB, A100-SXM4 40 GB, H100-SXM5: nodes of eight on NVLink; InfiniBand at 25 Gbit/s (V100),
-200 (A100) and 400 Gbit/s (H100) a device."""
+"""V100-SXM2 16 GB, A100-SXM4 40 GB, H100-SXM5: nodes of eight on NVLink; InfiniBand at 50 Gbit/s (V100),
+200 (A100) and 400 Gbit/s (H100) a device, as in the vendor's own servers (DGX-1, DGX A100, DGX H100)."""

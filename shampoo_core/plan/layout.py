@@ -1,10 +1,9 @@
-"""Which blocks a model is cut into, which rank owns each, and what that makes ranks send."""
+"""Which blocks a model is cut into, and which rank owns each."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -14,8 +13,7 @@ import torch
 from shampoo_core.blocking import Shape, Tile, merge_dimensions, tiles_of
 from shampoo_core.config import check_choice, check_count
 from shampoo_core.exchange.assignment import imbalance
-from shampoo_core.exchange.division import divide, wave_labels
-from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
+from shampoo_core.exchange.division import divide
 from shampoo_core.groups import wave_limit
 from shampoo_core.model_shapes import NamedShape
 from shampoo_core.preconditioners.base import PreconditionerConfig
@@ -24,7 +22,7 @@ from shampoo_core.stacks import StackSet
 
 Sharding = Literal["ddp", "fsdp2", "hsdp"]
 TABLE_ROWS = 65_536
-"""A parameter with a side this long is a lookup table and stepped by Adam."""
+"""A parameter with a side this long is taken for a lookup table, by default."""
 DIAGONAL_BLOCK_SIZE = 2**20
 
 
@@ -93,28 +91,37 @@ def blocks_by_method(
     max_block_size: int,
     refresh_interval: int,
     max_wave_numel: int | Literal["auto"] | None = None,
+    table_rows: int | None = TABLE_ROWS,
 ) -> list[MethodBlocks]:
     """Cut parameters into blocks, lookup tables apart, and give each an owner as the optimizer does.
 
     Args:
         parameters: Of the model.
-        config: Steps everything but lookup tables.
+        config: Steps everything but lookup tables, which are a group of their own, stepped by Adam.
         placement: Ranks.
         max_block_size: Longest side of a block.
         refresh_interval: Weighs the cost of refreshes against that of steps.
         max_wave_numel: As of the optimizer.
+        table_rows: A parameter with a side of as many or more is a lookup table; None takes none for one.
     """
-    is_table = [max(parameter.shape, default=1) >= TABLE_ROWS for parameter in parameters]
+    found = tables_of(parameters, table_rows)
     loads = [0.0] * placement.num_owners
     methods = []
     for method, tables in ((config, False), (AdamConfig(), True)):
         tiles = []
         for index, parameter in enumerate(parameters):
-            if is_table[index] == tables:
+            if (index in found) == tables:
                 tiles += _tiles(index, parameter.shape, max_block_size, whole=tables)
         if tiles:
             methods.append(_divided(method, tiles, loads, refresh_interval, max_wave_numel))
     return methods
+
+
+def tables_of(parameters: Sequence[NamedShape], table_rows: int | None) -> set[int]:
+    """Indices of the parameters that are lookup tables; see `blocks_by_method`."""
+    if table_rows is None:
+        return set()
+    return {i for i, own in enumerate(parameters) if max(own.shape, default=1) >= table_rows}
 
 
 def _tiles(index: int, shape: Shape, max_block_size: int, *, whole: bool) -> list[Tile]:
@@ -173,106 +180,3 @@ def loads(methods: Sequence[MethodBlocks], placement: Placement) -> list[float]:
         for cost, owner in zip(method.costs, method.owners, strict=True):
             totals[owner] += cost
     return totals
-
-
-def numbers_owned(methods: Sequence[MethodBlocks], placement: Placement) -> list[list[int]]:
-    """Numbers in the blocks that each owner steps and sends together, for every wave."""
-    waves: list[list[int]] = []
-    together = [0] * placement.num_owners
-    for method in methods:
-        by_rank = [
-            [math.prod(tile.sizes) for tile in method.of_rank(rank)]
-            for rank in range(placement.num_owners)
-        ]
-        if method.max_wave_numel is None:
-            together = [sum(own, start) for own, start in zip(by_rank, together, strict=True)]
-            continue
-        sums: list[Counter[int]] = []
-        for own in by_rank:
-            sums.append(Counter())
-            for wave, numel in zip(wave_labels(own, method.max_wave_numel), own, strict=True):
-                sums[-1][wave] += numel
-        waves += [[of_rank[wave] for of_rank in sums] for wave in range(max(map(len, sums)))]
-    return [*waves, together] if any(together) else waves
-
-
-def sent_bytes(
-    parameters: Sequence[NamedShape],
-    methods: Sequence[MethodBlocks],
-    placement: Placement,
-    *,
-    reads_weights: bool = True,
-    bytes_per_number: int = 4,
-) -> list[int]:
-    """Bytes that each owner puts on the wire in a step.
-
-    Args:
-        parameters: Of the model.
-        methods: Their blocks.
-        placement: Ranks.
-        reads_weights: Whether a step needs the weights of its blocks, as for weight decay.
-        bytes_per_number: Of the communication dtype.
-    """
-    if placement.num_owners == 1:
-        return [0]
-    if placement.sharding == "ddp":
-        waves = numbers_owned(methods, placement)
-        sent_by_all = sum(all_gather_bytes(numbers, bytes_per_number) for numbers in waves)
-        return [sent_by_all] * placement.num_owners
-    pieces = travelling_pieces(parameters, methods, placement)
-    sent = []
-    for rank in range(placement.num_owners):
-        there, back = all_to_all_bytes(pieces, rank, bytes_per_number)
-        sent.append(there * (2 if reads_weights else 1) + back)
-    return sent
-
-
-def travelling_pieces(
-    parameters: Sequence[NamedShape], methods: Sequence[MethodBlocks], placement: Placement
-) -> Counter[tuple[int, int]]:
-    """Numbers held by one rank in blocks owned by another, by (holder, owner)."""
-    pieces: Counter[tuple[int, int]] = Counter()
-    for method in methods:
-        for tile, owner in zip(method.tiles, method.owners, strict=True):
-            shape = parameters[tile.parameter].shape
-            for holder, numbers in _held(tile, shape, placement.num_shards):
-                pieces[holder, owner] += numbers
-    return pieces
-
-
-def _held(tile: Tile, shape: Shape, num_shards: int) -> list[tuple[int, int]]:
-    """Who holds how many numbers of a block, when rows are dealt out in equal runs."""
-    rows = shape[0] if shape else 1
-    per_row = math.prod(shape[1:])
-    run = -(-rows // num_shards) * per_row
-    last = [start + size - 1 for start, size in zip(tile.starts, tile.sizes, strict=True)]
-    first_holder = _flat(tile.merged_shape, tile.starts) // run
-    last_holder = _flat(tile.merged_shape, last) // run
-    held = []
-    for holder in range(first_holder, last_holder + 1):
-        numbers = _before(tile, (holder + 1) * run) - _before(tile, holder * run)
-        if numbers:
-            held.append((holder, numbers))
-    return held
-
-
-def _flat(shape: Shape, position: Sequence[int]) -> int:
-    flat = 0
-    for side, index in zip(shape, position, strict=True):
-        flat = flat * side + index
-    return flat
-
-
-def _before(tile: Tile, flat: int) -> int:
-    """Numbers of a block whose place in the flat parameter is before ``flat``."""
-    count = 0
-    for axis, (start, size) in enumerate(zip(tile.starts, tile.sizes, strict=True)):
-        stride = math.prod(tile.merged_shape[axis + 1 :])
-        inner = math.prod(tile.sizes[axis + 1 :])
-        index, flat = divmod(flat, stride)
-        if index < start:
-            return count
-        if index >= start + size:
-            return count + size * inner
-        count += (index - start) * inner
-    return count

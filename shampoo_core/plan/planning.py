@@ -15,27 +15,28 @@ from shampoo_core.model_shapes import NamedShape, num_elements
 from shampoo_core.plan.devices import DEVICES, Device
 from shampoo_core.plan.intervals import Times, reason, shortest_interval
 from shampoo_core.plan.layout import (
+    TABLE_ROWS,
     MethodBlocks,
     Placement,
     balance,
     blocks_by_method,
     loads,
-    numbers_owned,
-    sent_bytes,
+    tables_of,
 )
 from shampoo_core.plan.simulation import (
     RankSteps,
     Step,
+    UpdateRule,
     first_alike,
     plain_and_refresh,
     simulate,
     state_bytes,
 )
+from shampoo_core.plan.travel import FLOAT32, Travel, travel
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 
 GIB = 2**30
-FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,13 @@ class Request:
         memory_gib: Of one device, positive.
         config: The method.
         averaging: As of the optimizer.
+        weight_decay: As of the optimizer; with 0 and without averaging sharded weights stay where they are.
         max_block_size: Longest side of a block.
         max_wave_numel: As of the optimizer: most numbers stepped at once; None is all, ``"auto"`` all or
             2^27, see `DistributedShampoo`.
         refresh_interval: Steps from one refresh of a factor to its next.
+        table_rows: A parameter with a side of as many or more is a lookup table, in a group of its own and
+            stepped by Adam, as the submission has it; None takes none for one.
         gradient_as_bucket_view: As of torch's DDP: whether gradients lie in the buckets that it averages
             them in, instead of beside them.
         reserved_gib: What activations and everything else take of the memory, less than all of it.
@@ -70,9 +74,11 @@ class Request:
     memory_gib: float = 40.0
     config: PreconditionerConfig = field(default_factory=ShampooConfig)
     averaging: AveragingConfig | None = None
+    weight_decay: float = 1e-2
     max_block_size: int = 1024
     max_wave_numel: int | Literal["auto"] | None = "auto"
     refresh_interval: int = 100
+    table_rows: int | None = TABLE_ROWS
     gradient_as_bucket_view: bool = False
     reserved_gib: float = 0.0
     step_ms: float | None = None
@@ -93,17 +99,28 @@ class Request:
         if self.max_wave_numel != "auto":
             check_count("Request", "max_wave_numel", self.max_wave_numel, optional=True)
         check_count("Request", "refresh_interval", self.refresh_interval)
+        check_count("Request", "table_rows", self.table_rows, optional=True)
+        check_range("Request", "weight_decay", self.weight_decay, low=0.0)
         if self.step_ms is not None:
             check_range("Request", "step_ms", self.step_ms, low=0.0, low_open=True)
         check_range("Request", "overhead_percent", self.overhead_percent, low=0.0, low_open=True)
 
+    @property
+    def rule(self) -> UpdateRule:
+        """What a step does with search directions."""
+        return UpdateRule(self.averaging, self.weight_decay)
+
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank, beside parameters, gradients and communication, of which all have as many."""
+    """Bytes of one rank, beside parameters, gradients and DDP's buckets, of which all have as many."""
 
     rank: int
     state: int
+    tables: int
+    """Of indices, beside the state; see `shampoo_core.storage.triangles`."""
+    travel: int
+    """Temporary, while blocks travel between ranks."""
     plain: int
     """Temporary, in a plain step."""
     staggered: int
@@ -114,23 +131,27 @@ class RankMemory:
     @property
     def most_staggered(self) -> int:
         """State and temporary bytes under a staggered refresh."""
-        return self.state + max(self.plain, self.staggered)
+        return self.state + self.tables + max(self.travel, self.plain, self.staggered)
 
     @property
     def most_at_once(self) -> int:
         """State and temporary bytes if everything is refreshed in one step."""
-        return self.state + max(self.plain, self.refresh)
+        return self.state + self.tables + max(self.travel, self.plain, self.refresh)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model needs; bytes and counts are exact, milliseconds estimates.
+    """What a model needs; bytes of state and of messages and counts are exact, milliseconds estimates.
+
+    Temporary bytes are those that are alive at once, counted, but while blocks travel an upper bound.
 
     Memory is of the rank that needs most; arithmetic, operations and milliseconds are of the one with
     the largest modelled load.
     """
 
     num_parameters: int
+    num_tables: int
+    """Parameters that are stepped by Adam as lookup tables."""
     num_blocks: int
     stacks: dict[str, int]
     """Block shape -> number of blocks."""
@@ -143,8 +164,6 @@ class Plan:
     """Of the rank that needs most under a staggered refresh."""
     at_once_memory: RankMemory
     """Of the rank that needs most if everything is refreshed in one step."""
-    buffer_bytes: int
-    """Of communication."""
     bucket_bytes: int
     """Of DDP, beside gradients."""
     sent_bytes_per_rank: list[int]
@@ -196,9 +215,13 @@ class Plan:
         """Whether the memory holds it, under a staggered refresh."""
         return self.peak_gib <= self.memory_gib
 
+    @property
+    def fits_at_once(self) -> bool:
+        """Whether the memory holds it if everything is refreshed in one step, as by default."""
+        return self.refresh_peak_gib <= self.memory_gib
+
     def _gib(self, of_rank: int) -> float:
-        of_all = 2 * self.parameter_bytes + self.bucket_bytes + self.buffer_bytes
-        return (of_all + of_rank) / GIB
+        return (2 * self.parameter_bytes + self.bucket_bytes + of_rank) / GIB
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -207,6 +230,7 @@ class Plan:
             "peak_gib": self.peak_gib,
             "refresh_peak_gib": self.refresh_peak_gib,
             "fits": self.fits,
+            "fits_at_once": self.fits_at_once,
         }
         return {**dataclasses.asdict(self), **derived}
 
@@ -217,19 +241,23 @@ def make_plan(request: Request) -> Plan:
     methods = _methods(request, request.refresh_interval)
     alike = first_alike(methods, placement.num_owners)
     steps_of = {
-        rank: simulate(methods, rank, request.refresh_interval, request.averaging)
+        rank: simulate(methods, rank, request.refresh_interval, request.rule)
         for rank in dict.fromkeys(alike)
     }
     steps = steps_of[alike[_heaviest(methods, placement)]]
-    sent = sent_bytes(request.parameters, methods, placement)
-    times = _times(request, steps.plain, steps.refresh, max(sent))
+    travelling = _travel(request, methods)
+    times = _times(request, steps.plain, steps.refresh, max(travelling.sent))
     states = state_bytes(methods, placement.num_owners, request.averaging)
-    memory = [_rank_memory(rank, states[rank], steps_of[rank]) for rank in steps_of]
+    memory = [
+        _rank_memory(rank, states[rank], steps_of[first], travelling)
+        for rank, first in enumerate(alike)
+    ]
     interval, no_interval = _shortest_interval(request, times)
     parameter_bytes = _parameter_bytes(request)
     has_buckets = placement.sharding == "ddp" and placement.world_size > 1
     return Plan(
         num_parameters=num_elements(request.parameters),
+        num_tables=len(tables_of(request.parameters, request.table_rows)),
         num_blocks=sum(len(method.tiles) for method in methods),
         stacks=_stacks(methods),
         largest_stack=_largest_stack(methods),
@@ -237,9 +265,8 @@ def make_plan(request: Request) -> Plan:
         state_bytes_per_rank=states,
         staggered_memory=max(memory, key=lambda of_rank: of_rank.most_staggered),
         at_once_memory=max(memory, key=lambda of_rank: of_rank.most_at_once),
-        buffer_bytes=_buffer_bytes(methods, placement),
         bucket_bytes=parameter_bytes if has_buckets and not request.gradient_as_bucket_view else 0,
-        sent_bytes_per_rank=sent,
+        sent_bytes_per_rank=travelling.sent,
         balance=balance(methods, placement),
         plain_flops=steps.plain.flops,
         refresh_flops=steps.refresh.flops,
@@ -265,6 +292,16 @@ def _methods(request: Request, refresh_interval: int) -> list[MethodBlocks]:
         max_block_size=request.max_block_size,
         refresh_interval=refresh_interval,
         max_wave_numel=request.max_wave_numel,
+        table_rows=request.table_rows,
+    )
+
+
+def _travel(request: Request, methods: Sequence[MethodBlocks]) -> Travel:
+    return travel(
+        request.parameters,
+        methods,
+        request.placement,
+        reads_weights=request.rule.reads_weights,
     )
 
 
@@ -273,9 +310,17 @@ def _heaviest(methods: Sequence[MethodBlocks], placement: Placement) -> int:
     return max(range(len(load)), key=load.__getitem__)
 
 
-def _rank_memory(rank: int, state: int, steps: RankSteps) -> RankMemory:
-    peaks = (steps.plain.peak_bytes, steps.staggered.peak_bytes, steps.refresh.peak_bytes)
-    return RankMemory(rank, state, *peaks)
+def _rank_memory(rank: int, state: int, steps: RankSteps, travelling: Travel) -> RankMemory:
+    weights = travelling.weights[rank]
+    return RankMemory(
+        rank=rank,
+        state=state,
+        tables=steps.table_bytes,
+        travel=travelling.alive[rank],
+        plain=steps.plain.peak_bytes + weights,
+        staggered=steps.staggered.peak_bytes + weights,
+        refresh=steps.refresh.peak_bytes + weights,
+    )
 
 
 def _stacks(methods: Sequence[MethodBlocks]) -> dict[str, int]:
@@ -299,21 +344,15 @@ def _parameter_bytes(request: Request) -> int:
     return numbers * FLOAT32
 
 
-def _buffer_bytes(methods: Sequence[MethodBlocks], placement: Placement) -> int:
-    if placement.num_owners == 1:
-        return 0
-    longest = max(map(max, numbers_owned(methods, placement)))
-    if placement.sharding == "ddp":  # one's own segment, and those of all
-        return (placement.num_owners + 1) * longest * FLOAT32
-    return 2 * longest * FLOAT32  # to send, and received
-
-
 def _times(request: Request, plain: Step, refresh: Step, sent: int) -> Times:
     device = request.device
     return Times(
         plain=1e3 * device.step_seconds(plain.operations),
         refresh=1e3 * device.step_seconds(refresh.operations),
-        send=1e3 * device.send_seconds(sent, request.placement.num_owners),
+        send=1e3
+        * device.send_seconds(
+            sent, request.placement.num_owners, to_all=request.placement.sharding == "ddp"
+        ),
     )
 
 
@@ -334,9 +373,8 @@ def _shortest_interval(request: Request, times: Times) -> tuple[int | None, str 
             return times
         methods = _methods(request, interval)
         rank = _heaviest(methods, placement)
-        plain, refresh = plain_and_refresh(methods, rank, request.averaging)
-        sent = sent_bytes(request.parameters, methods, placement)
-        return _times(request, plain, refresh, max(sent))
+        plain, refresh = plain_and_refresh(methods, rank, request.rule)
+        return _times(request, plain, refresh, max(_travel(request, methods).sent))
 
     allowed = request.step_ms * request.overhead_percent / 100.0
     interval, of_interval = shortest_interval(allowed, request.refresh_interval, times_at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shampoo_core.plan.advice import Change
-from shampoo_core.plan.planning import GIB, Plan, Request
+from shampoo_core.plan.planning import Plan, RankMemory, Request
 
 MIB = 2**20
 STACKS_SHOWN = 6
@@ -24,7 +24,7 @@ def report(title: str, request: Request, plan: Plan, changes: Sequence[Change]) 
         [
             title,
             "",
-            *_blocks(plan),
+            *_blocks(request, plan),
             "",
             *_memory(plan),
             "",
@@ -35,32 +35,42 @@ def report(title: str, request: Request, plan: Plan, changes: Sequence[Change]) 
     )
 
 
-def _blocks(plan: Plan) -> list[str]:
+def _blocks(request: Request, plan: Plan) -> list[str]:
     shown = list(plan.stacks.items())
     stacks = ", ".join(f"{count} of {shape}" for shape, count in shown[:STACKS_SHOWN])
     rest = f", {len(shown) - STACKS_SHOWN} more shapes" if len(shown) > STACKS_SHOWN else ""
     return [
         f"{plan.num_parameters:,} parameters in {plan.num_blocks} blocks of {len(shown)} shapes",
         f"  {stacks}{rest}",
+        *_tables(plan, request),
         f"  largest load of a rank over the mean: {plan.balance:.3f}",
+    ]
+
+
+def _tables(plan: Plan, request: Request) -> list[str]:
+    if not plan.num_tables:
+        return []
+    return [
+        f"  parameters with a side of {request.table_rows:,} or more, in a group of their own stepped by "
+        f"Adam: {plan.num_tables}"
     ]
 
 
 def _memory(plan: Plan) -> list[str]:
     staggered, at_once = plan.staggered_memory, plan.at_once_memory
     return [
-        "Memory of a rank, exact for tensors of 4 bytes, without activations",
+        "Memory of a rank, for tensors of 4 bytes, without activations",
         *_lines(
             {
                 "parameters and gradients": 2 * plan.parameter_bytes,
                 "gradient buckets of DDP": plan.bucket_bytes,
-                "communication buffers": plan.buffer_bytes,
             }
         ),
         f" rank {staggered.rank}, which needs most when refreshes are staggered",
         *_lines(
             {
                 "state": staggered.state,
+                **_beside(staggered),
                 "temporary, plain step": staggered.plain,
                 "temporary, dearest step": staggered.staggered,
             }
@@ -69,6 +79,7 @@ def _memory(plan: Plan) -> list[str]:
         *_lines(
             {
                 "state": at_once.state,
+                **_beside(at_once),
                 "temporary, plain step": at_once.plain,
                 "temporary, refresh of everything": at_once.refresh,
             }
@@ -81,6 +92,14 @@ def _memory(plan: Plan) -> list[str]:
             }
         ),
     ]
+
+
+def _beside(memory: RankMemory) -> dict[str, int]:
+    parts = {
+        "index tables of its storage": memory.tables,
+        "temporary, while blocks travel": memory.travel,
+    }
+    return {name: size for name, size in parts.items() if size}
 
 
 def _lines(sizes: dict[str, int]) -> list[str]:
@@ -121,16 +140,14 @@ def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:
     )
     if plan.fits:
         spare = plan.memory_gib - plan.peak_gib
-        return [f"Fits: {needed}; {spare:.2f} GiB to spare for activations"]
-    lines = [f"Does not fit: {needed}. What would help, alone:"]
+        how = "" if plan.fits_at_once else " with refresh=StaggeredRefresh(), not with the default"
+        return [f"Fits{how}: {needed}; {spare:.2f} GiB to spare for activations"]
+    lines = [
+        f"Does not fit: {needed}. What would help{':' if changes else ' is more memory alone'}"
+    ]
     lines += [
         f"  {change.what:<28}{change.peak_gib:>9.2f} GiB, mean step {change.mean_ms:.2f} ms"
         f"{'' if change.fits else '  (still too large)'}"
         for change in changes
     ]
     return lines
-
-
-def gib(num_bytes: float) -> str:
-    """Bytes as text."""
-    return f"{num_bytes / GIB:.2f} GiB"

@@ -22,6 +22,7 @@ from shampoo_core.refresh import (
     RefreshPolicy,
     StaggeredRefresh,
 )
+from shampoo_core.storage.triangles import tables_apart
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,25 @@ class RankSteps:
     """Everything refreshed at once."""
     staggered: Step
     """The dearest step of an interval over which refreshes are spread."""
+    table_bytes: int
+    """Of indices that some storages keep beside the state."""
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """What a step does with search directions, as of the optimizer."""
+
+    averaging: AveragingConfig | None = None
+    weight_decay: float = 1e-2
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether a step may need the weights of its blocks."""
+        rule = self.averaging
+        return self.weight_decay != 0.0 or (
+            rule is not None
+            and any(rule.reads_weights(step, first=False) for step in range(2, 102))
+        )
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ class _RankOnMeta:
         methods: Sequence[MethodBlocks],
         rank: int,
         refresh: RefreshPolicy,
-        averaging: AveragingConfig | None,
+        rule: UpdateRule,
     ) -> None:
         groups: list[dict[str, Any]] = []
         for method in methods:
@@ -82,7 +102,7 @@ class _RankOnMeta:
                         "max_wave_numel": method.max_wave_numel,
                     }
                 )
-        self._optimizer = optimizer_of(groups, refresh, averaging)
+        self._optimizer = optimizer_of(groups, refresh, rule)
 
     def step(self, number: int) -> Step:
         """Take the step of some number, measured."""
@@ -104,11 +124,16 @@ def on_meta(shapes: Sequence[Shape]) -> list[torch.nn.Parameter]:
 
 
 def optimizer_of(
-    groups: Sequence[dict[str, Any]], refresh: RefreshPolicy, averaging: AveragingConfig | None
+    groups: Sequence[dict[str, Any]], refresh: RefreshPolicy, rule: UpdateRule
 ) -> DistributedShampoo:
     """An optimizer whose parameters are blocks already."""
     return DistributedShampoo(
-        groups, refresh=refresh, averaging=averaging, max_block_size=None, target_order=None
+        groups,
+        refresh=refresh,
+        averaging=rule.averaging,
+        weight_decay=rule.weight_decay,
+        max_block_size=None,
+        target_order=None,
     )
 
 
@@ -118,7 +143,7 @@ def block_state_bytes(
     """Bytes of state of one block, as in a checkpoint; that of many blocks is the sum."""
     (parameter,) = on_meta([block_shape])
     group = {"params": [parameter], "preconditioner": config}
-    state = optimizer_of([group], FixedRefresh(), averaging).state[parameter]
+    state = optimizer_of([group], FixedRefresh(), UpdateRule(averaging)).state[parameter]
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
@@ -139,7 +164,7 @@ def simulate(
     methods: Sequence[MethodBlocks],
     rank: int,
     interval: int,
-    averaging: AveragingConfig | None = None,
+    rule: UpdateRule = UpdateRule(),
 ) -> RankSteps:
     """Take the steps of one rank.
 
@@ -147,34 +172,37 @@ def simulate(
         methods: The blocks of the model.
         rank: Whose blocks to step.
         interval: Steps from one refresh of a factor to its next.
-        averaging: As of the optimizer.
+        rule: As of the optimizer.
     """
     if not _has_blocks(methods, rank):
         nothing = Step([], 0)
-        return RankSteps(nothing, nothing, nothing)
+        return RankSteps(nothing, nothing, nothing, 0)
     remembering = _Remembering(interval=2, start=1)
-    plain, refresh = _together(methods, rank, remembering, averaging)
     policy = StaggeredRefresh(interval)
-    spread = _RankOnMeta(methods, rank, policy, averaging)
-    return RankSteps(plain, refresh, spread.step(_busiest_step(policy, set(remembering.asked))))
+    with tables_apart() as tables:
+        plain, refresh = _together(methods, rank, remembering, rule)
+        spread = _RankOnMeta(methods, rank, policy, rule)
+        staggered = spread.step(_busiest_step(policy, set(remembering.asked)))
+    table_bytes = sum(tensor.nbytes for pair in tables.values() for tensor in pair)
+    return RankSteps(plain, refresh, staggered, table_bytes)
 
 
 def plain_and_refresh(
     methods: Sequence[MethodBlocks],
     rank: int,
-    averaging: AveragingConfig | None = None,
+    rule: UpdateRule = UpdateRule(),
 ) -> tuple[Step, Step]:
     """Take a plain step of one rank that has blocks, and one that refreshes everything; see `simulate`."""
-    return _together(methods, rank, FixedRefresh(interval=2, start=1), averaging)
+    return _together(methods, rank, FixedRefresh(interval=2, start=1), rule)
 
 
 def _together(
     methods: Sequence[MethodBlocks],
     rank: int,
     every_other: FixedRefresh,
-    averaging: AveragingConfig | None,
+    rule: UpdateRule,
 ) -> tuple[Step, Step]:
-    blocks = _RankOnMeta(methods, rank, every_other, averaging)
+    blocks = _RankOnMeta(methods, rank, every_other, rule)
     blocks.step(1)
     refresh, plain = blocks.step(2), blocks.step(3)
     return plain, refresh

@@ -18,7 +18,7 @@ from shampoo_core.plan.planning import Plan, Request, make_plan
 
 MIB = 2**20
 MACHINES = (("v100", 8, 16.0), ("a100", 4, 40.0))
-"""Device, number of devices, GiB of each: the benchmark's two reference machines."""
+"""Device, number of devices, GiB of each: the benchmark's reference machine, and a newer one."""
 WORLD_SIZES = (64, 128, 256, 512, 1024)
 GROUP_SIZES = {"transformer_1b": 8, "transformer_70b": 64}
 """Ranks of a replica under HSDP."""
@@ -103,13 +103,15 @@ def document() -> str:
     parts = [INTRODUCTION]
     official = [
         "workload", "million parameters", "blocks / shapes", *COMMON_HEADINGS,
-        "all at once GiB", "step ms", "overhead", f"interval for {OVERHEAD_PERCENT:g} %",
+        "all at once GiB", "V100 step ms", "overhead", f"interval for {OVERHEAD_PERCENT:g} %",
     ]  # fmt: skip
     parts.append(
         "`balance` is the largest modelled load of a rank over the mean; `dearest` the step of a "
-        "staggered interval with most work; `mean` includes communication; `step` what a training step "
-        "may take on the reference machine (the benchmark's runtime limit over its step hint); "
-        f"`interval` keeps the optimizer at {OVERHEAD_PERCENT:g} % of it, one step less does not."
+        "staggered interval with most work; `mean` includes communication; `V100 step` what a training "
+        "step may take on the reference machine, 8 x V100 (the benchmark's runtime limit over its step "
+        "hint; finewebedu_lm's is of a later release of the benchmark); `overhead` is of that step, on "
+        f"either machine, and `interval` keeps it at {OVERHEAD_PERCENT:g} %, one step less does not. On "
+        "the A100s, whose own steps are shorter, both are too good."
     )
     for device, num_devices, memory in MACHINES:
         parts.append(f"## {num_devices} x {device.upper()} {memory:.0f} GB, replicated (DDP)")

@@ -18,7 +18,7 @@ from shampoo_core.stacks import StackSet
 from shampoo_core.storage.base import batches
 from shampoo_core.storage.joined import Joined, Run, copy_to, spread, taken
 from shampoo_core.storage.quantization import GROUP, CodedGroups, Format
-from shampoo_core.storage.triangles import triangle_indices
+from shampoo_core.storage.triangles import Triangle, triangle_indices
 
 
 class CodedBlocks:
@@ -213,7 +213,7 @@ class CodedSymmetric:
         sides = [self._sides[run[0].stack] for run in runs]
         numbers = taken(self._diagonals, self._places.spans(runs))
         matrices = [
-            rows.index_select(1, self._indices(side)[1]).view(-1, side, side)
+            rows.index_select(1, self._indices(side).unfold).view(-1, side, side)
             for rows, side in zip(self._triangles.read(runs), sides, strict=True)
         ]
         roots = self._per_run(numbers.sqrt(), runs)
@@ -242,7 +242,7 @@ class CodedSymmetric:
         torch._foreach_mul_(matrices, [scale[:, :, None] for scale in scales])
         torch._foreach_mul_(matrices, [scale[:, None, :] for scale in scales])
         triangles = [
-            m.flatten(1).index_select(1, self._indices(side)[0])
+            m.flatten(1).index_select(1, self._indices(side).fold)
             for m, side in zip(matrices, sides, strict=True)
         ]
         matrices.clear()
@@ -255,7 +255,7 @@ class CodedSymmetric:
             part.view(-1, self._places.width(run)) for part, run in zip(parts, runs, strict=True)
         ]
 
-    def _indices(self, side: int) -> tuple[Tensor, Tensor]:
+    def _indices(self, side: int) -> Triangle:
         return triangle_indices(side, self._diagonals.device, with_diagonal=False)
 
 

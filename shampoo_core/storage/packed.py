@@ -61,11 +61,11 @@ class PackedMatrices:
 
 def _pack(matrices: Tensor) -> Tensor:
     """(N, d, d) -> (N, d (d + 1) / 2)."""
-    fold, _ = triangle_indices(matrices.shape[-1], matrices.device, with_diagonal=True)
-    return matrices.flatten(1).index_select(1, fold)
+    indices = triangle_indices(matrices.shape[-1], matrices.device, with_diagonal=True)
+    return matrices.flatten(1).index_select(1, indices.fold)
 
 
 def _unpack(triangles: Tensor, side: int) -> Tensor:
     """(N, d (d + 1) / 2) -> (N, d, d)."""
-    _, unfold = triangle_indices(side, triangles.device, with_diagonal=True)
-    return triangles.index_select(1, unfold).view(-1, side, side)
+    indices = triangle_indices(side, triangles.device, with_diagonal=True)
+    return triangles.index_select(1, indices.unfold).view(-1, side, side)
