@@ -97,8 +97,8 @@ def operation_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
                     "refresh_waits": refresh.num_synchronisations,
                     "plain_gflop": plain.flops / 1e9,
                     "refresh_gflop": refresh.flops / 1e9,
-                    "plain_mb_moved": plain.bytes_moved / MIB,
-                    "refresh_mb_moved": refresh.bytes_moved / MIB,
+                    "plain_mib_moved": plain.bytes_moved / MIB,
+                    "refresh_mib_moved": refresh.bytes_moved / MIB,
                 }
             )
     return rows
@@ -108,7 +108,7 @@ def state_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
     """One row per workload: bytes of state in each storage, and in units of the peer's."""
     rows = []
     for workload in workloads:
-        theirs = PEERS.get(workload, {}).get(THEIRS, {}).get("state_MB")
+        theirs = PEERS.get(workload, {}).get(THEIRS, {}).get("state_MiB")
         size = sum(p.numel() * p.element_size() for p in workload_parameters(workload)) / MIB
         row: dict[str, Any] = {"workload": workload, "parameters": size, "theirs": theirs}
         limits = dict(zip(STORAGES, STATE_LIMITS.get(workload, ()), strict=False))
@@ -136,17 +136,17 @@ OPERATION_COLUMNS = {
     "refresh_waits": "at refresh",
     "plain_gflop": "GFLOP",
     "refresh_gflop": "at refresh",
-    "plain_mb_moved": "MB moved",
-    "refresh_mb_moved": "at refresh",
+    "plain_mib_moved": "MiB moved",
+    "refresh_mib_moved": "at refresh",
 }
 STATE_COLUMNS = {
     "workload": "workload",
-    "parameters": "parameters MB",
-    "theirs": "theirs MB",
-    "dense": "dense MB",
+    "parameters": "parameters MiB",
+    "theirs": "theirs MiB",
+    "dense": "dense MiB",
     "dense_ratio": "ratio",
     "dense_limit": "limit",
-    "packed": "packed MB",
+    "packed": "packed MiB",
     "packed_ratio": "ratio",
     "packed_limit": "limit",
 }

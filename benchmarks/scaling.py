@@ -59,7 +59,7 @@ def _entries(
         "plain_ms": plan.plain_ms,
         "mean_ms": plan.mean_ms,
         "send_ms": plan.send_ms,
-        "state_mb": plan.state_bytes / MIB,
+        "state_mib": plan.state_bytes / MIB,
         "operations": plan.plain_operations,
         "balance": plan.balance,
     }
@@ -107,7 +107,7 @@ COLUMNS = {
     "plain_ms": "plain ms",
     "mean_ms": "mean ms",
     "send_ms": "send ms",
-    "state_mb": "state MB",
+    "state_mib": "state MiB",
     "balance": "balance",
 }
 
