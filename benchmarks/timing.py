@@ -26,9 +26,7 @@ from shampoo_core.costs import plain_step_flops
 from shampoo_core.counting import OperationCounter
 
 WORKLOADS = ("imagenet_resnet", "imagenet_vit", "librispeech_conformer", "ogbg")
-TOO_LARGE = {
-    "criteo1tb": "two optimizers would hold 16 GiB of its embedding table, stepped by Adam"
-}
+TOO_LARGE = {"criteo1tb": "two optimizers would hold 16 GiB of memory for its embedding table"}
 """Not measured on a CPU."""
 TAKES = f"any but criteo1tb, by default {', '.join(WORKLOADS)}"
 INTERVALS = (20, 100)
