@@ -152,7 +152,7 @@ def time_workload(
             "plain_ms": 1e3 * seconds,
             "to_adamw": seconds / plain["AdamW"],
             "to_floor": seconds / plain[FLOOR],
-            "limit": LIMIT_TO_FLOOR if name == "ours" else None,
+            "limit": LIMIT_TO_FLOOR if name == "ours" and workload in WORKLOADS else None,
             "arithmetic": done.get(name),
         }
         if refresh and name not in ("AdamW", FLOOR):

@@ -85,6 +85,8 @@ def test_a_section_takes_the_models_it_is_asked_for(
         if file.endswith(".json") and file != "width.json":
             rows = json.loads((tmp_path / file).read_text())["rows"]
             assert list(dict.fromkeys(row["workload"] for row in rows)) == asked
+            if section == "time":  # the aim is that of other models
+                assert not any(row["limit"] for row in rows)
 
 
 def test_help_says_which_workloads_a_section_takes(capsys: pytest.CaptureFixture[str]) -> None:
