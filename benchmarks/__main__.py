@@ -6,40 +6,52 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import counts, measured, memory, methods, scaling, share, timing
-from benchmarks.tables import DEFAULT_FOLDER
-from shampoo_core.model_shapes import official_workloads
+from benchmarks.flags import parser_of
 
-SECTIONS: dict[str, Callable[[Sequence[str], Path], None]] = {
-    "counts": counts.run,
-    "methods": methods.run,
-    "memory": memory.run,
-    "scaling": scaling.run,
-    "time": timing.run_affordable,
-    "measured": measured.run,
-    "share": share.run,
+
+class Section(NamedTuple):
+    """Some tables of one kind."""
+
+    run: Callable[[Sequence[str] | None, Path], list[Path]]
+    """Prints tables for some workloads, or for its own, and writes them; returns the files."""
+    takes: str
+    """Which workloads it can be asked for, and what it takes unasked."""
+
+
+SECTIONS = {
+    "counts": Section(counts.run, counts.TAKES),
+    "methods": Section(methods.run, methods.TAKES),
+    "memory": Section(memory.run, memory.TAKES),
+    "scaling": Section(scaling.run, scaling.TAKES),
+    "time": Section(timing.run_affordable, timing.TAKES),
+    "measured": Section(measured.run, measured.TAKES),
+    "share": Section(share.run, share.TAKES),
 }
-"""By name: prints tables for some workloads and writes them to a folder."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = parser_of(__doc__, "what a section does not take it skips, and says why")
+    parser.prog = "python -m benchmarks"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "sections, and the workloads that they take:\n" + "\n".join(
+        f"  {name:<10}{section.takes}" for name, section in SECTIONS.items()
+    )
     parser.add_argument(
         "sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; default all"
     )
-    parser.add_argument("--workload", action="append", choices=official_workloads())
-    parser.add_argument(
-        "--out", type=Path, default=DEFAULT_FOLDER, help="folder for JSON and plots"
-    )
-    arguments = parser.parse_args()
-    unknown = sorted(set(arguments.sections) - set(SECTIONS))
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.sections) - set(SECTIONS))
     if unknown:
         parser.error(f"unknown sections {unknown}; known are {sorted(SECTIONS)}")
-    for name in arguments.sections or SECTIONS:
-        SECTIONS[name](arguments.workload or official_workloads(), arguments.out)
-    sys.stdout.write(f"\nJSON and plots are in {arguments.out}\n")
+    written: list[Path] = []
+    for name in options.sections or SECTIONS:
+        written += SECTIONS[name].run(options.workload, options.out)
+    files = ", ".join(str(path) for path in written)
+    sys.stdout.write(f"\nwritten: {files}\n" if files else "\nnothing was written\n")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ with the same options and are in ``peers_measured.json`` with their source.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.models import state_bytes, workload_parameters
+from benchmarks.flags import chosen, parser_of
+from benchmarks.models import has_table, state_bytes, workload_groups, workload_parameters
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
 from shampoo_core.config import STORAGES
@@ -35,8 +35,9 @@ REFRESH_SHARE = 15
 """A refresh step may dispatch one in so many of the peer's operations."""
 STATE_LIMITS = {"imagenet_resnet": (1.05, 0.75), "imagenet_vit": (1.2, 0.8), "ogbg": (1.45, 0.9)}
 """Most bytes of state in units of the peer's: dense, packed."""
-TABLES_LEFT_OUT = ("criteo1tb",)
-"""Workloads dominated by an embedding table that no one would precondition."""
+ROUTINGS = ("vectors diagonal", "everything")
+ROUTINGS_BESIDE_A_TABLE = ("vectors, table diagonal", "all but the table")
+"""What is preconditioned where a lookup table is stepped by Adam."""
 
 
 def count_steps(
@@ -53,9 +54,8 @@ def count_steps(
         which asks whether all factors have been refreshed.
     """
     optimizer = DistributedShampoo(
-        workload_parameters(workload),
+        workload_groups(workload, config),
         betas=(0.9, 0.99),
-        preconditioner=config,
         refresh=FixedRefresh(interval=4, start=4),
     )
     counted = []
@@ -68,7 +68,7 @@ def count_steps(
 
 def allocated_bytes(workload: str, config: PreconditionerConfig) -> int:
     """Bytes of state of one workload's optimizer."""
-    return state_bytes(DistributedShampoo(workload_parameters(workload), preconditioner=config))
+    return state_bytes(DistributedShampoo(workload_groups(workload, config)))
 
 
 def operation_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
@@ -76,7 +76,8 @@ def operation_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for workload in workloads:
         theirs = PEERS.get(workload, {}).get(THEIRS, {})
-        for everything, routing in enumerate(("vectors diagonal", "everything")):
+        routings = ROUTINGS_BESIDE_A_TABLE if has_table(workload) else ROUTINGS
+        for everything, routing in enumerate(routings):
             config = ShampooConfig(precondition_vectors=bool(everything))
             plain, refresh = count_steps(workload, config)
             limits = PLAIN_LIMITS.get(workload)
@@ -96,8 +97,8 @@ def operation_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
                     "refresh_waits": refresh.num_synchronisations,
                     "plain_gflop": plain.flops / 1e9,
                     "refresh_gflop": refresh.flops / 1e9,
-                    "plain_mb_moved": plain.bytes_moved / MIB,
-                    "refresh_mb_moved": refresh.bytes_moved / MIB,
+                    "plain_mib_moved": plain.bytes_moved / MIB,
+                    "refresh_mib_moved": refresh.bytes_moved / MIB,
                 }
             )
     return rows
@@ -107,7 +108,7 @@ def state_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
     """One row per workload: bytes of state in each storage, and in units of the peer's."""
     rows = []
     for workload in workloads:
-        theirs = PEERS.get(workload, {}).get(THEIRS, {}).get("state_MB")
+        theirs = PEERS.get(workload, {}).get(THEIRS, {}).get("state_MiB")
         size = sum(p.numel() * p.element_size() for p in workload_parameters(workload)) / MIB
         row: dict[str, Any] = {"workload": workload, "parameters": size, "theirs": theirs}
         limits = dict(zip(STORAGES, STATE_LIMITS.get(workload, ()), strict=False))
@@ -120,6 +121,7 @@ def state_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
+TAKES = "any, by default all"
 OPERATION_COLUMNS = {
     "workload": "workload",
     "preconditioned": "preconditioned",
@@ -134,54 +136,56 @@ OPERATION_COLUMNS = {
     "refresh_waits": "at refresh",
     "plain_gflop": "GFLOP",
     "refresh_gflop": "at refresh",
-    "plain_mb_moved": "MB moved",
-    "refresh_mb_moved": "at refresh",
+    "plain_mib_moved": "MiB moved",
+    "refresh_mib_moved": "at refresh",
 }
 STATE_COLUMNS = {
     "workload": "workload",
-    "parameters": "parameters MB",
-    "theirs": "theirs MB",
-    "dense": "dense MB",
+    "parameters": "parameters MiB",
+    "theirs": "theirs MiB",
+    "dense": "dense MiB",
     "dense_ratio": "ratio",
     "dense_limit": "limit",
-    "packed": "packed MB",
+    "packed": "packed MiB",
     "packed_ratio": "ratio",
     "packed_limit": "limit",
 }
 
 
-def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
+def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -> list[Path]:
     """Print both tables and write their JSON.
 
     Args:
-        workloads: Official ones; those dominated by an embedding table are left out.
+        workloads: Official ones; None is all of them.
         folder: For the JSON.
+
+    Returns:
+        Files that were written.
     """
-    counted = [name for name in workloads if name not in TABLES_LEFT_OUT]
-    publish(
+    counted = chosen(workloads, official_workloads())
+    operations = publish(
         "Operations: dispatched in a plain and in a refresh step; Shampoo, blocks of 1024, Adam graft",
         operation_rows(counted),
         OPERATION_COLUMNS,
         folder,
         "theirs: facebookresearch/optimizers f606606, measured once, see peers_measured.json. "
         "kernels: of the plain step on a GPU, by torch's rules for _foreach, not measured. "
-        "waits: host synchronisations. MB moved: arguments and results of every operation, no cache.",
+        "waits: host synchronisations. MiB moved: arguments and results of every operation, no cache. "
+        "table: of embeddings, stepped by Adam as by the planner and the submission.",
     )
-    publish(
+    state = publish(
         "State: bytes of the same optimizers, vectors diagonal, beside theirs (packed)",
         state_rows(counted),
         STATE_COLUMNS,
         folder,
     )
+    return operations + state
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", action="append", choices=official_workloads())
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder for the JSON")
-    arguments = parser.parse_args()
-    run(arguments.workload or official_workloads(), arguments.out)
+    options = parser_of(__doc__, TAKES).parse_args()
+    run(options.workload, options.out)
 
 
 if __name__ == "__main__":

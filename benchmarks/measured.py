@@ -1,13 +1,12 @@
-"""Seconds of a step of every method, solver and storage on one model, and where they go.
+"""Seconds of a step of every method, solver and storage on a model, and where they go.
 
 On one thread, in seconds of the processor. The floor is that of `benchmarks.timing`: the products of plain
 Shampoo, for all methods. Solvers that iterate matrix products take minutes for a refresh of a real model on
-a CPU, and are measured on a small one.
+a CPU, and are measured on a small one, whatever the workload.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -16,11 +15,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.flags import chosen, parser_of
 from benchmarks.methods import Method, methods
 from benchmarks.models import workload_parameters
 from benchmarks.phases import PARTS, phases
-from benchmarks.tables import DEFAULT_FOLDER, publish
-from benchmarks.timing import BETAS, FLOOR, interleaved, method_flops, products
+from benchmarks.tables import DEFAULT_FOLDER, of_several, publish
+from benchmarks.timing import BETAS, FLOOR, TOO_LARGE, interleaved, method_flops, products
 from shampoo_core import (
     AdaptiveRefresh,
     DistributedShampoo,
@@ -30,11 +30,13 @@ from shampoo_core import (
     StaggeredAdaptiveRefresh,
     StaggeredRefresh,
 )
-from shampoo_core.model_shapes import official_workloads
 from shampoo_core.refresh import RefreshPolicy
 
 DEFAULT_WORKLOAD = "ogbg"
 SOLVER_WORKLOAD = "mnist"
+TAKES = (
+    f"any but criteo1tb, by default {DEFAULT_WORKLOAD}; solvers on {SOLVER_WORKLOAD} in any case"
+)
 CYCLE = 4
 """Every so many steps refreshes everything."""
 INTERVAL = 20
@@ -129,41 +131,44 @@ SPIKE_COLUMNS = {
 }
 
 
-def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
+def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -> list[Path]:
     """Print both tables and write their JSON.
 
     Args:
-        workloads: Measured is OGBG, or the first one if that is not among them.
+        workloads: Official ones; None is OGBG.
         folder: For the JSON.
+
+    Returns:
+        Files that were written.
     """
     torch.set_num_threads(1)
-    chosen = DEFAULT_WORKLOAD if DEFAULT_WORKLOAD in workloads else workloads[0]
+    names = chosen(workloads, [DEFAULT_WORKLOAD], TOO_LARGE)
+    if not names:
+        return []
     alone = [method for method in methods() if type(method.config).__name__ != "ShampooConfig"]
     of_shampoo = [method for method in methods() if method not in alone]
     solved = [method for method in of_shampoo if method.name.endswith("Solver")]
     stored = [method for method in of_shampoo if method not in solved]
-    rows = [*method_rows(chosen, [*stored, *alone]), *method_rows(SOLVER_WORKLOAD, solved)]
-    publish(
+    rows = [row for name in names for row in method_rows(name, [*stored, *alone])]
+    written = publish(
         "Measured: milliseconds of every method, plain steps split",
-        rows,
+        [*rows, *method_rows(SOLVER_WORKLOAD, solved)],
         METHOD_COLUMNS,
         folder,
+        f"solvers: on {SOLVER_WORKLOAD}, whatever --workload is",
     )
-    publish(
-        f"Spikes: steps of an interval of {INTERVAL} on the shapes of {chosen}",
-        list(spike_rows(chosen)),
-        SPIKE_COLUMNS,
+    return written + publish(
+        f"Spikes: steps of an interval of {INTERVAL} on the shapes of {', '.join(names)}",
+        [row for name in names for row in spike_rows(name)],
+        of_several(names, SPIKE_COLUMNS),
         folder,
     )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", choices=official_workloads(), default=DEFAULT_WORKLOAD)
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
-    options = parser.parse_args()
-    run([options.workload], options.out)
+    options = parser_of(__doc__, TAKES).parse_args()
+    run(options.workload, options.out)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ Exact, on the "meta" device, and in units of the largest stack: all blocks of th
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.counts import MIB
+from benchmarks.flags import chosen, count, parser_of
 from benchmarks.methods import measure, methods
-from benchmarks.models import state_bytes, workload_parameters
+from benchmarks.models import state_bytes, workload_groups
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import (
     DistributedShampoo,
@@ -22,7 +22,6 @@ from shampoo_core import (
     ShampooConfig,
     StaggeredRefresh,
 )
-from shampoo_core.model_shapes import official_workloads
 from shampoo_core.preconditioners.base import PreconditionerConfig
 
 METHODS: dict[str, PreconditionerConfig] = {
@@ -30,6 +29,7 @@ METHODS: dict[str, PreconditionerConfig] = {
     "eigenvalue-corrected": EigenvalueCorrectedConfig(),
 }
 WORKLOADS = ("imagenet_resnet", "imagenet_vit", "ogbg", "librispeech_conformer", "wmt")
+TAKES = f"any, by default {', '.join(WORKLOADS)}"
 WAVES_OF_LARGEST_STACK = 2
 """The largest stack is cut into so many waves."""
 INTERVAL = 100
@@ -39,8 +39,13 @@ LIMIT = 2.0
 
 def largest_stack(workload: str) -> int:
     """Numbers in the largest stack of a workload's model."""
-    (engine,) = DistributedShampoo(workload_parameters(workload))._engines[0]
-    return max(math.prod(layout.shape) for layout in engine.stack_set.layouts)
+    optimizer = DistributedShampoo(workload_groups(workload, ShampooConfig()), max_wave_numel=None)
+    return max(
+        math.prod(layout.shape)
+        for engines in optimizer._engines
+        for engine in engines
+        for layout in engine.stack_set.layouts
+    )
 
 
 def memory_rows(
@@ -52,7 +57,7 @@ def memory_rows(
     for workload in workloads:
         largest = largest_stack(workload)
         for method, config in configs.items():
-            for max_wave_numel in (None, largest // waves_of_largest_stack):
+            for max_wave_numel in (None, max(1, largest // waves_of_largest_stack)):
                 yield {
                     "workload": workload,
                     "method": method,
@@ -73,12 +78,12 @@ def _entries(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     stack_bytes = 4 * largest
     return {
-        "waves": len(optimizer._engines[0]),
+        "waves": max(len(engines) for engines in optimizer._engines),
         "max_wave_numel": max_wave_numel,
-        "parameters_mb": sum(p.nbytes for p in parameters) / MIB,
-        "state_mb": state_bytes(optimizer) / MIB,
-        "largest_mb": stack_bytes / MIB,
-        "plain_mb": plain.peak / MIB,
+        "parameters_mib": sum(p.nbytes for p in parameters) / MIB,
+        "state_mib": state_bytes(optimizer) / MIB,
+        "largest_mib": stack_bytes / MIB,
+        "plain_mib": plain.peak / MIB,
         "plain_stacks": plain.peak / stack_bytes,
         "limit": LIMIT if max_wave_numel else None,
         "refresh_limit": LIMIT if max_wave_numel else None,
@@ -93,12 +98,12 @@ def _entries(
 COLUMNS = {
     "workload": "workload",
     "method": "method",
-    "parameters_mb": "parameters MB",
-    "state_mb": "state MB",
-    "largest_mb": "largest stack MB",
+    "parameters_mib": "parameters MiB",
+    "state_mib": "state MiB",
+    "largest_mib": "largest stack MiB",
     "max_wave_numel": "max_wave_numel",
     "waves": "waves",
-    "plain_mb": "temporary MB",
+    "plain_mib": "temporary MiB",
     "plain_stacks": "in stacks",
     "limit": "limit",
     "staggered_stacks": "staggered",
@@ -111,41 +116,38 @@ COLUMNS = {
 
 
 def run(
-    workloads: Sequence[str],
+    workloads: Sequence[str] | None = None,
     folder: Path = DEFAULT_FOLDER,
     configs: Mapping[str, PreconditionerConfig] = METHODS,
     waves_of_largest_stack: int = WAVES_OF_LARGEST_STACK,
-) -> None:
-    """Print and write the table for those of some workloads whose limits are stated."""
-    names = [name for name in workloads if name in WORKLOADS]
-    if names:
-        publish(
-            "Memory: most bytes alive in a step beside parameters, gradients and state",
-            list(memory_rows(names, configs, waves_of_largest_stack)),
-            COLUMNS,
-            folder,
-            "in stacks: in units of the largest stack; so are the dearest step of a staggered refresh "
-            "and one that refreshes everything. waits: of the host, in the latter.",
-        )
+) -> list[Path]:
+    """Print and write the table, for `WORKLOADS` if none are given; return the files written."""
+    names = chosen(workloads, WORKLOADS)
+    return publish(
+        "Memory: most bytes alive in a step beside parameters, gradients and state",
+        list(memory_rows(names, configs, waves_of_largest_stack)),
+        COLUMNS,
+        folder,
+        "in stacks: in units of the largest stack; so are the dearest step of a staggered refresh "
+        "and one that refreshes everything. waits: of the host, in the latter.",
+    )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", action="append", choices=official_workloads())
+    parser = parser_of(__doc__, TAKES)
     parser.add_argument(
         "--every_method", action="store_true", help="and storage and solver; takes long"
     )
     parser.add_argument(
         "--waves_of_largest_stack",
-        type=int,
+        type=count,
         default=WAVES_OF_LARGEST_STACK,
         help="default %(default)s; more waves take less memory and more operations",
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     configs = {m.name: m.config for m in methods()} if options.every_method else METHODS
-    run(options.workload or WORKLOADS, options.out, configs, options.waves_of_largest_stack)
+    run(options.workload, options.out, configs, options.waves_of_largest_stack)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every preconditioner, storage and solver on one model: operations, arithmetic, state.
+"""Every preconditioner, storage and solver on a model: operations, arithmetic, state.
 
 Exact, on the "meta" device. The split is of estimated time on a stated device, by kind of operation:
 products that add to factors (statistics), other products (apply), decompositions, everything else.
@@ -6,15 +6,15 @@ products that add to factors (statistics), other products (apply), decomposition
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.counts import MIB
-from benchmarks.models import state_bytes, workload_parameters
-from benchmarks.tables import DEFAULT_FOLDER, publish
+from benchmarks.flags import chosen, parser_of
+from benchmarks.models import state_bytes, workload_groups
+from benchmarks.tables import DEFAULT_FOLDER, of_several, publish
 from shampoo_core import (
     AdamConfig,
     ChebyshevSolver,
@@ -34,12 +34,12 @@ from shampoo_core import (
 )
 from shampoo_core.counting import Operation, OperationCounter
 from shampoo_core.live_memory import LiveMemory
-from shampoo_core.model_shapes import official_workloads
 from shampoo_core.plan.devices import DEVICES
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.refresh import RefreshPolicy
 
 DEFAULT_WORKLOAD = "imagenet_resnet"
+TAKES = f"any, by default {DEFAULT_WORKLOAD}"
 DEVICE = DEVICES["v100"]
 
 
@@ -104,9 +104,8 @@ def measure(
 ) -> tuple[list[Measured], DistributedShampoo]:
     """Take the steps of the given numbers, the first one unmeasured before them."""
     optimizer = DistributedShampoo(
-        workload_parameters(workload),
+        workload_groups(workload, config),
         betas=(0.9, 0.99),
-        preconditioner=config,
         refresh=refresh,
         max_wave_numel=max_wave_numel,
     )
@@ -138,8 +137,8 @@ def method_rows(workload: str) -> Iterator[dict[str, Any]]:
             "waits": refresh.counter.num_synchronisations,
             "plain_gflop": plain.counter.flops / 1e9,
             "refresh_gflop": refresh.counter.flops / 1e9,
-            "plain_mb_moved": plain.counter.bytes_moved / MIB,
-            "state_mb": state_bytes(optimizer) / MIB,
+            "plain_mib_moved": plain.counter.bytes_moved / MIB,
+            "state_mib": state_bytes(optimizer) / MIB,
             **split,
             "refresh_ms": 1e3 * DEVICE.step_seconds(refresh.counter.operations),
         }
@@ -165,8 +164,8 @@ METHOD_COLUMNS = {
     "waits": "waits",
     "plain_gflop": "GFLOP",
     "refresh_gflop": "at refresh",
-    "plain_mb_moved": "MB moved",
-    "state_mb": "state MB",
+    "plain_mib_moved": "MiB moved",
+    "state_mib": "state MiB",
     "statistics_ms": "statistics ms",
     "apply_ms": "apply ms",
     "rest_ms": "rest ms",
@@ -174,30 +173,29 @@ METHOD_COLUMNS = {
 }
 
 
-def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
+def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -> list[Path]:
     """Print and write the table.
 
     Args:
-        workloads: The methods are compared on ResNet-50, or on the first one if that is not among
-            them.
+        workloads: Official ones; None is ResNet-50.
         folder: For the JSON.
+
+    Returns:
+        Files that were written.
     """
-    chosen = DEFAULT_WORKLOAD if DEFAULT_WORKLOAD in workloads else workloads[0]
-    publish(
-        f"Methods: on the shapes of {chosen}, milliseconds estimated for {DEVICE.name}",
-        list(method_rows(chosen)),
-        METHOD_COLUMNS,
+    names = chosen(workloads, [DEFAULT_WORKLOAD])
+    return publish(
+        f"Methods: on the shapes of {', '.join(names)}, milliseconds estimated for {DEVICE.name}",
+        [row for name in names for row in method_rows(name)],
+        of_several(names, METHOD_COLUMNS),
         folder,
     )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", action="append", choices=official_workloads())
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
-    options = parser.parse_args()
-    run(options.workload or official_workloads(), options.out)
+    options = parser_of(__doc__, TAKES).parse_args()
+    run(options.workload, options.out)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from shampoo_core.blocking import Shape
 from shampoo_core.model_shapes import workload_shapes
+from shampoo_core.plan.layout import TABLE_ROWS
+from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.preconditioners.diagonal import AdamConfig
+
+TABLE_BLOCK_ROWS = 8192
+"""As in the submission; with 128 columns such blocks are as large as the planner's."""
 
 
 def parameters(
@@ -32,6 +39,33 @@ def parameters(
 def workload_parameters(workload: str, device: str = "meta") -> list[torch.nn.Parameter]:
     """Parameters of an official workload's model, each with a gradient."""
     return parameters([parameter.shape for parameter in workload_shapes(workload)], device)
+
+
+def workload_groups(workload: str, config: PreconditionerConfig) -> list[dict[str, Any]]:
+    """Parameter groups of an official workload's model, on "meta".
+
+    One for all parameters but lookup tables, one for these: planner and submission step them by Adam.
+
+    Args:
+        workload: Official.
+        config: Steps everything but lookup tables.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "preconditioner": config},
+        {"params": [], "preconditioner": AdamConfig(), "max_block_size": TABLE_BLOCK_ROWS},
+    ]
+    for parameter in workload_parameters(workload):
+        groups[_is_table(parameter.shape)]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def has_table(workload: str) -> bool:
+    """Whether a lookup table is among the parameters of an official workload's model."""
+    return any(_is_table(parameter.shape) for parameter in workload_shapes(workload))
+
+
+def _is_table(shape: Shape) -> bool:
+    return max(shape, default=1) >= TABLE_ROWS
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

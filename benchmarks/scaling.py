@@ -5,12 +5,13 @@ Counted on the "meta" device, milliseconds estimated from the stated rates of a 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import DEFAULT_FOLDER, publish
+from benchmarks.counts import MIB
+from benchmarks.flags import chosen, parser_of
+from benchmarks.tables import DEFAULT_FOLDER, of_several, publish
 from shampoo_core import EigenvalueCorrectedConfig, KLShampooConfig, ShampooConfig, SpectralConfig
 from shampoo_core.model_shapes import NamedShape, named_model
 from shampoo_core.plan import DEVICES, Placement, Plan, Request, make_plan
@@ -19,7 +20,8 @@ from shampoo_core.preconditioners.base import PreconditionerConfig
 WIDTHS = (256, 512, 1024, 2048, 4096)
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 NUM_LAYERS = 4
-MODEL = "wmt"
+DEFAULT_WORKLOAD = "wmt"
+TAKES = f"any, for the number of ranks, by default {DEFAULT_WORKLOAD}; widths are of no model"
 DEVICE = DEVICES["v100"]
 METHODS: dict[str, PreconditionerConfig] = {
     "shampoo": ShampooConfig(),
@@ -39,11 +41,11 @@ def width_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def rank_rows() -> list[dict[str, Any]]:
+def rank_rows(workload: str) -> list[dict[str, Any]]:
     """One model on a growing number of ranks."""
-    model = named_model(MODEL)
+    model = named_model(workload)
     return [
-        {"ranks": ranks, "method": name, **_entries(model, config, ranks)}
+        {"workload": workload, "ranks": ranks, "method": name, **_entries(model, config, ranks)}
         for name, config in METHODS.items()
         for ranks in RANKS
     ]
@@ -57,23 +59,30 @@ def _entries(
         "plain_ms": plan.plain_ms,
         "mean_ms": plan.mean_ms,
         "send_ms": plan.send_ms,
-        "state_mb": plan.state_bytes / 2**20,
+        "state_mib": plan.state_bytes / MIB,
         "operations": plan.plain_operations,
         "balance": plan.balance,
     }
 
 
-def plot(widths: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw both; False where matplotlib is missing."""
+def plot(
+    widths: Sequence[dict[str, Any]], ranks: Mapping[str, Sequence[dict[str, Any]]], path: Path
+) -> list[Path]:
+    """Draw the rows of widths, and those of ranks by workload; the file, or none without matplotlib."""
     try:
         import matplotlib as mpl
     except ImportError:
-        return False
+        return []
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, rows, key in ((panels[0], widths, "width"), (panels[1], ranks, "ranks")):
+    drawn: list[tuple[str, str, Sequence[dict[str, Any]]]] = [
+        (f"{NUM_LAYERS} square layers, one device", "width", widths),
+        *((f"{name}, refreshed every 100 steps", "ranks", rows) for name, rows in ranks.items()),
+    ]
+    size = (5 * len(drawn), 4)
+    figure, panels = pyplot.subplots(1, len(drawn), figsize=size, layout="constrained")
+    for panel, (title, key, rows) in zip(panels, drawn, strict=True):
         for name in METHODS:
             own = [row for row in rows if row["method"] == name]
             panel.plot(
@@ -84,13 +93,12 @@ def plot(widths: Sequence[dict[str, Any]], ranks: Sequence[dict[str, Any]], path
         panel.set_xlabel(key)
         panel.set_ylabel(f"mean step, ms (estimated, {DEVICE.name})")
         panel.grid(alpha=0.3)
-    panels[0].set_title(f"{NUM_LAYERS} square layers, one device", loc="left")
-    panels[1].set_title(f"{MODEL}, refreshed every 100 steps", loc="left")
+        panel.set_title(title, loc="left")
     panels[0].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    return True
+    return [path]
 
 
 COLUMNS = {
@@ -99,32 +107,41 @@ COLUMNS = {
     "plain_ms": "plain ms",
     "mean_ms": "mean ms",
     "send_ms": "send ms",
-    "state_mb": "state MB",
+    "state_mib": "state MiB",
     "balance": "balance",
 }
 
 
-def run(workloads: Sequence[str], folder: Path = DEFAULT_FOLDER) -> None:
-    """Print both tables, write them and the plot."""
-    del workloads
-    widths, ranks = width_rows(), rank_rows()
+def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -> list[Path]:
+    """Print both tables, write them and the plot.
+
+    Args:
+        workloads: On growing numbers of ranks; None is WMT.
+        folder: For JSON and plot.
+
+    Returns:
+        Files that were written.
+    """
+    names = chosen(workloads, [DEFAULT_WORKLOAD])
+    widths, ranks = width_rows(), {name: rank_rows(name) for name in names}
     title = f"Width: {NUM_LAYERS} square layers on one {DEVICE.name}, blocks of 1024"
-    publish(title, widths, {"width": "width", **COLUMNS}, folder)
+    note = "of no model, whatever --workload is"
+    written = publish(title, widths, {"width": "width", **COLUMNS}, folder, note)
     drawn = plot(widths, ranks, folder / "scaling.png")
-    publish(
-        f"Ranks: {MODEL} on {DEVICE.name}, largest rank",
-        ranks,
-        {"ranks": "ranks", **COLUMNS},
+    written += publish(
+        f"Ranks: {', '.join(names)} on {DEVICE.name}, largest rank",
+        [row for rows in ranks.values() for row in rows],
+        of_several(names, {"ranks": "ranks", **COLUMNS}),
         folder,
         f"plot: {folder / 'scaling.png'}" if drawn else "no plot: matplotlib is missing",
     )
+    return written + drawn
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
-    run([], parser.parse_args().out)
+    options = parser_of(__doc__, TAKES).parse_args()
+    run(options.workload, options.out)
 
 
 if __name__ == "__main__":

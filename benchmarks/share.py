@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.tables import publish
+from benchmarks.flags import chosen
+from benchmarks.tables import DEFAULT_FOLDER, publish
+from shampoo_core.model_shapes import official_workloads
 from submission import submission
 from workloads_smoke.registry import WORKLOADS, load_workload
 
@@ -27,6 +29,8 @@ LARGEST_SHARE = 0.25
 """Of a training step that the optimizer should take."""
 INTERVALS = 3
 """Intervals of refreshes that are looked at."""
+TAKES = "smoke workloads: any but cifar, by default all"
+NO_SMOKE_WORKLOAD = "share is measured on smoke workloads, and none has this name"
 FIRST_STEPS = 20
 """Not looked at: these allocate memory."""
 
@@ -105,14 +109,24 @@ COLUMNS = {
 }
 
 
-def run(workloads: Sequence[str], folder: Path) -> None:
-    """Print and write the shares on the smoke workloads of the given names."""
+def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -> list[Path]:
+    """Print and write the shares on the smoke workloads of the given names, or on all.
+
+    Args:
+        workloads: Names; None is all that smoke workloads have.
+        folder: For the JSON.
+
+    Returns:
+        Files that were written.
+    """
     torch.set_num_threads(1)  # what the table's head says is then true of the processes too
     context = multiprocessing.get_context("spawn")
-    names = [name for name in workloads if name in WORKLOADS]
+    known = [name for name in official_workloads() if name in WORKLOADS]
+    others = {name: NO_SMOKE_WORKLOAD for name in workloads or () if name not in known}
+    names = chosen(workloads, known, others)
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
         rows = list(processes.map(measure, names))
-    publish(
+    return publish(
         "Share: of the optimizer in a step of the submission's default setting on smoke workloads",
         rows,
         COLUMNS,

@@ -60,10 +60,15 @@ def text_table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def of_several(workloads: Sequence[str], columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Columns that name the workload, too, where a table whose title names them has several."""
+    return columns if len(workloads) == 1 else {"workload": "workload", **columns}
+
+
 def publish(
     title: str, rows: Sequence[Row], columns: Mapping[str, str], folder: Path, notes: str = ""
-) -> None:
-    """Print a table and write its rows as JSON.
+) -> list[Path]:
+    """Print a table and write its rows as JSON; without rows do neither.
 
     Args:
         title: Heading; its first word names the file.
@@ -72,7 +77,12 @@ def publish(
         folder: Made if missing. Benchmarks are there to be rerun: a file of the same name is
             replaced.
         notes: Printed below the table.
+
+    Returns:
+        Files that were written.
     """
+    if not rows:
+        return []
     facts = environment()
     sys.stdout.write(f"\n{title}\n{header(facts)}\n\n{text_table(rows, columns)}\n")
     if notes:
@@ -80,7 +90,9 @@ def publish(
     sys.stdout.flush()
     name = title.split()[0].strip(":,").lower()
     document = {"title": title, "environment": facts, "notes": notes, "rows": list(rows)}
-    write_json(folder / f"{name}.json", document)
+    path = folder / f"{name}.json"
+    write_json(path, document)
+    return [path]
 
 
 def write_json(path: Path, document: Any) -> None:

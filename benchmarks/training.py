@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import pairs
 from benchmarks.courses import BETAS, BLOCK_SIZE, LEARNING_RATE, Course, Variant, train
+from benchmarks.flags import count, positive
 from benchmarks.parts import Part
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import (
@@ -184,27 +185,42 @@ STUDIES = {
 }
 
 
-def main() -> None:
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"must be a regular expression, got {text!r}: {error}"
+        ) from None
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--workload", action="append", choices=sorted(WORKLOADS))
     parser.add_argument(
         "--only",
+        type=_pattern,
         default="",
         help="variants whose name has this regular expression; targets are those of the first",
     )
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="of all variants")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--lr", type=positive, default=LEARNING_RATE, help="of all variants")
+    parser.add_argument("--steps", type=count, default=300)
+    parser.add_argument("--seeds", type=count, default=2)
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     study = STUDIES[options.study]
     variants = [
         replace(variant, lr=options.lr)
         for variant in study.variants()
-        if re.search(options.only, variant.name)
+        if options.only.search(variant.name)
     ]
+    if not variants:
+        names = [variant.name for variant in study.variants()]
+        parser.error(
+            f"argument --only: must match a variant of {names}, got {options.only.pattern!r}"
+        )
     rows = []
     for workload in options.workload or ["mnist"]:
         # A study of several methods compares each with its own first variant.

@@ -50,7 +50,7 @@ def test_every_row_of_methods_counts_something() -> None:
     assert len(rows) == len(methods.methods())
     assert rows["Adam"]["plain_gflop"] == 0.0
     assert rows["eigenvalue-corrected"]["plain_gflop"] > rows["Shampoo"]["plain_gflop"] > 0.0
-    assert rows["Shampoo, one-sided"]["state_mb"] < rows["Shampoo"]["state_mb"]
+    assert rows["Shampoo, one-sided"]["state_mib"] < rows["Shampoo"]["state_mib"]
     assert all(row["waits"] <= 1 for row in rows.values())
 
 
@@ -63,7 +63,7 @@ def test_rows_of_memory_have_the_limit_beside_them() -> None:
         for kind in ("plain", "staggered", "refresh"):
             assert waves[f"{kind}_stacks"] <= memory.LIMIT < whole[f"{kind}_stacks"]
         assert waves["operations"] > whole["operations"]
-        assert waves["state_mb"] == whole["state_mb"]
+        assert waves["state_mib"] == whole["state_mib"]
 
 
 def test_the_floor_does_as_much_arithmetic_as_is_asked_for() -> None:

@@ -179,15 +179,23 @@ def test_replicas_send_the_longest_segment_to_everyone() -> None:
 
 @pytest.mark.parametrize("model", [*official_workloads(), *TRANSFORMERS])
 def test_sizes_of_models(model: str) -> None:
+    """Those of tests/data/algoperf_param_shapes.json, summed; of language models from their widths."""
     published = {
-        "imagenet_resnet": 25_557_032,
+        "criteo1tb": 539_267_457,
+        "fastmri": 7_756_097,
         "finewebedu_lm": 252_815_372,
+        "imagenet_resnet": 25_557_032,
+        "imagenet_vit": 22_122_472,
+        "librispeech_conformer": 32_321_792,
+        "librispeech_deepspeech": 18_393_600,
+        "ogbg": 3_554_176,
+        "wmt": 133_521_408,
+        "mnist": 101_770,
+        "cifar": 11_173_962,
         "transformer_1b": 1_104_218_112,
         "transformer_70b": 68_976_648_192,
     }
-    assert num_elements(named_model(model)) == published.get(
-        model, num_elements(named_model(model))
-    )
+    assert num_elements(named_model(model)) == published[model]
     for parameter in named_model(model):
         merged = merge_dimensions(parameter.shape, 1024)
         assert sum(
