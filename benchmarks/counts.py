@@ -108,7 +108,7 @@ def state_rows(workloads: Sequence[str]) -> list[dict[str, Any]]:
     """One row per workload: bytes of state in each storage, and in units of the peer's."""
     rows = []
     for workload in workloads:
-        theirs = PEERS.get(workload, {}).get(THEIRS, {}).get("state_MiB")
+        theirs = PEERS.get(workload, {}).get(THEIRS, {}).get("state_MB")
         size = sum(p.numel() * p.element_size() for p in workload_parameters(workload)) / MIB
         row: dict[str, Any] = {"workload": workload, "parameters": size, "theirs": theirs}
         limits = dict(zip(STORAGES, STATE_LIMITS.get(workload, ()), strict=False))

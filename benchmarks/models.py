@@ -9,7 +9,7 @@ import torch
 
 from shampoo_core.blocking import Shape
 from shampoo_core.model_shapes import workload_shapes
-from shampoo_core.plan.layout import TABLE_ROWS
+from shampoo_core.plan.layout import TABLE_ROWS, tables_of
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.diagonal import AdamConfig
 
@@ -54,18 +54,15 @@ def workload_groups(workload: str, config: PreconditionerConfig) -> list[dict[st
         {"params": [], "preconditioner": config},
         {"params": [], "preconditioner": AdamConfig(), "max_block_size": TABLE_BLOCK_ROWS},
     ]
-    for parameter in workload_parameters(workload):
-        groups[_is_table(parameter.shape)]["params"].append(parameter)
+    tables = tables_of(workload_shapes(workload), TABLE_ROWS)
+    for index, parameter in enumerate(workload_parameters(workload)):
+        groups[index in tables]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
 def has_table(workload: str) -> bool:
     """Whether a lookup table is among the parameters of an official workload's model."""
-    return any(_is_table(parameter.shape) for parameter in workload_shapes(workload))
-
-
-def _is_table(shape: Shape) -> bool:
-    return max(shape, default=1) >= TABLE_ROWS
+    return bool(tables_of(workload_shapes(workload), TABLE_ROWS))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,14 +109,6 @@ def test_a_lookup_table_is_stepped_as_the_planner_says(monkeypatch: pytest.Monke
 def test_operations_beside_a_lookup_table_are_those_of_the_planner() -> None:
     plain, _ = counts.count_steps("criteo1tb", ShampooConfig())
     assert plain.num_operations == make_plan(Request(named_model("criteo1tb"))).plain_operations
-
-
-def test_binary_units_have_binary_names() -> None:
-    """Bytes are divided by 2^20 everywhere, in what is printed and in what is written of it."""
-    root = Path(__file__).parents[1]
-    files = [root / "README.md", root / "docs" / "benchmarks.md"]
-    for file in [*files, *(root / "benchmarks").glob("*.*")]:
-        assert not re.search(r"(?i)(\b|_)mb(\b|_)", file.read_text()), file
 
 
 WHOLE = "must be a whole number, at least 1, got"

@@ -94,7 +94,7 @@ def test_counts_on_meta_are_those_of_a_real_step() -> None:
     [(workload, *limits) for workload, limits in STATE_LIMITS.items()],
 )
 def test_state_is_small(workload: str, dense: float, packed: float) -> None:
-    theirs = PEERS[workload][THEIRS]["state_MiB"] * MIB
+    theirs = PEERS[workload][THEIRS]["state_MB"] * MIB
     for storage, limit in (("dense", dense), ("packed", packed)):
         params = model(workload)
         for parameter in params:
