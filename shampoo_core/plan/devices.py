@@ -4,8 +4,8 @@ Peak numbers are the vendors'; a step is charged a share of them. Matrix product
 without TF32, for factors and roots need it. Estimates are for choosing between plans, good to a factor
 of about two; bytes and operations are exact.
 
-Source: ALGORITHMS.md section 10.2 (arithmetic and memory) and 5.10, 10.1 (eigendecompositions of side
-1024); links as the vendor states them, those inside a node at some 0.8 of it.
+Source: ALGORITHMS.md section 10.2 (arithmetic and memory) and 5.10, 10.1 (decompositions of side 1024);
+links as the vendor states them, those inside a node at some 0.8 of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ MEMORY_EFFICIENCY = 0.75
 """Share of the peak bandwidth that elementwise operations reach."""
 LAUNCH_SECONDS = 6e-6
 """From one kernel to the next when the device waits for the host."""
+QR_SHARE = 0.3
+"""Of the time of an eigendecomposition that Householder QR takes: several milliseconds beside 12 to 50."""
 REFERENCE_SIDE = 1024
 """Side of the matrices for which decomposition times are stated."""
 
@@ -59,6 +61,8 @@ class Device:
         # Below the reference side a decomposition is bound by its sequential steps: quadratic.
         exponent = 3 if operation.side > REFERENCE_SIDE else 2
         each = self.decomposition_seconds * (operation.side / REFERENCE_SIDE) ** exponent
+        if "linalg_qr" in operation.name:
+            each *= QR_SHARE
         return operation.num_matrices * each
 
     def send_seconds(self, num_bytes: float, world_size: int, *, to_all: bool) -> float:
