@@ -45,6 +45,7 @@ def test_counts_of_a_workload_have_the_peers_beside_them() -> None:
     assert state["4bit"] < state["8bit"] < state["packed"] < state["dense"]
 
 
+@pytest.mark.slow
 def test_every_row_of_methods_counts_something() -> None:
     rows = {row["method"]: row for row in methods.method_rows("mnist")}
     assert len(rows) == len(methods.methods())
@@ -139,6 +140,7 @@ def test_one_part_of_the_state_is_coded_alone() -> None:
     assert sum(saved.values()) == dense - sum(kept(None).values())
 
 
+@pytest.mark.slow
 def test_the_optimizers_share_is_a_part_of_the_step(tmp_path: Path) -> None:
     share.run(["mnist", "not a smoke workload"], tmp_path)
     (row,) = json.loads((tmp_path / "share.json").read_text())["rows"]

@@ -126,6 +126,7 @@ def test_it_imports_wherever_the_repository_is_mounted(
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow  # the check that every bundle passes has trained already, in a loop of its own
 def test_it_trains_in_the_local_runner_from_there(
     layout: Path, made: Path, ruleset: str, tmp_path: Path
 ) -> None:

@@ -212,12 +212,12 @@ def test_more_ranks_never_need_more_state_and_never_send_everything() -> None:
     assert plans[3].balance < 1.2
 
 
-@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_waves_bound_temporary_memory_and_buffers(ranks: int) -> None:
-    whole = make_plan(Request(named_model("imagenet_vit"), Placement(ranks)))
+    request = Request(named_model("ogbg"), Placement(ranks), refresh_interval=4)
+    whole = make_plan(request)
     limit = whole.largest_stack // (2 * ranks)
-    request = Request(named_model("imagenet_vit"), Placement(ranks), max_wave_numel=limit)
-    waves = make_plan(request)
+    waves = make_plan(dataclasses.replace(request, max_wave_numel=limit))
     most = whole.staggered_memory.plain
     assert waves.staggered_memory.plain <= 2 * 4 * whole.largest_stack / ranks < most
     assert waves.state_bytes_per_rank == whole.state_bytes_per_rank
@@ -262,6 +262,7 @@ def test_estimates_by_hand() -> None:
     assert device.send_seconds(6.25e9, 16, to_all=False) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said_and_helped(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "0.15"])
     text = capsys.readouterr().out
@@ -274,7 +275,7 @@ def test_what_does_not_fit_is_said_and_helped(capsys: pytest.CaptureFixture[str]
 
 
 def test_advice_is_what_saves_memory_and_is_put_together_where_nothing_does_alone() -> None:
-    matrices = [NamedShape(str(index), (256, 256)) for index in range(8)]
+    matrices = [NamedShape(str(index), (128, 128)) for index in range(4)]
     request = Request(matrices, Placement(2), max_block_size=128, refresh_interval=4)
     peak = make_plan(request).peak_gib
 
@@ -293,13 +294,13 @@ def test_advice_is_what_saves_memory_and_is_put_together_where_nothing_does_alon
     assert together.what.startswith("gradient_as_bucket_view=True, max_wave_numel=")
     assert together.what.endswith('storage="4bit"')
     assert together.peak_gib < min(change.peak_gib for change in alone.values())
-    assert any(what.startswith("max_wave_numel=") for what in advised(0.2, max_wave_numel=100_000))
+    assert any(what.startswith("max_wave_numel=") for what in advised(0.2, max_wave_numel=2**15))
 
 
 def test_what_fits_in_turns_alone_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "0.22"])
     text = capsys.readouterr().out
-    assert "Fits with refresh=StaggeredRefresh(), not with the default: needs 0.19 GiB" in text
+    assert "Fits with refresh=StaggeredRefresh(), not with the default: needs 0.188 GiB" in text
     main(["--workload", "ogbg", "--world_size", "1", "--memory_gib", "1"])
     assert "\nFits: needs" in capsys.readouterr().out
 

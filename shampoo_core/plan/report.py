@@ -135,18 +135,18 @@ def _time(request: Request, plan: Plan) -> list[str]:
 
 def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:
     needed = (
-        f"needs {plan.peak_gib:.2f} GiB staggered, {plan.refresh_peak_gib:.2f} GiB if everything is "
-        f"refreshed at once, of {plan.memory_gib:.2f} GiB"
+        f"needs {plan.peak_gib:.3g} GiB staggered, {plan.refresh_peak_gib:.3g} GiB if everything is "
+        f"refreshed at once, of {plan.memory_gib:.3g} GiB"
     )
     if plan.fits:
         spare = plan.memory_gib - plan.peak_gib
         how = "" if plan.fits_at_once else " with refresh=StaggeredRefresh(), not with the default"
-        return [f"Fits{how}: {needed}; {spare:.2f} GiB to spare for activations"]
+        return [f"Fits{how}: {needed}; {spare:.3g} GiB to spare for activations"]
     lines = [
         f"Does not fit: {needed}. What would help{':' if changes else ' is more memory alone'}"
     ]
     lines += [
-        f"  {change.what:<28}{change.peak_gib:>9.2f} GiB, mean step {change.mean_ms:.2f} ms"
+        f"  {change.what:<28}{change.peak_gib:>9.3g} GiB, mean step {change.mean_ms:.2f} ms"
         f"{'' if change.fits else '  (still too large)'}"
         for change in changes
     ]
