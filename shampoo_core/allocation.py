@@ -67,7 +67,12 @@ def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> I
         whole, partial(method.block_flops, refresh_interval=refresh.interval)
     )
     most = max(own.numel for own in division.by_rank)
-    limit = wave_limit(group["max_wave_numel"], whole.device, sends=exchange.sends, numel=most)
+    limit = wave_limit(
+        group["max_wave_numel"],
+        whole.device,
+        num_messages=exchange.num_messages,
+        numel=most,
+    )
     create = partial(
         method.create,
         options=constant_options(group, limit),

@@ -221,21 +221,22 @@ def grafting_of(group: Mapping[str, Any]) -> GraftingConfig | None:
 
 
 def wave_limit(
-    asked: int | Literal["auto"] | None, device: torch.device, *, sends: bool, numel: int
+    asked: int | Literal["auto"] | None, device: torch.device, *, num_messages: int, numel: int
 ) -> int | None:
     """Most numbers that are stepped at once, None for all.
 
     Args:
         asked: The option ``max_wave_numel`` of a group.
         device: Of its state.
-        sends: Whether every wave costs a message.
+        num_messages: As of the exchange; of several, all together are to be no longer than two such waves.
         numel: Numbers that the rank with most of them steps; the same on all ranks.
     """
     if asked != "auto":
         return asked
-    if device.type == "cpu" and not sends:
+    if device.type == "cpu" and not num_messages:
         return CPU_WAVE_NUMEL
-    return LARGEST_WAVE_NUMEL if numel > LARGEST_WAVE_NUMEL else None
+    limit = 2 * LARGEST_WAVE_NUMEL // max(2, num_messages)
+    return limit if numel > limit else None
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:

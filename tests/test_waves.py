@@ -37,6 +37,7 @@ from shampoo_core import (
 from shampoo_core.blocking import cut_tile, tiles_of
 from shampoo_core.counting import OperationCounter
 from shampoo_core.exchange.division import Division, divide
+from shampoo_core.groups import wave_limit
 from shampoo_core.live_memory import LiveMemory
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.refresh import RefreshPolicy
@@ -231,6 +232,20 @@ def test_how_much_is_stepped_at_once_by_default(
     assert [len(engines) for engines in optimizer._engines] == expected
     alone = [engine.alone for engines in optimizer._engines for engine in engines]
     assert all(alone) == (device == "cpu" or len(alone) > groups)
+
+
+@pytest.mark.parametrize(
+    ("num_messages", "numel", "expected"),
+    [(0, 2**27 + 1, 2**27), (1, 2**27 + 1, 2**27), (1, 2**27, None), (2, 2**27 + 1, 2**27)]
+    + [(8, 2**25 + 1, 2**25), (8, 2**25, None), (1024, 2**19, 2**18)],
+)
+def test_messages_of_all_ranks_are_bounded_together(
+    num_messages: int, numel: int, expected: int | None
+) -> None:
+    for device in (torch.device("meta"), torch.device("cpu")):
+        if num_messages or device.type != "cpu":
+            found = wave_limit("auto", device, num_messages=num_messages, numel=numel)
+            assert found == expected
 
 
 def test_a_wave_of_nothing_is_refused() -> None:

@@ -64,8 +64,8 @@ class Result(NamedTuple):
 class Exchange(Protocol):
     """Three verbs; the optimizer knows nothing else about ranks."""
 
-    sends: bool
-    """Whether `collect` or `deliver` send messages."""
+    num_messages: int
+    """Messages as long as a rank's own that come to each rank in `deliver`; 0 where nothing is sent."""
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """Decide who owns which blocks, the same on every rank.

@@ -15,7 +15,7 @@ from shampoo_core.stacks import StackSet
 class LocalExchange:
     """Needs no process group and sends nothing."""
 
-    sends = False
+    num_messages = 0
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """Everything is this rank's."""

@@ -32,8 +32,6 @@ from shampoo_core.stacks import StackSet, add_tiles
 class ReplicatedExchange:
     """Shares the work on replicated parameters among the ranks of a process group."""
 
-    sends = True
-
     def __init__(
         self,
         group: dist.ProcessGroup,
@@ -50,7 +48,7 @@ class ReplicatedExchange:
         """
         self._group = group
         self._rank = dist.get_rank(group)
-        self._num_ranks = dist.get_world_size(group)
+        self._num_ranks = self.num_messages = dist.get_world_size(group)
         self._communication_dtype = communication_dtype
         self._overlap = overlap
         self._loads = [0.0] * self._num_ranks

@@ -31,7 +31,7 @@ from shampoo_core.stacks import StackSet
 class ShardedExchange:
     """Moves pieces of blocks among the ranks of a shard group."""
 
-    sends = True
+    num_messages = 1  # what the others send makes one together
 
     def __init__(
         self, group: dist.ProcessGroup, *, communication_dtype: torch.dtype | None = None

@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max_wave_numel",
         type=_wave,
         default="auto",
-        help="step so many numbers at once, or 'all'; default all up to 2^27 of a rank and method, "
-        "waves of as many beyond, as the optimizer does",
+        help="step so many numbers of a rank at once, or 'all'; default as the optimizer does, all up to "
+        "2^27 of a method (ddp: 2^28 of all ranks), in waves of as many beyond",
     )
     parser.add_argument(
         "--table_rows",

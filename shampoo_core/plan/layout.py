@@ -61,6 +61,13 @@ class Placement:
         return self.group_size if self.sharding == "hsdp" else self.world_size
 
     @property
+    def num_messages(self) -> int:
+        """As of the exchange between these ranks."""
+        if self.num_owners == 1:
+            return 0
+        return self.num_owners if self.sharding == "ddp" else 1
+
+    @property
     def num_shards(self) -> int:
         """Slices that every parameter is held in; 1 if each rank holds all of it."""
         return 1 if self.sharding == "ddp" else self.num_owners
@@ -113,7 +120,8 @@ def blocks_by_method(
             if (index in found) == tables:
                 tiles += _tiles(index, parameter.shape, max_block_size, whole=tables)
         if tiles:
-            methods.append(_divided(method, tiles, loads, refresh_interval, max_wave_numel))
+            options = refresh_interval, max_wave_numel, placement.num_messages
+            methods.append(_divided(method, tiles, loads, *options))
     return methods
 
 
@@ -136,6 +144,7 @@ def _divided(
     loads: list[float],
     interval: int,
     max_wave_numel: int | Literal["auto"] | None,
+    num_messages: int,
 ) -> MethodBlocks:
     """Give the blocks to ranks with some loads, to which theirs are added."""
     whole = StackSet(tiles, dtype=torch.float32, device=torch.device("meta"))
@@ -148,7 +157,7 @@ def _divided(
     ]
     costs = [config.block_flops(block.sizes, interval) for block, _ in owned]
     most = max(own.numel for own in division.by_rank)
-    limit = wave_limit(max_wave_numel, whole.device, sends=len(loads) > 1, numel=most)
+    limit = wave_limit(max_wave_numel, whole.device, num_messages=num_messages, numel=most)
     blocks, owners = [block for block, _ in owned], [owner for _, owner in owned]
     return MethodBlocks(config, blocks, owners, costs, limit)
 

@@ -32,10 +32,10 @@ in 100 steps, refreshes staggered. Bytes are of the rank that needs most, millis
 largest load. Bytes and operations are counted on the optimizer itself and exact; milliseconds are estimates
 from stated rates of the device (`shampoo_core/plan/devices.py`), good to a factor of two or so. Memory is
 parameters, gradients, DDP's buckets of gradients (which `gradient_as_bucket_view=True` would save), state,
-communication and temporary tensors, without activations; up to 2^27 numbers of a rank step at once, more
-in waves of as many, and smaller waves (`max_wave_numel`) would need less. Sharded weights travel to the
-owners of their blocks along with gradients, as weight decay asks for. Lookup tables (a side of 65,536 or
-more) are stepped by Adam."""
+communication and temporary tensors, without activations; up to 2^27 numbers of a rank (under DDP 2^28 of
+all ranks) step at once, more in waves of as many, and smaller waves (`max_wave_numel`) would need less.
+Sharded weights travel to the owners of their blocks along with gradients, as weight decay asks for. Lookup
+tables (a side of 65,536 or more) are stepped by Adam."""
 
 
 def official_rows(device: str, num_devices: int, memory_gib: float) -> Iterator[list[str]]:
