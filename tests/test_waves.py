@@ -236,8 +236,15 @@ def test_how_much_is_stepped_at_once_by_default(
 
 @pytest.mark.parametrize(
     ("num_messages", "numel", "expected"),
-    [(0, 2**27 + 1, 2**27), (1, 2**27 + 1, 2**27), (1, 2**27, None), (2, 2**27 + 1, 2**27)]
-    + [(8, 2**25 + 1, 2**25), (8, 2**25, None), (1024, 2**19, 2**18)],
+    [
+        (0, 2**27 + 1, 2**27),
+        (1, 2**27 + 1, 2**27),
+        (1, 2**27, None),
+        (2, 2**27 + 1, 2**27),
+        (8, 2**25 + 1, 2**25),
+        (8, 2**25, None),
+        (1024, 2**19, 2**18),
+    ],
 )
 def test_messages_of_all_ranks_are_bounded_together(
     num_messages: int, numel: int, expected: int | None
