@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import numbers
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -68,10 +69,10 @@ def describe(value: object) -> Any:
         return {key: describe(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
-    if isinstance(value, float):
-        return float(value)  # numpy's is one as well
-    if value is None or isinstance(value, bool | int | str):
+    if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, numbers.Real):  # numpy's, too
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, torch.dtype | torch.device):
