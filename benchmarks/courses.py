@@ -64,7 +64,7 @@ class Course:
     refreshes: int = 0
     factors: int = 0
     operations: float = 0.0
-    """Of the optimizer in a step, a mean over some."""
+    """Of the optimizer in a step, a mean over those of `COUNTED`; NaN if the run ends before."""
     flops: float = 0.0
     """Of its matrix products and decompositions, likewise."""
 
@@ -118,6 +118,9 @@ def train(
         )
     course = Course()
     every = max(1, num_steps // EVALUATIONS)
+    num_counted = len([step for step in COUNTED if step <= num_steps])
+    if not num_counted:
+        course.operations = course.flops = math.nan
     for step in range(1, num_steps + 1):
         start = time.process_time()
         batch = next(batches)
@@ -129,8 +132,8 @@ def train(
         if step in COUNTED:
             with OperationCounter() as counter:
                 optimizer.step()
-            course.operations += counter.num_operations / len(COUNTED)
-            course.flops += counter.flops / len(COUNTED)
+            course.operations += counter.num_operations / num_counted
+            course.flops += counter.flops / num_counted
         else:
             optimizer.step()
         course.other_seconds.append(middle - start)
