@@ -42,12 +42,12 @@ def _blocks(request: Request, plan: Plan) -> list[str]:
     return [
         f"{plan.num_parameters:,} parameters in {plan.num_blocks} blocks of {len(shown)} shapes",
         f"  {stacks}{rest}",
-        *_tables(plan, request),
+        *_tables(request, plan),
         f"  largest load of a rank over the mean: {plan.balance:.3f}",
     ]
 
 
-def _tables(plan: Plan, request: Request) -> list[str]:
+def _tables(request: Request, plan: Plan) -> list[str]:
     if not plan.num_tables:
         return []
     return [
