@@ -83,8 +83,11 @@ DECAYS = (0.01, 0.0)
 PEAKS = tuple(itertools.product(SHARDINGS, METHODS, DECAYS))
 
 
-def optimizer_on_ranks(sharding: Sharding, name: str, decay: float) -> list[int]:
-    """Most bytes alive in a plain step and in one that refreshes everything."""
+def peaks_on_ranks(sharding: Sharding, name: str, decay: float) -> list[int]:
+    """Most bytes alive in a plain step and in one that refreshes everything.
+
+    The least of three each: gloo's threads sometimes let go of a message a moment after it has arrived.
+    """
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in LARGE]
     if sharding == "fsdp2":
@@ -100,17 +103,17 @@ def optimizer_on_ranks(sharding: Sharding, name: str, decay: float) -> list[int]
         weight_decay=decay,
     )
     found = []
-    for _ in range(4):
+    for _ in range(8):
         for parameter in params:
             parameter.grad = torch.ones_like(parameter)
         with LiveMemory() as memory:
             optimizer.step()
         found.append(memory.peak)
-    return found[2:]
+    return [min(found[2::2]), min(found[3::2])]
 
 
 def alive() -> dict[tuple[Sharding, str, float], list[int]]:
-    return {case: optimizer_on_ranks(*case) for case in PEAKS}
+    return {case: peaks_on_ranks(*case) for case in PEAKS}
 
 
 @pytest.mark.slow  # a quarter of a minute each
