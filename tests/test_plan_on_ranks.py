@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,17 +31,22 @@ WAVES = (None, 300)
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2")
 
 
+def parameters_on_ranks(
+    shapes: Sequence[tuple[int, ...]], sharding: Sharding
+) -> list[torch.nn.Parameter]:
+    whole = [torch.randn(shape) for shape in shapes]
+    if sharding == "ddp":
+        return [torch.nn.Parameter(tensor) for tensor in whole]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return [torch.nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])) for tensor in whole]
+
+
 def measured() -> dict[tuple[Sharding, str, int | None], tuple[int, int]]:
     """By sharding, method and size of waves: bytes of state of this rank, and of what a step sends."""
     torch.manual_seed(0)
     found = {}
     for sharding, name, wave in itertools.product(SHARDINGS, METHODS, WAVES):
-        params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-        if sharding == "fsdp2":
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-            params = [
-                torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params
-            ]
+        params = parameters_on_ranks(SHAPES, sharding)
         optimizer = DistributedShampoo(
             params,
             preconditioner=METHODS[name],
@@ -89,12 +95,7 @@ def peaks_on_ranks(sharding: Sharding, name: str, decay: float) -> list[int]:
     The least of three each: gloo's threads sometimes let go of a message a moment after it has arrived.
     """
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in LARGE]
-    if sharding == "fsdp2":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        params = [
-            torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params
-        ]
+    params = parameters_on_ranks(LARGE, sharding)
     optimizer = DistributedShampoo(
         params,
         preconditioner=METHODS[name],

@@ -1,0 +1,94 @@
+"""Optimizers that are pickled or copied go on by themselves, with the same bits."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from quadratic import assert_same, optimizer_for, parameters, run
+from test_state import saved
+from test_state_by_others import copies
+from torch.optim.lr_scheduler import OneCycleLR
+
+import shampoo_core.refresh
+from shampoo_core import (
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    KLSOAPConfig,
+    OrthogonalIterationSolver,
+    ShampooConfig,
+    StaggeredRefresh,
+    WeightEMA,
+)
+
+
+@pytest.mark.parametrize("averaging", [None, WeightEMA(0.9, interval=2)])
+def test_an_unpickled_optimizer_goes_on_and_shows_its_own_state(averaging: Any) -> None:
+    params = parameters()
+    optimizer = optimizer_for(params, refresh=FixedRefresh(2), averaging=averaging)
+    run(optimizer, params, range(1, 4))
+    resumed, other = pickle.loads(pickle.dumps((params, optimizer)))
+    run(optimizer, params, range(4, 8))
+    run(other, resumed, range(4, 8))
+    assert_same(params, resumed, 0.0)
+    own, of_other = optimizer.state_dict()["state"], other.state_dict()["state"]
+    for index, entries in own.items():
+        for name, tensor in entries.items():
+            assert torch.equal(tensor, of_other[index][name]), name
+    # What is loaded reaches what steps.
+    earlier, weights = saved(optimizer), copies(params)
+    run(other, resumed, range(8, 10))
+    other.load_state_dict(earlier)
+    with torch.no_grad():
+        for parameter, weight in zip(resumed, weights, strict=True):
+            parameter.copy_(weight)
+    run(optimizer, params, range(8, 12))
+    run(other, resumed, range(8, 12))
+    assert_same(params, resumed, 0.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ShampooConfig(),
+        ShampooConfig(solver=OrthogonalIterationSolver()),
+        EigenvalueCorrectedConfig(solver=OrthogonalIterationSolver()),
+        KLSOAPConfig(),
+    ],
+)
+@pytest.mark.parametrize("at", [1, 2])
+def test_pickled_before_all_factors_were_refreshed(
+    config: Any, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts refreshes and what knows of them have memory in common, a copy's as well."""
+    monkeypatch.setattr(shampoo_core.refresh, "SMALLEST_SHARE", 1.0)
+    params = parameters()
+    optimizer = optimizer_for(params, preconditioner=config, refresh=StaggeredRefresh(4))
+    run(optimizer, params, range(1, at + 1))
+    resumed, other = pickle.loads(pickle.dumps((params, optimizer)))
+    run(optimizer, params, range(at + 1, 12))
+    run(other, resumed, range(at + 1, 12))
+    assert_same(params, resumed, 0.0)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_scheduled_optimizer_steps_itself(copied: Callable[[Any], Any]) -> None:
+    """Schedulers put a step() into the instance, which refers to it."""
+    params = parameters()
+    optimizer = optimizer_for(params, refresh=FixedRefresh(2))
+    scheduler = OneCycleLR(optimizer, max_lr=0.2, total_steps=12)
+    run(optimizer, params, range(1, 3))
+    scheduler.step()
+    own, other = copied((params, optimizer))
+    weights = copies(params)
+    run(other, own, range(3, 6))
+    assert_same(params, weights, 0.0)
+    assert optimizer.param_groups[0]["step"] == 2
+    run(optimizer, params, range(3, 6))
+    assert_same(params, own, 0.0)
