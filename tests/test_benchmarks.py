@@ -55,6 +55,7 @@ def test_every_row_of_methods_counts_something() -> None:
     assert all(row["waits"] <= 1 for row in rows.values())
 
 
+@pytest.mark.slow  # the bound itself is in test_waves.py
 def test_rows_of_memory_have_the_limit_beside_them() -> None:
     """Issue 7's bound on the real shapes: twice the largest stack, in waves."""
     rows = list(memory.memory_rows(["ogbg"]))

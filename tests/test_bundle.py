@@ -172,6 +172,7 @@ def test_an_existing_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert [path.name for path in tmp_path.rglob("*")] == [NAME, "precious"]
 
 
+@pytest.mark.slow
 def test_an_earlier_entry_is_replaced_whole(tmp_path: Path) -> None:
     out = tmp_path / NAME
     out.mkdir()

@@ -27,7 +27,7 @@ SMALL = [NamedShape("w", (24, 40)), NamedShape("b", (24,))]
         ("ogbg", 1, 5.0),
         ("ogbg", 4, 0.5),
         pytest.param("imagenet_resnet", 8, 2.0, marks=pytest.mark.slow),
-        ("librispeech_deepspeech", 8, 2.0),
+        pytest.param("librispeech_deepspeech", 8, 2.0, marks=pytest.mark.slow),
     ],
 )
 def test_intervals_keep_the_overhead_when_they_are_planned(

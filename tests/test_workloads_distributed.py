@@ -82,6 +82,7 @@ def process(rank: int, folder: str) -> None:
     leave_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     """Metrics, losses and batch statistics."""
     multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
