@@ -27,9 +27,11 @@ from .schedule import Schedule
 LONG_RUN = 10_000
 #: A run gets at least this many refreshes, however long the longest allowed interval is.
 REFRESHES_PER_RUN = 25
-#: Blocks of a short run are cut smaller, by the square root of its share of a long one and to a power
-#: of two, but not below this side: a refresh costs the cube of the side and a short run has fewer steps
-#: to earn it back; nor do its gradients fill a factor of a thousand directions.
+#: Blocks of a short run are cut smaller, by this power of its share of a long one and to a power of two:
+#: a refresh costs the cube of the side and a short run has fewer steps to earn it back; nor do its
+#: gradients fill a factor of a thousand directions.
+BLOCK_SIZE_POWER = 0.75
+#: But not below this side.
 SMALLEST_LARGEST_BLOCK = 128
 #: Budget of a self-tuned run, in step hints; under the external ruleset it is one.
 SELF_TUNING_BUDGET = 1.5
@@ -106,5 +108,5 @@ def pace(hyperparameters: Hyperparameters, step_hint: int, budget: float = 1.0) 
 
 def _max_block_size(asked: int, total_steps: int) -> int:
     """Return the longest side of a block in a run of `total_steps`."""
-    fitting = asked * math.sqrt(min(1.0, total_steps / LONG_RUN))
+    fitting = asked * min(1.0, total_steps / LONG_RUN) ** BLOCK_SIZE_POWER
     return min(asked, max(SMALLEST_LARGEST_BLOCK, 2 ** round(math.log2(fitting))))

@@ -176,8 +176,9 @@ def test_no_run_at_all_is_refused() -> None:
 def test_short_runs_cut_smaller_blocks_and_long_runs_the_largest_asked_for() -> None:
     setting = dataclasses.replace(SELF_TUNING, max_block_size=1024, step_hint_factor=1.0)
     assert pace(setting, 20).max_block_size == 128
-    assert pace(setting, 600).max_block_size == 256
-    assert pace(setting, LONG_RUN // 4).max_block_size == 512
+    assert pace(setting, 600).max_block_size == 128
+    assert pace(setting, LONG_RUN // 5).max_block_size == 256
+    assert pace(setting, LONG_RUN // 2).max_block_size == 512
     assert pace(setting, LONG_RUN).max_block_size == 1024
     assert pace(dataclasses.replace(setting, max_block_size=100), 600).max_block_size == 100
 
