@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -51,6 +51,15 @@ def test_an_unpickled_optimizer_goes_on_and_shows_its_own_state(averaging: Any) 
     assert_same(params, resumed, 0.0)
 
 
+@pytest.fixture
+def small_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The refreshes of small factors are spread too; schedules are cached, so that none may stay."""
+    monkeypatch.setattr(shampoo_core.refresh, "SMALLEST_SHARE", 1.0)
+    shampoo_core.refresh._stagger.cache_clear()
+    yield
+    shampoo_core.refresh._stagger.cache_clear()
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -61,11 +70,9 @@ def test_an_unpickled_optimizer_goes_on_and_shows_its_own_state(averaging: Any) 
     ],
 )
 @pytest.mark.parametrize("at", [1, 2])
-def test_pickled_before_all_factors_were_refreshed(
-    config: Any, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("small_shares")
+def test_pickled_before_all_factors_were_refreshed(config: Any, at: int) -> None:
     """What counts refreshes and what knows of them have memory in common, a copy's as well."""
-    monkeypatch.setattr(shampoo_core.refresh, "SMALLEST_SHARE", 1.0)
     params = parameters()
     optimizer = optimizer_for(params, preconditioner=config, refresh=StaggeredRefresh(4))
     run(optimizer, params, range(1, at + 1))
