@@ -62,6 +62,7 @@ class Engine:
         self.averages = averaging is not None and averaging.averages
         """Whether other weights are evaluated than trained; the same on all ranks."""
         self._reads_weights = None if averaging is None else averaging.reads_weights
+        self._leaves_decay = averaging is None or averaging.leaves_decay
         self._first_step = first_step
         self._parts: _Parts | None = None
         if own.num_blocks:
@@ -83,10 +84,16 @@ class Engine:
 
     def reads_weights(self, options: StepOptions) -> bool:
         """Whether a step needs the weights, or only their gradients; the same on all ranks."""
-        if options.l2_decay != 0.0 or options.direction_decay != 0.0:
+        if options.l2_decay != 0.0:
+            return True
+        if options.direction_decay != 0.0 and not self._leaves_decay:
             return True
         first = options.step == self._first_step
         return self._reads_weights is not None and self._reads_weights(options.step, first=first)
+
+    def decay_left(self, options: StepOptions) -> float:
+        """Decay that updates leave to the holders of weights, a factor on these; the same on all ranks."""
+        return options.direction_decay if self._leaves_decay else 0.0
 
     def step(
         self,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from shampoo_core.engine import Engine
-from shampoo_core.exchange.base import Exchange, Request, Result
+from shampoo_core.exchange.base import Decay, Exchange, Request, Result
 from shampoo_core.groups import step_options
 from shampoo_core.solvers.precision import without_autocast
 
@@ -61,7 +61,8 @@ def updates(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:
         update = None
         if any(gradient is not None for gradient in gradients):
             update = engine.step(collected, gradients, group["step"], chosen)
-        yield Result(engine.division, update, group["params"], collected.weights)
+        decay = Decay(engine.decay_left(chosen), chosen.lr)
+        yield Result(engine.division, update, group["params"], collected.weights, decay)
 
 
 def evaluation_shifts(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:

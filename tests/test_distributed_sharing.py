@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,28 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from shampoo_core import AdamConfig, DistributedShampoo, Distribution, FixedRefresh, WeightEMA
+from shampoo_core import (
+    AdamConfig,
+    DistributedShampoo,
+    Distribution,
+    FixedRefresh,
+    HeavyBall,
+    WeightEMA,
+)
 from shampoo_core.exchange.pieces import pieces_of
 from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
 
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
+SHARDED_RULES: dict[str, dict[str, Any]] = {
+    "no decay": {"weight_decay": 0.0},
+    "decay": {"weight_decay": 0.1},
+    "L2 decay": {"weight_decay": 0.1, "weight_decay_kind": "l2"},
+    "decay and momentum": {"weight_decay": 0.1, "averaging": HeavyBall()},
+    "momentum": {"weight_decay": 0.0, "averaging": HeavyBall()},
+    "decay and average": {"weight_decay": 0.1, "averaging": WeightEMA(interval=10)},
+}
 
 
 @contextmanager
@@ -122,27 +140,29 @@ def replicated_traffic() -> dict[str, Any]:
 
 
 def sharded_traffic() -> dict[str, Any]:
-    """With weights (decay) and without."""
+    """With decay, which is left to holders or not, and without."""
     found: dict[str, Any] = {}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for decay in (0.0, 0.1):
+    for name, options in SHARDED_RULES.items():
         params = [
             torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
             for p in parameters([(20, 30), (7,), (33, 9)], dtype=torch.float32)
         ]
-        optimizer = optimizer_of(params, weight_decay=decay)
+        optimizer = optimizer_of(params, **options)
         stepped(params, optimizer)
         with counted() as calls:
             stepped(params, optimizer)
         (engine,) = optimizer._engines[0]
         shapes = {index: tuple(p.shape) for index, p in enumerate(params)}
-        pieces: dict[tuple[int, int], int] = {}
+        numbers: Counter[tuple[int, int]] = Counter()
+        blocks: Counter[tuple[int, int]] = Counter()
         for piece in pieces_of(engine.division, shapes):
-            way = piece.holder, piece.owner
-            pieces[way] = pieces.get(way, 0) + piece.numel
-        by_rank = all_to_all_bytes(pieces, dist.get_world_size(), 4)
+            numbers[piece.holder, piece.owner] += piece.numel
+            blocks[piece.holder, piece.owner] += piece.num_blocks
+        by_rank = all_to_all_bytes(numbers, dist.get_world_size(), 4)
         there, back = (sent[dist.get_rank()] for sent in by_rank)
-        found[str(decay)] = {"calls": calls, "there": there, "back": back}
+        moves = all_to_all_bytes(blocks, dist.get_world_size(), 4)[1][dist.get_rank()]
+        found[name] = {"calls": calls, "there": there, "back": back, "moves": moves}
     return found
 
 
@@ -250,18 +270,21 @@ def test_replicated_parameters_take_one_all_gather_a_step(
         ]
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("rule", SHARDED_RULES)
 def test_sharded_parameters_take_one_all_to_all_each_way(
-    decay: float, two_ranks: list[dict[str, Any]]
+    rule: str, two_ranks: list[dict[str, Any]]
 ) -> None:
+    """Decay takes a number per block, not the weights, unless gradients or momentum have it too."""
     for found in two_ranks:
-        seen = found["sharded traffic"][str(decay)]
-        tensors = 2 if decay else 1  # decay has to see the weights
+        seen = found["sharded traffic"][rule]
+        tensors = 2 if rule in ("L2 decay", "decay and momentum") else 1
+        moves = seen["moves"] if rule in ("decay", "decay and average") else 0
         assert seen["calls"] == [
             ("all-to-all", torch.float32, tensors * seen["there"]),
-            ("all-to-all", torch.float32, seen["back"]),
+            ("all-to-all", torch.float32, seen["back"] + moves),
         ]
-        assert seen["there"] > 0 < seen["back"]
+        assert 0 < seen["moves"] < seen["back"] / 16
+        assert seen["there"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

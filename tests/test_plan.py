@@ -132,7 +132,8 @@ def test_every_number_has_one_owner_and_one_holder(
     numbers = sum(math.prod(tile.sizes) for m in methods for tile in m.tiles)
     assert numbers == num_elements(parameters)
     assert len(waves(methods)) <= 1
-    pieces = sum((pieces_of(wave, parameters, placement) for wave in waves(methods)), Counter())
+    of_waves = (pieces_of(wave, parameters, placement).numbers for wave in waves(methods))
+    pieces = sum(of_waves, Counter())
     assert sum(pieces.values()) == numbers
     for holder in range(placement.num_shards):
         held = sum(n for (whose, _), n in pieces.items() if whose == holder)
@@ -155,14 +156,18 @@ def test_pieces_of_a_matrix_by_hand() -> None:
     owner_of = dict(zip((t.grid_starts for t in methods[0].tiles), methods[0].owners, strict=True))
     assert [owner_of[place] for place in sorted(owner_of)] == [0, 1, 0, 1, 0, 1]
     (wave,) = waves(methods)
-    assert pieces_of(wave, parameters, placement) == {(0, 0): 8, (0, 1): 4, (1, 1): 8, (1, 0): 4}
+    pieces = pieces_of(wave, parameters, placement)
+    assert pieces.numbers == {(0, 0): 8, (0, 1): 4, (1, 1): 8, (1, 0): 4}
+    assert pieces.blocks == {(0, 0): 2, (0, 1): 1, (1, 1): 2, (1, 0): 1}
     # Gradients and weights of 4 numbers out and updates of 4 numbers back, on either rank. Most is alive
     # while 12 numbers of each go out, come in and are put into stacks; the weights stay.
-    travelling = travel(parameters, methods, placement)
+    travelling = travel(parameters, methods, placement, reads_weights=True, holders_decay=False)
     assert travelling == ([48, 48], [4 * 2 * 36] * 2, [4 * 12] * 2)
     # Or updates of 12 numbers as they are computed, as they are sent, in a message out and in one in.
-    travelling = travel(parameters, methods, placement, reads_weights=False)
+    travelling = travel(parameters, methods, placement, holders_decay=False)
     assert travelling == ([32, 32], [4 * 48] * 2, [0, 0])
+    # Decay takes a number for the one block that is held elsewhere.
+    assert travel(parameters, methods, placement).sent == [36, 36]
 
 
 def test_replicas_send_the_longest_segment_to_everyone() -> None:

@@ -50,7 +50,7 @@ class Update(NamedTuple):
     """Block vector; None is 1, then the factors are 1 as well."""
     decay: float = 0.0
     factors: Tensor | None = None
-    """Block vector, negative where the weights descend; None is 1."""
+    """Block vector: negative where the weights descend, 0 where a block does not move; None is 1."""
 
     @property
     def total_scale(self) -> Tensor | None:
@@ -66,16 +66,21 @@ class Update(NamedTuple):
             return None
         return self.decay * self.factors
 
-    def to_add(self, stack_set: StackSet, weights: TrainingWeights) -> list[Tensor]:
+    @property
+    def is_open(self) -> Tensor | None:
+        """Block vector: 1 where a block moves, else 0; None where that is not said."""
+        return None if self.factors is None else (self.factors != 0).to(self.factors.dtype)
+
+    def to_add(self, stack_set: StackSet, weights: TrainingWeights | None) -> list[Tensor]:
         """``factors * (scale * stacks + decay * W)``, new unless nothing has to be done.
 
         Args:
             stack_set: Geometry.
-            weights: W; read only if there is decay.
+            weights: W; read only if there is decay. None leaves decay out.
         """
         if self.scale is None:
             return self.stacks
-        if self.factors is None or not self.decay:
+        if self.factors is None or not self.decay or weights is None:
             assert self.total_scale is not None
             return list(torch._foreach_mul(self.stacks, stack_set.split(self.total_scale)))
         # Factors come last, so that weights are added as they are: in a few kernels on a GPU.
@@ -117,8 +122,14 @@ class AveragingConfig(Protocol):
     def averages(self) -> bool:
         """Whether other weights are evaluated than trained."""
 
+    @property
+    def leaves_decay(self) -> bool:
+        """Whether updates leave decay to whoever holds the weights, see `Update.decay`."""
+
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """Whether a step needs the weights for this rule, the same for all blocks and on all ranks.
+
+        Without `leaves_decay` a step with decay needs them anyway.
 
         Args:
             step: Of the group, counted from 1.

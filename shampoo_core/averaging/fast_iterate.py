@@ -59,6 +59,11 @@ class ScheduleFree:
         """See `AveragingConfig`."""
         return True
 
+    @property
+    def leaves_decay(self) -> bool:
+        """See `AveragingConfig`: decay is of one of two iterates."""
+        return False
+
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """See `AveragingConfig`: at every step, for all that moves hangs on them."""
         return True
@@ -101,6 +106,11 @@ class PrimalAveraging:
     def averages(self) -> bool:
         """See `AveragingConfig`."""
         return True
+
+    @property
+    def leaves_decay(self) -> bool:
+        """See `AveragingConfig`: decay is of one of two iterates."""
+        return False
 
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """See `AveragingConfig`: at every step, for all that moves hangs on them."""

@@ -51,6 +51,11 @@ class HeavyBall:
         """See `AveragingConfig`."""
         return False
 
+    @property
+    def leaves_decay(self) -> bool:
+        """See `AveragingConfig`: decay has momentum, too."""
+        return False
+
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """See `AveragingConfig`."""
         return False

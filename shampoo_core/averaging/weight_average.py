@@ -54,6 +54,11 @@ class WeightEMA:
         """See `AveragingConfig`."""
         return True
 
+    @property
+    def leaves_decay(self) -> bool:
+        """See `AveragingConfig`."""
+        return True
+
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """See `AveragingConfig`."""
         return first or step % self.interval == 0
@@ -135,6 +140,11 @@ class LatestWeightAverage:
 
     @property
     def averages(self) -> bool:
+        """See `AveragingConfig`."""
+        return True
+
+    @property
+    def leaves_decay(self) -> bool:
         """See `AveragingConfig`."""
         return True
 

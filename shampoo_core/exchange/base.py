@@ -45,6 +45,14 @@ class Collected(NamedTuple):
     """Of the rank's own blocks; only if they were asked for."""
 
 
+class Decay(NamedTuple):
+    """Weight decay of the blocks that move: ``W <- W - lr * factor * W``. The same on all ranks."""
+
+    factor: float = 0.0
+    lr: float = 0.0
+    """A number, or a tensor of one."""
+
+
 class Result(NamedTuple):
     """What is to be delivered for one division."""
 
@@ -54,6 +62,8 @@ class Result(NamedTuple):
     parameters: Sequence[Tensor]
     weights: TrainingWeights
     """Of the rank's own blocks, as they were collected."""
+    decay: Decay = Decay()
+    """As it is in updates; here for ranks that hold weights and make no update of them."""
 
     def to_add(self) -> Sequence[Tensor] | None:
         """What is to be added to the rank's own blocks, as stacks; None for zero."""

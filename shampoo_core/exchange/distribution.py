@@ -18,9 +18,9 @@ class Distribution:
     """How ranks share the work of an optimizer.
 
     Args:
-        communication_dtype: In which updates (and gradients of sharded parameters) are sent: float32,
-            bfloat16 or float16; None sends them as they are computed. Owners add what the others
-            receive, so that parameters stay equal on all ranks whatever the rounding.
+        communication_dtype: In which updates are sent: float32, bfloat16 or, of replicated parameters,
+            float16; None sends them as they are computed. Owners add what the others receive, so that
+            parameters stay equal on all ranks whatever the rounding. Gradients are never rounded.
         ranks_per_group: Neighbouring ranks that share the work, such as those of one machine; the
             other groups do the same work again and nothing is sent between groups. None means all
             ranks.

@@ -36,6 +36,8 @@ class Piece(NamedTuple):
     stop: int
     held_from: int
     """Where the piece starts in the rows that the holder has."""
+    first_block: int
+    """Index of the first of its blocks among the owner's, as in a block vector."""
 
     @property
     def shape(self) -> Shape:
@@ -46,6 +48,19 @@ class Piece(NamedTuple):
     def numel(self) -> int:
         """Numbers in it."""
         return math.prod(self.shape)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it has rows of."""
+        return math.prod(self.tile.counts[1:])
+
+    def of_blocks(self, block_vector: Tensor) -> Tensor:
+        """Its blocks' numbers in a block vector of the owner; a view."""
+        return block_vector.narrow(0, self.first_block, self.num_blocks)
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """View of one number per block that broadcasts over a tensor of its `shape`."""
+        return numbers.view(*self.tile.counts[1:], *[1] * len(self.tile.sizes))
 
     def in_shard(self, shard: Tensor) -> Tensor:
         """View of the piece in the holder's rows of the merged parameter."""
@@ -82,6 +97,7 @@ def pieces_of(division: Division, shapes: Mapping[int, Shape]) -> list[Piece]:
     pieces = []
     num_ranks = len(division.by_rank)
     for owner, stack_set in enumerate(division.by_rank):
+        first_block = 0
         for slot, tile in enumerate(stack_set.tiles):
             held = [
                 _merged_rows(shapes[tile.parameter], tile.merged_shape, rank, num_ranks)
@@ -93,8 +109,9 @@ def pieces_of(division: Division, shapes: Mapping[int, Shape]) -> list[Piece]:
                     start = max(first, rows.start)
                     stop = min(first + tile.sizes[0], rows.stop)
                     if start < stop:
-                        where = (start - first, stop - first, start - rows.start)
+                        where = (start - first, stop - first, start - rows.start, first_block)
                         pieces.append(Piece(holder, owner, tile, slot, grid_row, *where))
+                first_block += tile.num_blocks // tile.counts[0]
     return pieces
 
 

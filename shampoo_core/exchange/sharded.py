@@ -6,13 +6,16 @@ how they share the rows. A step is one all-to-all each way for every device and 
     collect   holders send their pieces of gradients, and of weights where a step reads them, to owners
     deliver   owners send pieces of updates back to holders, who add them
 
+Decay alone does not make weights travel: with an update comes a number per block, whether it moves, and
+holders shrink what they hold of blocks that do.
+
 Ranks that hold the same shard (the replicas of HSDP) are in different shard groups; each group does
 the same work.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +28,7 @@ from shampoo_core.blocking import Shape
 from shampoo_core.exchange.base import Collected, Request, Result, local_of, placed_as
 from shampoo_core.exchange.division import Division, divide
 from shampoo_core.exchange.pieces import Piece, pieces_of
+from shampoo_core.exchange.shipments import Arrival, Shipments, fill
 from shampoo_core.stacks import StackSet
 
 
@@ -65,13 +69,15 @@ class ShardedExchange:
 
     def _bring(self, requests: Sequence[Request]) -> list[list[list[Tensor]]]:
         """Stacks of what each request wants; what they came in is freed when this is done."""
-        shipments = _Shipments(self._num_ranks)
+        shipments = Shipments(self._num_ranks)
         arrivals: list[list[list[Tensor]]] = []
+        filled: list[list[Arrival]] = []
         for request in requests:
             division, parameters = request.division, request.parameters
             route = self._route(division, parameters)
             shipment = shipments.on(division.own.device, _common_dtype(request))
             arrivals.append([])
+            filled.append([])
             for tensors in _wanted(request):
                 shards = {
                     index: _merged_shard(tensors[index], parameters[index], merged_shape)
@@ -85,42 +91,45 @@ class ShardedExchange:
                         source = None if shard is None else piece.in_shard(shard)
                         shipment.send(peer, piece.shape, source)
                     for piece in route.owned[peer]:
-                        shipment.receive(peer, piece.in_slot(slots[piece.slot]))
+                        shipment.receive(peer, piece.in_slot(slots[piece.slot]), filled[-1])
         for (_, dtype), shipment in shipments.items():
-            targets, sources = shipment.travel(self._group, as_dtype=dtype)
-            if targets:
-                torch._foreach_copy_(targets, sources)
+            shipment.travel(self._group, as_dtype=dtype)
+        for of_request in filled:
+            fill(of_request)
         return arrivals
 
     def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
         """See `Exchange`; one all-to-all per device and dtype."""
-        shipments = _Shipments(self._num_ranks)
-        shards: list[tuple[Tensor, Tensor]] = []
-        for result in results:
-            division, parameters = result.division, result.parameters
-            updates = result.to_add()
-            route = self._route(division, parameters)
-            shipment = shipments.on(division.own.device, division.own.dtype)
-            rows: dict[int, Tensor] = {}
-            for index, merged_shape in route.merged_shapes.items():
-                shard = local_of(parameters[index]).detach()
-                shards.append((shard, shard.contiguous()))
-                rows[index] = shards[-1][1].view(-1, *merged_shape[1:])
-            slots = None if updates is None else division.own.tile_slots(updates)
-            for peer in range(self._num_ranks):
-                for piece in route.owned[peer]:
-                    source = None if slots is None else piece.in_slot(slots[piece.slot])
-                    shipment.send(peer, piece.shape, source)
-                for piece in route.held[peer]:
-                    shipment.receive(peer, piece.in_shard(rows[piece.tile.parameter]))
+        shipments = Shipments(self._num_ranks)
+        landings = [self._load(result, shipments) for result in results]
         for (_, dtype), shipment in shipments.items():
             wire = None if exact else self._communication_dtype
-            targets, sources = shipment.travel(self._group, as_dtype=wire or dtype)
-            if targets:
-                torch._foreach_add_(targets, [source.to(dtype) for source in sources])
-        for shard, changed in shards:
-            if changed is not shard:
-                shard.copy_(changed)
+            shipment.travel(self._group, as_dtype=wire or dtype)
+        for landing in landings:
+            landing.add()
+
+    def _load(self, result: Result, shipments: Shipments) -> _Landing:
+        """Add a result to what travels; return what to do when it has arrived."""
+        own, update = result.division.own, result.update
+        updates = is_open = None
+        if update is not None:
+            updates = own.tile_slots(update.to_add(own, None))
+            is_open = update.is_open
+        route = self._route(result.division, result.parameters)
+        landing = _Landing(own, route, result)
+        shipment = shipments.on(own.device, own.dtype)
+        for peer in range(self._num_ranks):
+            for piece in route.owned[peer]:
+                source = None if updates is None else piece.in_slot(updates[piece.slot])
+                shipment.send(peer, piece.shape, source)
+                if landing.decays:
+                    numbers = None if is_open is None else piece.of_blocks(is_open)
+                    shipment.send(peer, (piece.num_blocks,), numbers)
+            for piece in route.held[peer]:
+                shipment.receive(peer, landing.place_of(piece), landing.updates)
+                if landing.decays:
+                    shipment.receive(peer, landing.room_for(piece), landing.open_blocks)
+        return landing
 
     def _route(self, division: Division, parameters: Sequence[Tensor]) -> _Route:
         """Which pieces travel between this rank and the others; found out once."""
@@ -164,56 +173,66 @@ class _Route(NamedTuple):
     """By parameter."""
 
 
-class _Shipment:
-    """One all-to-all: views to send from and views to fill, by peer and in an order known to both."""
+class _Landing:
+    """Where the updates of one result are added, and what the weights there shrink by."""
 
-    def __init__(self, num_ranks: int, device: torch.device) -> None:
-        self._device = device
-        self._sent: list[list[tuple[Shape, Tensor | None]]] = [[] for _ in range(num_ranks)]
-        self._received: list[list[Tensor]] = [[] for _ in range(num_ranks)]
+    def __init__(self, own: StackSet, route: _Route, result: Result) -> None:
+        """Look up what this rank holds, and have room for a number per block of it if there is decay.
 
-    def send(self, peer: int, shape: Shape, source: Tensor | None) -> None:
-        """Add a tensor to what goes to a peer; None sends zeros."""
-        self._sent[peer].append((shape, source))
+        Args:
+            own: Geometry of the blocks that this rank owns; only dtype and device count.
+            route: The pieces that it holds.
+            result: Its parameters and decay.
+        """
+        self.decays = result.decay.factor != 0.0
+        """The same on all ranks."""
+        self.updates: list[Arrival] = []
+        """By piece."""
+        self.open_blocks: list[Arrival] = []
+        """By piece, if there is decay: per block, 1 where it moves, else 0."""
+        self._dtype = own.dtype
+        self._decay = result.decay
+        self._shards: list[tuple[Tensor, Tensor]] = []
+        self._rows: dict[int, Tensor] = {}
+        for index, merged_shape in route.merged_shapes.items():
+            shard = local_of(result.parameters[index]).detach()
+            self._shards.append((shard, shard.contiguous()))
+            self._rows[index] = self._shards[-1][1].view(-1, *merged_shape[1:])
+        self._pieces = list(itertools.chain.from_iterable(route.held))
+        sizes = [piece.num_blocks for piece in self._pieces] if self.decays else []
+        self._numbers = torch.empty(sum(sizes), dtype=own.dtype, device=own.device)
+        self._rooms = iter(self._numbers.split(sizes))
 
-    def receive(self, peer: int, target: Tensor) -> None:
-        """Add a tensor to what comes from a peer."""
-        self._received[peer].append(target)
+    def place_of(self, piece: Piece) -> Tensor:
+        """View of the weights of a piece."""
+        return piece.in_shard(self._rows[piece.tile.parameter])
 
-    def travel(
-        self, group: dist.ProcessGroup, *, as_dtype: torch.dtype
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Send and receive; return the targets and what arrived for each."""
-        sizes_out = [[math.prod(shape) for shape, _ in to_peer] for to_peer in self._sent]
-        sizes_in = [[target.numel() for target in from_peer] for from_peer in self._received]
-        outgoing = torch.zeros(sum(map(sum, sizes_out)), dtype=as_dtype, device=self._device)
-        incoming = outgoing.new_empty(sum(map(sum, sizes_in)))
-        cargo = [item for to_peer in self._sent for item in to_peer]
-        parts = outgoing.split([size for sizes in sizes_out for size in sizes])
-        full = [
-            (part.view(shape), source)
-            for part, (shape, source) in zip(parts, cargo, strict=True)
-            if source is not None
-        ]
-        if full:
-            torch._foreach_copy_([part for part, _ in full], [source for _, source in full])
-        splits = list(map(sum, sizes_in)), list(map(sum, sizes_out))
-        dist.all_to_all_single(incoming, outgoing, *splits, group=group)
-        targets = [target for from_peer in self._received for target in from_peer]
-        arrived = incoming.split([target.numel() for target in targets])
-        return targets, [part.view(t.shape) for part, t in zip(arrived, targets, strict=True)]
+    def room_for(self, piece: Piece) -> Tensor:
+        """Room for one number per block of a piece; pieces come in the order of the route."""
+        room = next(self._rooms)
+        assert len(room) == piece.num_blocks
+        return room
 
-
-class _Shipments(dict[tuple[torch.device, torch.dtype], _Shipment]):
-    """One shipment per device and dtype."""
-
-    def __init__(self, num_ranks: int) -> None:
-        super().__init__()
-        self._num_ranks = num_ranks
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> _Shipment:
-        """The shipment that goes from a device in a dtype."""
-        return self.setdefault((device, dtype), _Shipment(self._num_ranks, device))
+    def add(self) -> None:
+        """``W <- W + (update - lr decay W)`` where a block moves, rounded once."""
+        if not self.updates:
+            return
+        targets = [target for target, _ in self.updates]
+        amounts = [source.to(self._dtype) for _, source in self.updates]
+        if self.decays:
+            fill(self.open_blocks)
+            self._numbers *= -self._decay.lr * self._decay.factor
+            growths = [
+                piece.spread(numbers)
+                for piece, (numbers, _) in zip(self._pieces, self.open_blocks, strict=True)
+            ]
+            torch._foreach_addcmul_(
+                amounts, [target.to(self._dtype) for target in targets], growths
+            )
+        torch._foreach_add_(targets, amounts)
+        for shard, changed in self._shards:
+            if changed is not shard:
+                shard.copy_(changed)
 
 
 def _wanted(request: Request) -> Iterator[Sequence[Tensor | None]]:

@@ -302,6 +302,7 @@ def _travel(request: Request, methods: Sequence[MethodBlocks]) -> Travel:
         methods,
         request.placement,
         reads_weights=request.rule.reads_weights,
+        holders_decay=request.rule.holders_decay,
     )
 
 

@@ -63,10 +63,15 @@ class UpdateRule:
     def reads_weights(self) -> bool:
         """Whether a step may need the weights of its blocks."""
         rule = self.averaging
-        return self.weight_decay != 0.0 or (
-            rule is not None
-            and any(rule.reads_weights(step, first=False) for step in range(2, 102))
+        return rule is not None and (
+            (self.weight_decay != 0.0 and not rule.leaves_decay)
+            or any(rule.reads_weights(step, first=False) for step in range(2, 102))
         )
+
+    @property
+    def holders_decay(self) -> bool:
+        """Whether a step leaves decay to the ranks that hold the weights."""
+        return self.weight_decay != 0.0 and (self.averaging is None or self.averaging.leaves_decay)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Replicated parameters: every rank sends the updates of its blocks to all others. Sharded ones: holders send
 pieces of gradients, and of weights where a step reads them, to the owners of their blocks, and get pieces
-of updates back.
+of updates back, with a number per block where weights decay.
 """
 
 from __future__ import annotations
@@ -23,8 +23,16 @@ FLOAT32 = 4
 
 Wave = list[tuple[Tile, int]]
 """Blocks that are stepped and sent together, and the owner of each."""
-Pieces = Counter[tuple[int, int]]
-"""Numbers held by one rank in blocks owned by another, by (holder, owner)."""
+Pairs = Counter[tuple[int, int]]
+"""Counts by (holder, owner)."""
+
+
+class Pieces(NamedTuple):
+    """What is held by one rank of blocks owned by another."""
+
+    numbers: Pairs
+    blocks: Pairs
+    """A block that several ranks hold rows of counts for each of them."""
 
 
 class Travel(NamedTuple):
@@ -43,7 +51,8 @@ def travel(
     methods: Sequence[MethodBlocks],
     placement: Placement,
     *,
-    reads_weights: bool = True,
+    reads_weights: bool = False,
+    holders_decay: bool = True,
 ) -> Travel:
     """Work out what a step's messages take.
 
@@ -51,7 +60,8 @@ def travel(
         parameters: Of the model.
         methods: Their blocks.
         placement: Ranks.
-        reads_weights: Whether a step needs the weights of its blocks, as for weight decay.
+        reads_weights: Whether a step needs the weights of its blocks, as for L2 decay.
+        holders_decay: Whether there is decay that is left to the ranks that hold the weights.
     """
     ranks = range(placement.num_owners)
     total = Travel([0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks])
@@ -61,7 +71,8 @@ def travel(
         if placement.sharding == "ddp":
             of_wave = _replicated(wave, placement)
         else:
-            of_wave = _sharded(pieces_of(wave, parameters, placement), placement, reads_weights)
+            pieces = pieces_of(wave, parameters, placement)
+            of_wave = _sharded(pieces, placement, reads_weights, holders_decay)
         for rank in ranks:
             total.sent[rank] += of_wave.sent[rank]
             total.alive[rank] = max(total.alive[rank], of_wave.alive[rank])
@@ -89,11 +100,12 @@ def waves(methods: Sequence[MethodBlocks]) -> list[Wave]:
 
 
 def pieces_of(wave: Wave, parameters: Sequence[NamedShape], placement: Placement) -> Pieces:
-    """Who holds how many numbers of whose blocks."""
-    pieces: Pieces = Counter()
+    """Who holds how much of whose blocks."""
+    pieces = Pieces(Counter(), Counter())
     for tile, owner in wave:
         for holder, numbers in _held(tile, parameters[tile.parameter].shape, placement.num_shards):
-            pieces[holder, owner] += numbers
+            pieces.numbers[holder, owner] += numbers
+            pieces.blocks[holder, owner] += 1
     return pieces
 
 
@@ -108,16 +120,20 @@ def _replicated(wave: Wave, placement: Placement) -> Travel:
     return Travel([sent] * len(owned), alive, [0] * len(owned))
 
 
-def _sharded(pieces: Pieces, placement: Placement, reads_weights: bool) -> Travel:
+def _sharded(
+    pieces: Pieces, placement: Placement, reads_weights: bool, holders_decay: bool
+) -> Travel:
     held, owned = [0] * placement.num_owners, [0] * placement.num_owners
-    for (holder, owner), numbers in pieces.items():
+    for (holder, owner), numbers in pieces.numbers.items():
         held[holder] += FLOAT32 * numbers
         owned[owner] += FLOAT32 * numbers
     num_tensors = 2 if reads_weights else 1
     found = Travel([], [], [])
-    to_owners, to_holders = all_to_all_bytes(pieces, placement.num_owners, FLOAT32)
-    for there, back, of_holder, own in zip(to_owners, to_holders, held, owned, strict=True):
-        found.sent.append(num_tensors * there + back)
+    to_owners, to_holders = all_to_all_bytes(pieces.numbers, placement.num_owners, FLOAT32)
+    _, moves = all_to_all_bytes(pieces.blocks, placement.num_owners, FLOAT32)
+    by_rank = zip(to_owners, to_holders, moves, held, owned, strict=True)
+    for there, back, whether_it_moves, of_holder, own in by_rank:
+        found.sent.append(num_tensors * there + back + holders_decay * whether_it_moves)
         weights = (num_tensors - 1) * own
         # Messages out and in, and stacks to fill; later updates as computed and as sent, and messages.
         collecting = num_tensors * (of_holder + 2 * own)
