@@ -34,7 +34,10 @@ STOP = 5
 def made(name: str, kind: str) -> tuple[Parameters, DistributedShampoo]:
     if kind == "replicated":
         return build(CASES[name])
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    size = dist.get_world_size()
+    replicas = 2 if size % 2 == 0 else size
+    shape = (replicas, size // replicas) if kind == "hybrid" else (size,)
+    mesh = init_device_mesh("cpu", shape)
     return build(CASES[name], lambda params: distributed(params, mesh, kind))
 
 
@@ -72,12 +75,17 @@ def assert_finished(found: dict[str, list[Tensor]]) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=["replicated", pytest.param("sharded", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "replicated",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("sharded", "hybrid")),
+    ],
 )
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of checkpoints that two ranks wrote together."""
+    """The folder of checkpoints that two ranks wrote together; four that are replicas of two."""
     folder = tmp_path_factory.mktemp("dcp")
-    on_ranks(2, tmp_path_factory.mktemp("two"), save, request.param, str(folder))
+    num_ranks = 4 if request.param == "hybrid" else 2
+    on_ranks(num_ranks, tmp_path_factory.mktemp("ranks"), save, request.param, str(folder))
     return folder
 
 
@@ -87,7 +95,7 @@ def test_one_process_goes_on(saved: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # many processes on few cores
-@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+@pytest.mark.parametrize("kind", ["replicated", "sharded", "hybrid"])
 @pytest.mark.parametrize("num_ranks", [3, 4])
 def test_others_go_on(num_ranks: int, kind: str, saved: Path, tmp_path: Path) -> None:
     for found in on_ranks(num_ranks, tmp_path, load, kind, str(saved)):

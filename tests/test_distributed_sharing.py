@@ -156,7 +156,7 @@ def sharded_traffic() -> dict[str, Any]:
         shapes = {index: tuple(p.shape) for index, p in enumerate(params)}
         numbers: Counter[tuple[int, int]] = Counter()
         blocks: Counter[tuple[int, int]] = Counter()
-        for piece in pieces_of(engine.division, shapes):
+        for piece in pieces_of(engine.division, shapes, dist.get_world_size()):
             numbers[piece.holder, piece.owner] += piece.numel
             blocks[piece.holder, piece.owner] += piece.num_blocks
         by_rank = all_to_all_bytes(numbers, dist.get_world_size(), 4)

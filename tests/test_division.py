@@ -88,18 +88,23 @@ def due_blocks(
     ]
 
 
-@given(shapes=SHAPES, block=st.integers(1, 5), num_ranks=st.integers(1, 5))
+@given(
+    shapes=SHAPES,
+    block=st.integers(1, 5),
+    num_holders=st.integers(1, 5),
+    num_replicas=st.integers(1, 3),
+)
 def test_every_number_of_a_shard_is_in_one_piece(
-    shapes: list[Shape], block: int, num_ranks: int
+    shapes: list[Shape], block: int, num_holders: int, num_replicas: int
 ) -> None:
     """Numbers written to the shards arrive at their place in the owners' stacks."""
-    division = divided(whole_of(shapes, block), num_ranks)
+    division = divided(whole_of(shapes, block), num_holders * num_replicas)
     tensors = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
     stacks = [[torch.full_like(s, torch.nan) for s in own.empty()] for own in division.by_rank]
     slots = [own.tile_slots(of_rank) for own, of_rank in zip(division.by_rank, stacks, strict=True)]
-    for piece in pieces_of(division, dict(enumerate(shapes))):
+    for piece in pieces_of(division, dict(enumerate(shapes)), num_holders):
         index = piece.tile.parameter
-        held = held_rows(shapes[index][0], piece.holder, num_ranks)
+        held = held_rows(shapes[index][0], piece.holder, num_holders)
         shard = tensors[index][held.start : held.stop].reshape(-1, *piece.tile.merged_shape[1:])
         view = piece.in_shard(shard)
         assert view.shape == piece.shape
@@ -107,6 +112,30 @@ def test_every_number_of_a_shard_is_in_one_piece(
     for own, of_rank in zip(division.by_rank, stacks, strict=True):
         for expected, actual in zip(own.gather(tensors), of_rank, strict=True):
             assert torch.equal(actual, expected)
+
+
+@given(shapes=SHAPES, block=st.integers(1, 5), num_holders=st.integers(1, 4))
+def test_numbers_of_blocks_reach_all_that_is_held_of_them(
+    shapes: list[Shape], block: int, num_holders: int
+) -> None:
+    """A number per block, sent with every piece of it, as if it were spread over the block first."""
+    division = divided(whole_of(shapes, block), num_holders)
+    found = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    expected = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    vectors = [torch.rand(own.num_blocks, dtype=torch.float64) for own in division.by_rank]
+    for own, vector in zip(division.by_rank, vectors, strict=True):
+        if own.num_blocks:
+            ones = [torch.ones(layout.shape, dtype=torch.float64) for layout in own.layouts]
+            own.add_to(expected, ones, vector)
+    for piece in pieces_of(division, dict(enumerate(shapes)), num_holders):
+        index = piece.tile.parameter
+        held = held_rows(shapes[index][0], piece.holder, num_holders)
+        shard = found[index][held.start : held.stop].view(-1, *piece.tile.merged_shape[1:])
+        numbers = piece.of_blocks(vectors[piece.owner])
+        assert numbers.shape == (piece.num_blocks,)
+        piece.in_shard(shard).copy_(piece.spread(numbers).expand(piece.shape))
+    for index in division.whole.parameters:
+        assert torch.equal(found[index], expected[index])
 
 
 @pytest.mark.parametrize("method", METHODS)

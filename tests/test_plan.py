@@ -162,10 +162,10 @@ def test_pieces_of_a_matrix_by_hand() -> None:
     # Gradients and weights of 4 numbers out and updates of 4 numbers back, on either rank. Most is alive
     # while 12 numbers of each go out, come in and are put into stacks; the weights stay.
     travelling = travel(parameters, methods, placement, reads_weights=True, holders_decay=False)
-    assert travelling == ([48, 48], [4 * 2 * 36] * 2, [4 * 12] * 2)
-    # Or updates of 12 numbers as they are computed, as they are sent, in a message out and in one in.
+    assert travelling == ([48, 48], [0, 0], [4 * 2 * 36] * 2, [4 * 12] * 2)
+    # Without weights half of that.
     travelling = travel(parameters, methods, placement, holders_decay=False)
-    assert travelling == ([32, 32], [4 * 48] * 2, [0, 0])
+    assert travelling == ([32, 32], [0, 0], [4 * 36] * 2, [0, 0])
     # Decay takes a number for the one block that is held elsewhere.
     assert travel(parameters, methods, placement).sent == [36, 36]
 

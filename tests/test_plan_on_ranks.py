@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 from test_distributed_sharing import counted, stepped
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from shampoo_core import DistributedShampoo, EigenvalueCorrectedConfig, FixedRefresh, ShampooConfig
 from shampoo_core.live_memory import LiveMemory
@@ -28,7 +28,11 @@ METHODS = {
 }
 BLOCK_SIZE = 16
 WAVES = (None, 300)
-SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2")
+GROUP_SIZE = 2
+
+
+def shardings(ranks: int) -> tuple[Sharding, ...]:
+    return ("ddp", "fsdp2", "hsdp") if ranks >= GROUP_SIZE else ("ddp", "fsdp2")
 
 
 def parameters_on_ranks(
@@ -37,15 +41,19 @@ def parameters_on_ranks(
     whole = [torch.randn(shape) for shape in shapes]
     if sharding == "ddp":
         return [torch.nn.Parameter(tensor) for tensor in whole]
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return [torch.nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)])) for tensor in whole]
+    world_size = dist.get_world_size()
+    replicas = world_size // GROUP_SIZE if sharding == "hsdp" else 1
+    mesh = init_device_mesh("cpu", (replicas, world_size // replicas))
+    rows = [Replicate(), Shard(0)]
+    return [torch.nn.Parameter(distribute_tensor(tensor, mesh, rows)) for tensor in whole]
 
 
 def measured() -> dict[tuple[Sharding, str, int | None], tuple[int, int]]:
     """By sharding, method and size of waves: bytes of state of this rank, and of what a step sends."""
     torch.manual_seed(0)
     found = {}
-    for sharding, name, wave in itertools.product(SHARDINGS, METHODS, WAVES):
+    cases = itertools.product(shardings(dist.get_world_size()), METHODS, WAVES)
+    for sharding, name, wave in cases:
         params = parameters_on_ranks(SHAPES, sharding)
         optimizer = DistributedShampoo(
             params,
@@ -70,11 +78,11 @@ def measured() -> dict[tuple[Sharding, str, int | None], tuple[int, int]]:
 def test_bytes_are_those_of_the_ranks(ranks: int, tmp_path: Path) -> None:
     found = on_ranks(ranks, tmp_path / "ranks", measured)
     parameters = [NamedShape(str(i), shape) for i, shape in enumerate(SHAPES)]
-    for case in itertools.product(SHARDINGS, METHODS, WAVES):
+    for case in itertools.product(shardings(ranks), METHODS, WAVES):
         sharding, name, wave = case
         request = Request(
             parameters,
-            Placement(ranks, sharding),
+            Placement(ranks, sharding, GROUP_SIZE),
             config=METHODS[name],
             max_block_size=BLOCK_SIZE,
             max_wave_numel=wave,
@@ -86,7 +94,10 @@ def test_bytes_are_those_of_the_ranks(ranks: int, tmp_path: Path) -> None:
 
 LARGE = ((256, 256),) * 8 + ((256,),) * 4
 DECAYS = (0.01, 0.0)
-PEAKS = tuple(itertools.product(SHARDINGS, METHODS, DECAYS))
+
+
+def peaks(ranks: int) -> list[tuple[Sharding, str, float]]:
+    return list(itertools.product(shardings(ranks), METHODS, DECAYS))
 
 
 def peaks_on_ranks(sharding: Sharding, name: str, decay: float) -> list[int]:
@@ -114,7 +125,7 @@ def peaks_on_ranks(sharding: Sharding, name: str, decay: float) -> list[int]:
 
 
 def alive() -> dict[tuple[Sharding, str, float], list[int]]:
-    return {case: peaks_on_ranks(*case) for case in PEAKS}
+    return {case: peaks_on_ranks(*case) for case in peaks(dist.get_world_size())}
 
 
 @pytest.mark.slow  # a quarter of a minute each
@@ -123,11 +134,11 @@ def test_memory_is_what_is_alive_on_the_ranks(ranks: int, tmp_path: Path) -> Non
     """Up to vectors of a number per block, and what few rows of a block more a rank has than another."""
     found = on_ranks(ranks, tmp_path / "ranks", alive)
     parameters = [NamedShape(str(i), shape) for i, shape in enumerate(LARGE)]
-    for case in PEAKS:
+    for case in peaks(ranks):
         sharding, name, decay = case
         request = Request(
             parameters,
-            Placement(ranks, sharding),
+            Placement(ranks, sharding, GROUP_SIZE),
             config=METHODS[name],
             weight_decay=decay,
             max_block_size=128,

@@ -9,6 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shampoo_core.exchange.base import local_of
+
+Part = tuple[int, ...]
 
 
 def check_agreement(owner: str, facts: Mapping[str, str], group: dist.ProcessGroup) -> None:
@@ -47,7 +52,7 @@ def check_replicas(owner: str, parameters: Sequence[Tensor], group: dist.Process
 
     Args:
         owner: For the message.
-        parameters: Held in full by every rank.
+        parameters: Held in full by every rank, or DTensors, whose equal parts are compared.
         group: Ranks that are asked; all have to call this.
 
     Raises:
@@ -55,16 +60,31 @@ def check_replicas(owner: str, parameters: Sequence[Tensor], group: dist.Process
     """
     if not parameters:
         return
-    sums = torch.stack([_sum_of_bits(parameter).cpu() for parameter in parameters])
-    for rank, other in enumerate(_from_all(sums.tolist(), group)):
-        for index, (mine, theirs) in enumerate(zip(sums.tolist(), other, strict=True)):
-            if mine != theirs:
+    sums = torch.stack([_sum_of_bits(local_of(parameter)).cpu() for parameter in parameters])
+    parts = [_part(parameter) for parameter in parameters]
+    first_with: dict[tuple[int, Part], tuple[int, int]] = {}
+    for rank, other in enumerate(_from_all(list(zip(parts, sums.tolist(), strict=True)), group)):
+        for index, (part, theirs) in enumerate(other):
+            first, expected = first_with.setdefault((index, part), (rank, theirs))
+            if theirs != expected:
                 raise ValueError(
                     f"{owner}: parameter {index} of shape {tuple(parameters[index].shape)} has other "
-                    f"values on rank {rank} of the process group than on rank {dist.get_rank(group)}; "
+                    f"values on rank {rank} of the process group than on rank {first}; "
                     "broadcast the model before the first step, as DistributedDataParallel does, or "
                     "pass distributed=None where ranks train models of their own"
                 )
+
+
+def _part(parameter: Tensor) -> Part:
+    """Which part of a parameter this rank holds: its place on the axes of a mesh that split it."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    coordinate = parameter.device_mesh.get_coordinate() or ()
+    return tuple(
+        place
+        for place, placement in zip(coordinate, parameter.placements, strict=True)
+        if not placement.is_replicate()
+    )
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from shampoo_core.exchange.agreement import check_agreement, check_replicas
 from shampoo_core.exchange.base import Exchange
-from shampoo_core.exchange.distribution import Distribution, process_group_of, sharing_group
+from shampoo_core.exchange.distribution import (
+    Distribution,
+    process_group_of,
+    sharing_group,
+    sharing_replicas,
+)
 from shampoo_core.exchange.local import LocalExchange
 from shampoo_core.exchange.replicated import ReplicatedExchange
 from shampoo_core.exchange.sharded import ShardedExchange
@@ -64,15 +68,13 @@ class Exchanges:
         mesh, axis, is_sharded = parameter.device_mesh, *_sharing_axis(self._owner, parameter)
         key = (mesh, axis, is_sharded)
         if key not in self._of_meshes:
-            self._of_meshes[key] = self._for_mesh(
-                mesh.get_group(axis), self._distribution, is_sharded
-            )
+            self._of_meshes[key] = self._for_mesh(mesh, axis, is_sharded, self._distribution)
         return self._of_meshes[key]
 
     def _for_mesh(
-        self, group: dist.ProcessGroup, distribution: Distribution, is_sharded: bool
+        self, mesh: DeviceMesh, axis: int, is_sharded: bool, distribution: Distribution
     ) -> Exchange:
-        dtype = distribution.communication_dtype
+        group, dtype = mesh.get_group(axis), distribution.communication_dtype
         if not is_sharded:
             return ReplicatedExchange(
                 group, communication_dtype=dtype, overlap=distribution.overlap
@@ -82,7 +84,8 @@ class Exchanges:
                 f"{self._owner}: communication_dtype float16 is for replicated parameters; sharded "
                 "ones can be sent in bfloat16 or float32"
             )
-        return ShardedExchange(group, communication_dtype=dtype)
+        replicas = sharing_replicas(self._owner, distribution, mesh, axis)
+        return ShardedExchange(group, replicas, communication_dtype=dtype)
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
         """Raise on all ranks if they differ; a collective."""
@@ -91,9 +94,8 @@ class Exchanges:
 
     def check_replicas(self, parameters: Sequence[Tensor]) -> None:
         """Raise on all ranks if they hold other weights; a collective that waits for the device."""
-        plain = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
         if self.group is not None:
-            check_replicas(self._owner, plain, self.group)
+            check_replicas(self._owner, parameters, self.group)
 
     def __deepcopy__(self, memo: object) -> Exchanges:
         """Copies of an optimizer use the same process groups."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from shampoo_core.config import check_choice, check_count, check_flags
 
@@ -23,7 +24,9 @@ class Distribution:
             parameters stay equal on all ranks whatever the rounding. Gradients are never rounded.
         ranks_per_group: Neighbouring ranks that share the work, such as those of one machine; the
             other groups do the same work again and nothing is sent between groups. None means all
-            ranks.
+            ranks. Ranks that hold a sharded parameter together always share its work: under HSDP this is
+            their number times that of the replicas that share it with them, and their number alone
+            leaves every replica to itself.
         overlap: Send the updates of every device, dtype and parameter group as soon as they are
             there, while the next are computed, instead of all together.
         process_group: Ranks that share the work; None means all.
@@ -97,3 +100,45 @@ def sharing_group(distribution: Distribution, group: dist.ProcessGroup) -> dist.
         if start <= rank < start + ranks_per_group:
             mine = made
     return mine
+
+
+def sharing_replicas(
+    owner: str, distribution: Distribution, mesh: DeviceMesh, axis: int
+) -> dist.ProcessGroup | None:
+    """The ranks that hold the same shards as this one and share the work; a collective of them.
+
+    Args:
+        owner: For the message.
+        distribution: How to share.
+        mesh: Of a parameter.
+        axis: On which its rows are split; replicas lie along the first other one that has several ranks.
+
+    Returns:
+        None where every replica works for itself.
+
+    Raises:
+        ValueError: ``ranks_per_group`` is not a whole number of replicas, or does not divide theirs.
+    """
+    axes = [other for other in range(mesh.ndim) if other != axis and mesh.size(other) > 1]
+    if not axes:
+        return None
+    num_holders, num_replicas = mesh.size(axis), mesh.size(axes[0])
+    asked = distribution.ranks_per_group
+    if asked is None:
+        return mesh.get_group(axes[0])
+    sharing = max(1, asked // num_holders)
+    if asked > num_holders * sharing or num_replicas % sharing != 0:
+        raise ValueError(
+            f"{owner}: Distribution(ranks_per_group={asked}) does not fit parameters that "
+            f"{num_holders} ranks hold together, in {num_replicas} replicas: give {num_holders} times a "
+            f"divisor of {num_replicas}"
+        )
+    if sharing == 1:
+        return None
+    place = mesh.get_local_rank(axes[0])
+    position: list[int | slice] = list(mesh.get_coordinate() or ())
+    first = place - place % sharing
+    position[axes[0]] = slice(first, first + sharing)
+    ranks = mesh.mesh[tuple(position)].tolist()
+    # The others, some of them maybe of another mesh, make their own.
+    return dist.new_group(ranks, use_local_synchronization=True)

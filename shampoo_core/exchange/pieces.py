@@ -13,7 +13,9 @@ blocks that one rank owns:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -87,32 +89,41 @@ def held_rows(rows: int, rank: int, num_ranks: int) -> range:
     return range(start, min(start + length, rows))
 
 
-def pieces_of(division: Division, shapes: Mapping[int, Shape]) -> list[Piece]:
+def pieces_of(division: Division, shapes: Mapping[int, Shape], num_holders: int) -> Iterator[Piece]:
     """All pieces of all blocks, in the order in which everybody sends and receives them.
 
     Args:
-        division: Who owns what; its ranks are those that hold shards.
+        division: Who owns what.
         shapes: Shape of every parameter of the division, before merging.
+        num_holders: Ranks that hold a parameter together.
     """
-    pieces = []
-    num_ranks = len(division.by_rank)
+    held = {
+        tile.parameter: [
+            _merged_rows(shapes[tile.parameter], tile.merged_shape, rank, num_holders)
+            for rank in range(num_holders)
+        ]
+        for tile in {tile.parameter: tile for tile in division.whole.tiles}.values()
+    }
     for owner, stack_set in enumerate(division.by_rank):
         first_block = 0
         for slot, tile in enumerate(stack_set.tiles):
-            held = [
-                _merged_rows(shapes[tile.parameter], tile.merged_shape, rank, num_ranks)
-                for rank in range(num_ranks)
-            ]
             for grid_row in range(tile.counts[0]):
                 first = tile.starts[0] + grid_row * tile.sizes[0]
-                for holder, rows in enumerate(held):
-                    start = max(first, rows.start)
-                    stop = min(first + tile.sizes[0], rows.stop)
-                    if start < stop:
-                        where = (start - first, stop - first, start - rows.start, first_block)
-                        pieces.append(Piece(holder, owner, tile, slot, grid_row, *where))
+                last = first + tile.sizes[0]
+                for holder, rows in _holders(held[tile.parameter], first, last):
+                    start, stop = max(first, rows.start), min(last, rows.stop)
+                    where = (start - first, stop - first, start - rows.start, first_block)
+                    yield Piece(holder, owner, tile, slot, grid_row, *where)
                 first_block += tile.num_blocks // tile.counts[0]
-    return pieces
+
+
+def _holders(held: Sequence[range], first: int, last: int) -> Iterator[tuple[int, range]]:
+    """Ranks that hold rows from ``first`` to ``last`` (exclusive), and all rows that they hold."""
+    # Searched for, not looked through: there can be a thousand ranks and as many blocks of each.
+    for holder in range(bisect_right(held, first, key=operator.attrgetter("stop")), len(held)):
+        if held[holder].start >= last:
+            return
+        yield holder, held[holder]
 
 
 def _merged_rows(shape: Shape, merged_shape: Shape, rank: int, num_ranks: int) -> range:

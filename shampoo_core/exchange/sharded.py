@@ -9,8 +9,12 @@ how they share the rows. A step is one all-to-all each way for every device and 
 Decay alone does not make weights travel: with an update comes a number per block, whether it moves, and
 holders shrink what they hold of blocks that do.
 
-Ranks that hold the same shard (the replicas of HSDP) are in different shard groups; each group does
-the same work.
+Replicas that hold the same shards (HSDP) share the work as well. Every block has one owner among all
+their ranks; gradients come to it from its own replica, for all have the same, and what comes back to a
+holder is passed on to those that hold the same rows in the other replicas, by an all-gather:
+
+    replica 0 |  block 0 -> owner rank 0  |  back to ranks 0, 1 |  and on to ranks 2, 3
+    replica 1 |  block 1 -> owner rank 2  |  back to ranks 2, 3 |  and on to ranks 0, 1
 """
 
 from __future__ import annotations
@@ -33,29 +37,38 @@ from shampoo_core.stacks import StackSet
 
 
 class ShardedExchange:
-    """Moves pieces of blocks among the ranks of a shard group."""
-
-    num_messages = 1  # what the others send makes one together
+    """Moves pieces of blocks among ranks that hold shards, and updates on to their replicas."""
 
     def __init__(
-        self, group: dist.ProcessGroup, *, communication_dtype: torch.dtype | None = None
+        self,
+        group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup | None = None,
+        *,
+        communication_dtype: torch.dtype | None = None,
     ) -> None:
         """Start with nothing to do for any rank.
 
         Args:
             group: Ranks that hold the rows of a parameter together, in this order.
+            replicas: Ranks that hold the same rows as this one and share the work, one of each group;
+                None where every group works for itself.
             communication_dtype: See `Distribution`; of updates.
         """
-        self._group = group
-        self._rank = dist.get_rank(group)
-        self._num_ranks = dist.get_world_size(group)
+        self._group, self._replicas = group, replicas
+        self._num_holders = dist.get_world_size(group)
+        self._holder = dist.get_rank(group)
+        # What the others of a group send makes one message together.
+        self.num_messages = 1 if replicas is None else dist.get_world_size(replicas)
+        self._first_owner = 0 if replicas is None else self._num_holders * dist.get_rank(replicas)
+        """Owners are numbered replica by replica: the first one of this replica."""
+        self._owner = self._first_owner + self._holder
         self._communication_dtype = communication_dtype
-        self._loads = [0.0] * self._num_ranks
+        self._loads = [0.0] * (self._num_holders * self.num_messages)
         self._routes: dict[Division, _Route] = {}
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """See `Exchange`; balances what it is asked about on top of what it was asked before."""
-        return divide(whole, cost_of, self._loads, self._rank)
+        return divide(whole, cost_of, self._loads, self._owner)
 
     def __deepcopy__(self, memo: object) -> ShardedExchange:
         """Copies of an optimizer use the same process group."""
@@ -69,7 +82,7 @@ class ShardedExchange:
 
     def _bring(self, requests: Sequence[Request]) -> list[list[list[Tensor]]]:
         """Stacks of what each request wants; what they came in is freed when this is done."""
-        shipments = Shipments(self._num_ranks)
+        shipments = Shipments(self._num_holders)
         arrivals: list[list[list[Tensor]]] = []
         filled: list[list[Arrival]] = []
         for request in requests:
@@ -85,26 +98,26 @@ class ShardedExchange:
                 }
                 arrivals[-1].append(division.own.empty())
                 slots = division.own.tile_slots(arrivals[-1][-1])
-                for peer in range(self._num_ranks):
-                    for piece in route.held[peer]:
+                for peer in range(self._num_holders):
+                    for piece in route.held[self._first_owner + peer]:
                         shard = shards[piece.tile.parameter]
                         source = None if shard is None else piece.in_shard(shard)
                         shipment.send(peer, piece.shape, source)
                     for piece in route.owned[peer]:
                         shipment.receive(peer, piece.in_slot(slots[piece.slot]), filled[-1])
         for (_, dtype), shipment in shipments.items():
-            shipment.travel(self._group, as_dtype=dtype)
+            shipment.travel(self._group, None, as_dtype=dtype)
         for of_request in filled:
             fill(of_request)
         return arrivals
 
     def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
-        """See `Exchange`; one all-to-all per device and dtype."""
-        shipments = Shipments(self._num_ranks)
+        """See `Exchange`; one all-to-all per device and dtype, with replicas one all-gather as well."""
+        shipments = Shipments(self._num_holders, self.num_messages)
         landings = [self._load(result, shipments) for result in results]
         for (_, dtype), shipment in shipments.items():
             wire = None if exact else self._communication_dtype
-            shipment.travel(self._group, as_dtype=wire or dtype)
+            shipment.travel(self._group, self._replicas, as_dtype=wire or dtype)
         for landing in landings:
             landing.add()
 
@@ -118,32 +131,33 @@ class ShardedExchange:
         route = self._route(result.division, result.parameters)
         landing = _Landing(own, route, result)
         shipment = shipments.on(own.device, own.dtype)
-        for peer in range(self._num_ranks):
-            for piece in route.owned[peer]:
+        for holder in range(self._num_holders):
+            for piece in route.owned[holder]:
                 source = None if updates is None else piece.in_slot(updates[piece.slot])
-                shipment.send(peer, piece.shape, source)
+                shipment.send(holder, piece.shape, source)
                 if landing.decays:
                     numbers = None if is_open is None else piece.of_blocks(is_open)
-                    shipment.send(peer, (piece.num_blocks,), numbers)
-            for piece in route.held[peer]:
-                shipment.receive(peer, landing.place_of(piece), landing.updates)
+                    shipment.send(holder, (piece.num_blocks,), numbers)
+        for owner, pieces in enumerate(route.held):
+            for piece in pieces:
+                shipment.receive(owner, landing.place_of(piece), landing.updates)
                 if landing.decays:
-                    shipment.receive(peer, landing.room_for(piece), landing.open_blocks)
+                    shipment.receive(owner, landing.room_for(piece), landing.open_blocks)
         return landing
 
     def _route(self, division: Division, parameters: Sequence[Tensor]) -> _Route:
         """Which pieces travel between this rank and the others; found out once."""
         if division not in self._routes:
             shapes = {index: tuple(parameters[index].shape) for index in division.whole.parameters}
-            ranks = range(self._num_ranks)
             merged = {tile.parameter: tile.merged_shape for tile in division.whole.tiles}
-            route = _Route([[] for _ in ranks], [[] for _ in ranks], merged)
-            self._routes[division] = route
-            for piece in pieces_of(division, shapes):
-                if piece.holder == self._rank:
-                    route.held[piece.owner].append(piece)
-                if piece.owner == self._rank:
-                    route.owned[piece.holder].append(piece)
+            held: list[list[Piece]] = [[] for _ in self._loads]
+            owned: list[list[Piece]] = [[] for _ in range(self._num_holders)]
+            self._routes[division] = _Route(held, owned, merged)
+            for piece in pieces_of(division, shapes, self._num_holders):
+                if piece.holder == self._holder:
+                    held[piece.owner].append(piece)
+                if piece.owner == self._owner:
+                    owned[piece.holder].append(piece)
         return self._routes[division]
 
 

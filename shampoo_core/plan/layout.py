@@ -33,7 +33,8 @@ class Placement:
     Args:
         world_size: Number of ranks, at least 1.
         sharding: ``"ddp"`` every rank holds all parameters; ``"fsdp2"`` each holds a slice of the rows
-            of every parameter; ``"hsdp"`` the ranks of a group do, and groups are replicas.
+            of every parameter; ``"hsdp"`` the ranks of a group do, and groups are replicas, which share
+            the work.
         group_size: Ranks of a group under ``"hsdp"``; has to divide ``world_size``.
 
     Raises:
@@ -57,20 +58,25 @@ class Placement:
 
     @property
     def num_owners(self) -> int:
-        """Ranks that share the blocks among them: all, or those of a replica."""
-        return self.group_size if self.sharding == "hsdp" else self.world_size
+        """Ranks that share the blocks among them."""
+        return self.world_size
 
     @property
     def num_messages(self) -> int:
         """As of the exchange between these ranks."""
         if self.num_owners == 1:
             return 0
-        return self.num_owners if self.sharding == "ddp" else 1
+        return self.num_replicas
 
     @property
     def num_shards(self) -> int:
         """Slices that every parameter is held in; 1 if each rank holds all of it."""
-        return 1 if self.sharding == "ddp" else self.num_owners
+        return {"ddp": 1, "fsdp2": self.world_size, "hsdp": self.group_size}[self.sharding]
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that hold the same."""
+        return self.world_size // self.num_shards
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -246,7 +247,7 @@ def make_plan(request: Request) -> Plan:
     }
     steps = steps_of[alike[_heaviest(methods, placement)]]
     travelling = _travel(request, methods)
-    times = _times(request, steps.plain, steps.refresh, max(travelling.sent))
+    times = _times(request, steps.plain, steps.refresh, travelling)
     states = state_bytes(methods, placement.num_owners, request.averaging)
     memory = [
         _rank_memory(rank, states[rank], steps_of[first], travelling)
@@ -266,7 +267,7 @@ def make_plan(request: Request) -> Plan:
         staggered_memory=max(memory, key=lambda of_rank: of_rank.most_staggered),
         at_once_memory=max(memory, key=lambda of_rank: of_rank.most_at_once),
         bucket_bytes=parameter_bytes if has_buckets and not request.gradient_as_bucket_view else 0,
-        sent_bytes_per_rank=travelling.sent,
+        sent_bytes_per_rank=list(map(operator.add, travelling.sent, travelling.passed_on)),
         balance=balance(methods, placement),
         plain_flops=steps.plain.flops,
         refresh_flops=steps.refresh.flops,
@@ -345,15 +346,17 @@ def _parameter_bytes(request: Request) -> int:
     return numbers * FLOAT32
 
 
-def _times(request: Request, plain: Step, refresh: Step, sent: int) -> Times:
-    device = request.device
+def _times(request: Request, plain: Step, refresh: Step, travelling: Travel) -> Times:
+    device, placement = request.device, request.placement
+    together = placement.world_size if placement.sharding == "ddp" else placement.num_shards
+    to_all = placement.sharding == "ddp"
+    send = device.send_seconds(max(travelling.sent), together, to_all=to_all)
+    # Every rank of a replica has a ring of its own through the others, by its own link to the network.
+    send += device.send_seconds(max(travelling.passed_on), placement.world_size, to_all=False)
     return Times(
         plain=1e3 * device.step_seconds(plain.operations),
         refresh=1e3 * device.step_seconds(refresh.operations),
-        send=1e3
-        * device.send_seconds(
-            sent, request.placement.num_owners, to_all=request.placement.sharding == "ddp"
-        ),
+        send=1e3 * send,
     )
 
 
@@ -375,7 +378,7 @@ def _shortest_interval(request: Request, times: Times) -> tuple[int | None, str 
         methods = _methods(request, interval)
         rank = _heaviest(methods, placement)
         plain, refresh = plain_and_refresh(methods, rank, request.rule)
-        return _times(request, plain, refresh, max(_travel(request, methods).sent))
+        return _times(request, plain, refresh, _travel(request, methods))
 
     allowed = request.step_ms * request.overhead_percent / 100.0
     interval, of_interval = shortest_interval(allowed, request.refresh_interval, times_at)

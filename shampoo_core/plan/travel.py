@@ -2,7 +2,7 @@
 
 Replicated parameters: every rank sends the updates of its blocks to all others. Sharded ones: holders send
 pieces of gradients, and of weights where a step reads them, to the owners of their blocks, and get pieces
-of updates back, with a number per block where weights decay.
+of updates back, with a number per block where weights decay, which they pass on to other replicas.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Travel(NamedTuple):
     """Bytes by owner."""
 
     sent: list[int]
-    """On the wire in a step."""
+    """On the wire in a step, among ranks that have all there is together."""
+    passed_on: list[int]
+    """On the wire in a step, of sharded parameters from one replica to the others."""
     alive: list[int]
     """Temporary, most while blocks travel: messages, and stacks they are filled from and emptied to."""
     weights: list[int]
@@ -64,7 +66,7 @@ def travel(
         holders_decay: Whether there is decay that is left to the ranks that hold the weights.
     """
     ranks = range(placement.num_owners)
-    total = Travel([0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks])
+    total = Travel(*([0 for _ in ranks] for _ in Travel._fields))
     if placement.num_owners == 1:
         return total
     for wave in waves(methods):
@@ -75,6 +77,7 @@ def travel(
             of_wave = _sharded(pieces, placement, reads_weights, holders_decay)
         for rank in ranks:
             total.sent[rank] += of_wave.sent[rank]
+            total.passed_on[rank] += of_wave.passed_on[rank]
             total.alive[rank] = max(total.alive[rank], of_wave.alive[rank])
             total.weights[rank] = max(total.weights[rank], of_wave.weights[rank])
     return total
@@ -117,30 +120,58 @@ def _replicated(wave: Wave, placement: Placement) -> Travel:
     # The message of a rank and those of all; updates as they were computed, and as they are sent.
     messages = (len(owned) + 1) * max(owned)
     alive = [FLOAT32 * (messages + 2 * own) for own in owned]
-    return Travel([sent] * len(owned), alive, [0] * len(owned))
+    return Travel([sent] * len(owned), [0] * len(owned), alive, [0] * len(owned))
 
 
 def _sharded(
     pieces: Pieces, placement: Placement, reads_weights: bool, holders_decay: bool
 ) -> Travel:
-    held, owned = [0] * placement.num_owners, [0] * placement.num_owners
-    for (holder, owner), numbers in pieces.numbers.items():
-        held[holder] += FLOAT32 * numbers
-        owned[owner] += FLOAT32 * numbers
+    num_shards, num_replicas = placement.num_shards, placement.num_replicas
     num_tensors = 2 if reads_weights else 1
-    found = Travel([], [], [])
-    to_owners, to_holders = all_to_all_bytes(pieces.numbers, placement.num_owners, FLOAT32)
-    _, moves = all_to_all_bytes(pieces.blocks, placement.num_owners, FLOAT32)
-    by_rank = zip(to_owners, to_holders, moves, held, owned, strict=True)
-    for there, back, whether_it_moves, of_holder, own in by_rank:
-        found.sent.append(num_tensors * there + back + holders_decay * whether_it_moves)
-        weights = (num_tensors - 1) * own
-        # Messages out and in, and stacks to fill; later updates as computed and as sent, and messages.
-        collecting = num_tensors * (of_holder + 2 * own)
-        delivering = weights + 2 * own + own + of_holder
-        found.alive.append(max(collecting, delivering))
+    own = [0] * placement.num_owners
+    replicas = [_Replica(num_shards) for _ in range(num_replicas)]
+    for (holder, owner), numbers in pieces.numbers.items():
+        own[owner] += FLOAT32 * numbers
+        moves = pieces.blocks[holder, owner] if holders_decay else 0
+        replicas[owner // num_shards].add(holder, owner % num_shards, numbers, moves)
+    longest = [max(replica.back[holder] for replica in replicas) for holder in range(num_shards)]
+    found = Travel(*([] for _ in Travel._fields))
+    there = [all_to_all_bytes(r.numbers, num_shards, FLOAT32)[0] for r in replicas]
+    back = [all_to_all_bytes(r.with_moves, num_shards, FLOAT32)[1] for r in replicas]
+    for owner, of_owner in enumerate(own):
+        place, holder = divmod(owner, num_shards)
+        replica = replicas[place]
+        found.sent.append(num_tensors * there[place][holder] + back[place][holder])
+        found.passed_on.append((num_replicas - 1) * longest[holder])
+        weights = (num_tensors - 1) * of_owner
+        # Messages out and in, and stacks to fill; later updates as computed and as sent, or as sent and in
+        # a message out, or that and one in, or one in and those of all replicas.
+        collecting = num_tensors * (replica.held[holder] + 2 * of_owner)
+        messages = longest[holder] * (1 + num_replicas if num_replicas > 1 else 1)
+        delivering = max(2 * of_owner, of_owner + longest[holder], messages)
+        found.alive.append(max(collecting, weights + delivering))
         found.weights.append(weights)
     return found
+
+
+class _Replica:
+    """What belongs to the owners in one replica."""
+
+    def __init__(self, num_shards: int) -> None:
+        self.numbers = Pairs()
+        self.with_moves = Pairs()
+        """And a number per block, whether it moves."""
+        self.held = [0] * num_shards
+        """Bytes by holder, of one tensor."""
+        self.back = [0] * num_shards
+        """Bytes that come to a holder, its own among them."""
+
+    def add(self, holder: int, owner: int, numbers: int, moves: int) -> None:
+        """Add pieces; both ranks are counted within the replica."""
+        self.numbers[holder, owner] += numbers
+        self.with_moves[holder, owner] += numbers + moves
+        self.held[holder] += FLOAT32 * numbers
+        self.back[holder] += FLOAT32 * (numbers + moves)
 
 
 def _held(tile: Tile, shape: Shape, num_shards: int) -> list[tuple[int, int]]:
