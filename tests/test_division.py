@@ -99,10 +99,17 @@ def test_every_number_of_a_shard_is_in_one_piece(
 ) -> None:
     """Numbers written to the shards arrive at their place in the owners' stacks."""
     division = divided(whole_of(shapes, block), num_holders * num_replicas)
+    everything = list(pieces_of(division, dict(enumerate(shapes)), num_holders))
     tensors = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
     stacks = [[torch.full_like(s, torch.nan) for s in own.empty()] for own in division.by_rank]
     slots = [own.tile_slots(of_rank) for own, of_rank in zip(division.by_rank, stacks, strict=True)]
-    for piece in pieces_of(division, dict(enumerate(shapes)), num_holders):
+    for holder in range(num_holders):
+        found = pieces_of(division, dict(enumerate(shapes)), num_holders, holder=holder)
+        assert list(found) == [piece for piece in everything if piece.holder == holder]
+    for owner in range(num_holders * num_replicas):
+        found = pieces_of(division, dict(enumerate(shapes)), num_holders, owner=owner)
+        assert list(found) == [piece for piece in everything if piece.owner == owner]
+    for piece in everything:
         index = piece.tile.parameter
         held = held_rows(shapes[index][0], piece.holder, num_holders)
         shard = tensors[index][held.start : held.stop].reshape(-1, *piece.tile.merged_shape[1:])

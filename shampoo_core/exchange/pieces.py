@@ -22,6 +22,7 @@ from torch import Tensor
 
 from shampoo_core.blocking import Shape, Tile
 from shampoo_core.exchange.division import Division
+from shampoo_core.stacks import StackSet
 
 
 class Piece(NamedTuple):
@@ -89,41 +90,62 @@ def held_rows(rows: int, rank: int, num_ranks: int) -> range:
     return range(start, min(start + length, rows))
 
 
-def pieces_of(division: Division, shapes: Mapping[int, Shape], num_holders: int) -> Iterator[Piece]:
-    """All pieces of all blocks, in the order in which everybody sends and receives them.
+def pieces_of(
+    division: Division,
+    shapes: Mapping[int, Shape],
+    num_holders: int,
+    *,
+    holder: int | None = None,
+    owner: int | None = None,
+) -> Iterator[Piece]:
+    """Pieces of all blocks, in the order in which everybody sends and receives them.
 
     Args:
         division: Who owns what.
         shapes: Shape of every parameter of the division, before merging.
         num_holders: Ranks that hold a parameter together.
+        holder: Whose pieces alone are wanted; None means everybody's.
+        owner: Likewise.
     """
-    held = {
-        tile.parameter: [
-            _merged_rows(shapes[tile.parameter], tile.merged_shape, rank, num_holders)
-            for rank in range(num_holders)
-        ]
-        for tile in {tile.parameter: tile for tile in division.whole.tiles}.values()
-    }
-    for owner, stack_set in enumerate(division.by_rank):
-        first_block = 0
-        for slot, tile in enumerate(stack_set.tiles):
-            for grid_row in range(tile.counts[0]):
-                first = tile.starts[0] + grid_row * tile.sizes[0]
-                last = first + tile.sizes[0]
-                for holder, rows in _holders(held[tile.parameter], first, last):
-                    start, stop = max(first, rows.start), min(last, rows.stop)
-                    where = (start - first, stop - first, start - rows.start, first_block)
-                    yield Piece(holder, owner, tile, slot, grid_row, *where)
-                first_block += tile.num_blocks // tile.counts[0]
+    # Of a large model on a thousand ranks there are millions of pieces, few of which concern any one.
+    holders = range(num_holders) if holder is None else range(holder, holder + 1)
+    held: dict[int, list[range]] = {}
+    for tile in division.whole.tiles:
+        if tile.parameter not in held:
+            shape = shapes[tile.parameter]
+            held[tile.parameter] = [
+                _merged_rows(shape, tile.merged_shape, rank, num_holders) for rank in holders
+            ]
+    for number, stack_set in enumerate(division.by_rank):
+        if owner in (None, number):
+            for piece in _pieces_of_owner(number, stack_set, held):
+                yield piece._replace(holder=holders[piece.holder])
 
 
-def _holders(held: Sequence[range], first: int, last: int) -> Iterator[tuple[int, range]]:
-    """Ranks that hold rows from ``first`` to ``last`` (exclusive), and all rows that they hold."""
-    # Searched for, not looked through: there can be a thousand ranks and as many blocks of each.
-    for holder in range(bisect_right(held, first, key=operator.attrgetter("stop")), len(held)):
-        if held[holder].start >= last:
+def _pieces_of_owner(
+    owner: int, stack_set: StackSet, held: Mapping[int, Sequence[range]]
+) -> Iterator[Piece]:
+    """Pieces of an owner's blocks, with indices into ``held`` for holders."""
+    first_block = 0
+    for slot, tile in enumerate(stack_set.tiles):
+        rows_of = held[tile.parameter]
+        for grid_row in range(tile.counts[0]):
+            first = tile.starts[0] + grid_row * tile.sizes[0]
+            last = first + tile.sizes[0]
+            for index in _overlapping(rows_of, first, last):
+                rows = rows_of[index]
+                start, stop = max(first, rows.start), min(last, rows.stop)
+                where = (start - first, stop - first, start - rows.start, first_block)
+                yield Piece(index, owner, tile, slot, grid_row, *where)
+            first_block += tile.num_blocks // tile.counts[0]
+
+
+def _overlapping(runs: Sequence[range], first: int, last: int) -> Iterator[int]:
+    """Which of some ascending runs have rows from ``first`` to ``last`` (exclusive)."""
+    for index in range(bisect_right(runs, first, key=operator.attrgetter("stop")), len(runs)):
+        if runs[index].start >= last:
             return
-        yield holder, held[holder]
+        yield index
 
 
 def _merged_rows(shape: Shape, merged_shape: Shape, rank: int, num_ranks: int) -> range:

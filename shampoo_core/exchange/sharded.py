@@ -153,11 +153,10 @@ class ShardedExchange:
             held: list[list[Piece]] = [[] for _ in self._loads]
             owned: list[list[Piece]] = [[] for _ in range(self._num_holders)]
             self._routes[division] = _Route(held, owned, merged)
-            for piece in pieces_of(division, shapes, self._num_holders):
-                if piece.holder == self._holder:
-                    held[piece.owner].append(piece)
-                if piece.owner == self._owner:
-                    owned[piece.holder].append(piece)
+            for piece in pieces_of(division, shapes, self._num_holders, holder=self._holder):
+                held[piece.owner].append(piece)
+            for piece in pieces_of(division, shapes, self._num_holders, owner=self._owner):
+                owned[piece.holder].append(piece)
         return self._routes[division]
 
 
