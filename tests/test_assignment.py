@@ -67,6 +67,34 @@ def test_the_ideal_is_reached_where_one_block_is_most_of_the_work() -> None:
     assert least_possible_load(costs, 3) == 10.0
 
 
+@given(
+    costs=st.lists(st.sampled_from([1.0, 2.0, 5.0]), max_size=40),
+    num_teams=st.integers(1, 4),
+    team_size=st.integers(1, 3),
+    num_kinds=st.integers(1, 5),
+)
+def test_teams_do_not_change_loads(
+    costs: list[float], num_teams: int, team_size: int, num_kinds: int
+) -> None:
+    """They choose among ranks with equal loads alone."""
+    ranks = num_teams * team_size
+    parts = [{index % num_kinds: 1} for index in range(len(costs))]
+    owners = assign(costs, ranks, num_teams=num_teams, parts=parts)
+    loads = loads_of(costs, owners, ranks)
+    assert sorted(loads) == sorted(loads_of(costs, assign(costs, ranks), ranks))
+
+
+def test_teams_have_as_much_of_every_kind() -> None:
+    """Dealt out in turn, each team would have two of the four kinds."""
+    kinds = [0, 1, 2, 3] * 4
+    owners = assign([1.0] * 16, 4, num_teams=2, parts=[{kind: 1} for kind in kinds])
+    for team in (0, 1):
+        assert [
+            sum(k == kind and owner // 2 == team for k, owner in zip(kinds, owners, strict=True))
+            for kind in range(4)
+        ] == [2, 2, 2, 2]
+
+
 def test_five_equal_blocks_on_two_ranks() -> None:
     """Somebody has to take three: no assignment reaches the mean."""
     costs = [2.0] * 5

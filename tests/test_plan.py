@@ -42,7 +42,7 @@ from shampoo_core.plan.advice import Change, alternatives
 from shampoo_core.plan.devices import LAUNCH_SECONDS, QR_SHARE
 from shampoo_core.plan.layout import blocks_by_method
 from shampoo_core.plan.planning import GIB
-from shampoo_core.plan.travel import pieces_of, travel, waves
+from shampoo_core.plan.travel import FLOAT32, pieces_of, travel, waves
 from shampoo_core.storage.triangles import tables_apart
 
 SMALL = [NamedShape("w", (24, 40)), NamedShape("b", (24,)), NamedShape("k", (6, 5, 3, 3))]
@@ -168,6 +168,23 @@ def test_pieces_of_a_matrix_by_hand() -> None:
     assert travelling == ([32, 32], [0, 0], [4 * 36] * 2, [0, 0])
     # Decay takes a number for the one block that is held elsewhere.
     assert travel(parameters, methods, placement).sent == [36, 36]
+
+
+def test_replicas_of_shards_are_given_as_much_of_every_shard() -> None:
+    """What a rank passes on to seven others is as long as the longest: hardly more than an eighth."""
+    parameters = named_model("transformer_1b")
+    placement = Placement(64, "hsdp", 8)
+    methods = blocks_by_method(
+        parameters, ShampooConfig(), placement, max_block_size=1024, refresh_interval=100
+    )
+    passed_on = travel(parameters, methods, placement).passed_on
+    held = num_elements(parameters) / placement.num_shards
+    assert all(7 / 8 * held <= sent / FLOAT32 <= 1.25 * 7 / 8 * held for sent in passed_on)
+    fsdp2 = Placement(64, "fsdp2")
+    methods = blocks_by_method(
+        parameters, ShampooConfig(), fsdp2, max_block_size=1024, refresh_interval=100
+    )
+    assert set(travel(parameters, methods, fsdp2).passed_on) == {0}
 
 
 def test_replicas_send_the_longest_segment_to_everyone() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from shampoo_core.blocking import Shape, Tile, cut_tile
@@ -52,7 +52,12 @@ class Division:
 
 
 def divide(
-    whole: StackSet, cost_of: Callable[[Shape], float], loads: list[float], rank: int
+    whole: StackSet,
+    cost_of: Callable[[Shape], float],
+    loads: list[float],
+    rank: int,
+    *,
+    num_replicas: int = 1,
 ) -> Division:
     """Give every block to a rank.
 
@@ -61,9 +66,14 @@ def divide(
         cost_of: Modelled cost of a block by its shape.
         loads: What each rank has to do already; the new loads are added, in place.
         rank: Which of these ranks this one is.
+        num_replicas: In how many replicas these ranks hold shards, one after the other. What a rank of a
+            replica gets back for its shard is passed on to the others, in messages of equal length, so
+            that every replica is given as much of every shard where loads allow.
     """
+    num_holders = len(loads) // num_replicas
+    parts = list(_shards_of_blocks(whole, num_holders)) if num_replicas > 1 else None
     costs = [cost_of(layout.block_shape) for layout in whole.layouts for _ in layout.blocks()]
-    owners = assign(costs, len(loads), loads)
+    owners = assign(costs, len(loads), loads, num_teams=num_replicas, parts=parts)
     for index, load in enumerate(loads_of(costs, owners, len(loads))):
         loads[index] += load
     tiles: list[list[Tile]] = [[] for _ in loads]
@@ -72,6 +82,20 @@ def divide(
         for owner, part in cut_tile(tile, list(itertools.islice(remaining, tile.num_blocks))):
             tiles[owner].append(part)
     return Division(whole, tuple(_some_of(whole, own) for own in tiles), rank)
+
+
+def _shards_of_blocks(whole: StackSet, num_shards: int) -> Iterator[dict[int, int]]:
+    """Per block, how many of its rows are about in which shard, as if rows were those before merging."""
+    for tile in whole.tiles:
+        run = -(-tile.merged_shape[0] // num_shards)
+        for index in range(tile.counts[0]):
+            first = tile.starts[0] + index * tile.sizes[0]
+            last = first + tile.sizes[0]
+            rows = {
+                shard: min(last, (shard + 1) * run) - max(first, shard * run)
+                for shard in range(first // run, (last - 1) // run + 1)
+            }
+            yield from itertools.repeat(rows, tile.num_blocks // tile.counts[0])
 
 
 def _wave_tiles(own: StackSet, max_numel: int) -> list[list[Tile]]:

@@ -68,7 +68,7 @@ class ShardedExchange:
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """See `Exchange`; balances what it is asked about on top of what it was asked before."""
-        return divide(whole, cost_of, self._loads, self._owner)
+        return divide(whole, cost_of, self._loads, self._owner, num_replicas=self.num_messages)
 
     def __deepcopy__(self, memo: object) -> ShardedExchange:
         """Copies of an optimizer use the same process group."""

@@ -126,7 +126,7 @@ def blocks_by_method(
             if (index in found) == tables:
                 tiles += _tiles(index, parameter.shape, max_block_size, whole=tables)
         if tiles:
-            options = refresh_interval, max_wave_numel, placement.num_messages
+            options = refresh_interval, max_wave_numel, placement
             methods.append(_divided(method, tiles, loads, *options))
     return methods
 
@@ -150,11 +150,14 @@ def _divided(
     loads: list[float],
     interval: int,
     max_wave_numel: int | Literal["auto"] | None,
-    num_messages: int,
+    placement: Placement,
 ) -> MethodBlocks:
     """Give the blocks to ranks with some loads, to which theirs are added."""
     whole = StackSet(tiles, dtype=torch.float32, device=torch.device("meta"))
-    division = divide(whole, lambda shape: config.block_flops(shape, interval), loads, 0)
+    replicas = 1 if placement.sharding == "ddp" else placement.num_replicas
+    division = divide(
+        whole, lambda shape: config.block_flops(shape, interval), loads, 0, num_replicas=replicas
+    )
     owned = [
         (block, owner)
         for owner, stack_set in enumerate(division.by_rank)
@@ -163,7 +166,8 @@ def _divided(
     ]
     costs = [config.block_flops(block.sizes, interval) for block, _ in owned]
     most = max(own.numel for own in division.by_rank)
-    limit = wave_limit(max_wave_numel, whole.device, num_messages=num_messages, numel=most)
+    messages = placement.num_messages
+    limit = wave_limit(max_wave_numel, whole.device, num_messages=messages, numel=most)
     blocks, owners = [block for block, _ in owned], [owner for _, owner in owned]
     return MethodBlocks(config, blocks, owners, costs, limit)
 

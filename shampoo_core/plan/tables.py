@@ -34,8 +34,8 @@ from stated rates of the device (`shampoo_core/plan/devices.py`), good to a fact
 parameters, gradients, DDP's buckets of gradients (which `gradient_as_bucket_view=True` would save), state,
 communication and temporary tensors, without activations; up to 2^27 numbers of a rank (under DDP 2^28 of
 all ranks) step at once, more in waves of as many, and smaller waves (`max_wave_numel`) would need less.
-Sharded weights stay with the ranks that hold them, which decay them; replicas of HSDP share the work. Lookup
-tables (a side of 65,536 or more) are stepped by Adam."""
+Sharded weights stay with the ranks that hold them, which decay them; replicas of HSDP share the work.
+Lookup tables (a side of 65,536 or more) are stepped by Adam."""
 
 
 def official_rows(device: str, num_devices: int, memory_gib: float) -> Iterator[list[str]]:
