@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def optimizer_of(params: Any, **options: Any) -> DistributedShampoo:
 def error_of(action: Callable[[], object]) -> str:
     try:
         action()
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing raised"
 
@@ -202,6 +203,7 @@ def mistakes() -> dict[str, str]:
     params[1].data.add_(rank)
     optimizer = optimizer_of(params)
     found["values"] = error_of(lambda: stepped(params, optimizer))
+    found["pickled"] = error_of(lambda: pickle.dumps(optimizer))
     late = optimizer_of(parameters([(4, 4)]))
     new = parameters([(3, 3 + rank)])
     found["late"] = error_of(lambda: late.add_param_group({"params": new}))
@@ -309,6 +311,7 @@ MESSAGES = {
     "alone": "distributed must not be None for parameters that are DTensors",
     "part": "ranks_per_group must divide the number of ranks, 2; got 3",
     "values": "parameter 1 of shape (3, 3) has other values on rank",
+    "pickled": "TypeError: DistributedShampoo: an optimizer that shares its work among ranks cannot be",
     "late": "parameter 0 of group 1 is (3, 3) torch.float64 on rank 0 and (3, 4)",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,20 @@ class Exchanges:
         """Raise on all ranks if they hold other weights; a collective that waits for the device."""
         if self.group is not None:
             check_replicas(self._owner, parameters, self.group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling.
+
+        Raises:
+            TypeError: There are process groups, which live in one process.
+        """
+        if self.group is not None or self._of_meshes:
+            raise TypeError(
+                f"{self._owner}: an optimizer that shares its work among ranks cannot be pickled, for a "
+                "process group lives in one process alone; save state_dict() after gather_state(), or use "
+                "torch.distributed.checkpoint"
+            )
+        return self.__dict__
 
     def __deepcopy__(self, memo: object) -> Exchanges:
         """Copies of an optimizer use the same process groups."""
