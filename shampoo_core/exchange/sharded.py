@@ -31,7 +31,7 @@ from torch import Tensor
 from shampoo_core.blocking import Shape
 from shampoo_core.exchange.base import Collected, Request, Result, local_of, placed_as
 from shampoo_core.exchange.division import Division, divide
-from shampoo_core.exchange.pieces import Piece, pieces_of
+from shampoo_core.exchange.pieces import Piece, View, pieces_of
 from shampoo_core.exchange.shipments import Arrival, Shipments, fill
 from shampoo_core.stacks import StackSet
 
@@ -99,12 +99,11 @@ class ShardedExchange:
                 arrivals[-1].append(division.own.empty())
                 slots = division.own.tile_slots(arrivals[-1][-1])
                 for peer in range(self._num_holders):
-                    for piece in route.held[self._first_owner + peer]:
+                    for piece, view in route.held[self._first_owner + peer]:
                         shard = shards[piece.tile.parameter]
-                        source = None if shard is None else piece.in_shard(shard)
-                        shipment.send(peer, piece.shape, source)
-                    for piece in route.owned[peer]:
-                        shipment.receive(peer, piece.in_slot(slots[piece.slot]), filled[-1])
+                        shipment.send(peer, view.shape, None if shard is None else view.on(shard))
+                    for piece, view in route.owned[peer]:
+                        shipment.receive(peer, view.on(slots[piece.slot]), filled[-1])
         for (_, dtype), shipment in shipments.items():
             shipment.travel(self._group, None, as_dtype=dtype)
         for of_request in filled:
@@ -126,21 +125,22 @@ class ShardedExchange:
         own, update = result.division.own, result.update
         updates = is_open = None
         if update is not None:
-            updates = own.tile_slots(update.to_add(own, None))
+            stacks = [stack.contiguous() for stack in update.to_add(own, None)]
+            updates = own.tile_slots(stacks)
             is_open = update.is_open
         route = self._route(result.division, result.parameters)
         landing = _Landing(own, route, result)
         shipment = shipments.on(own.device, own.dtype)
         for holder in range(self._num_holders):
-            for piece in route.owned[holder]:
-                source = None if updates is None else piece.in_slot(updates[piece.slot])
-                shipment.send(holder, piece.shape, source)
+            for piece, view in route.owned[holder]:
+                source = None if updates is None else view.on(updates[piece.slot])
+                shipment.send(holder, view.shape, source)
                 if landing.decays:
                     numbers = None if is_open is None else piece.of_blocks(is_open)
                     shipment.send(holder, (piece.num_blocks,), numbers)
         for owner, pieces in enumerate(route.held):
-            for piece in pieces:
-                shipment.receive(owner, landing.place_of(piece), landing.updates)
+            for piece, view in pieces:
+                shipment.receive(owner, view.on(landing.rows_of(piece)), landing.updates)
                 if landing.decays:
                     shipment.receive(owner, landing.room_for(piece), landing.open_blocks)
         return landing
@@ -150,13 +150,23 @@ class ShardedExchange:
         if division not in self._routes:
             shapes = {index: tuple(parameters[index].shape) for index in division.whole.parameters}
             merged = {tile.parameter: tile.merged_shape for tile in division.whole.tiles}
-            held: list[list[Piece]] = [[] for _ in self._loads]
-            owned: list[list[Piece]] = [[] for _ in range(self._num_holders)]
+            held: list[list[tuple[Piece, View]]] = [[] for _ in self._loads]
+            owned: list[list[tuple[Piece, View]]] = [[] for _ in range(self._num_holders)]
             self._routes[division] = _Route(held, owned, merged)
+            rows = {
+                index: torch.empty(
+                    local_of(parameters[index]).numel(), dtype=torch.uint8, device="meta"
+                ).view(-1, *merged_shape[1:])
+                for index, merged_shape in merged.items()
+            }
             for piece in pieces_of(division, shapes, self._num_holders, holder=self._holder):
-                held[piece.owner].append(piece)
+                shard = rows[piece.tile.parameter]
+                held[piece.owner].append((piece, View.of(piece.in_shard(shard), shard)))
+            own = division.own
+            slots = own.tile_slots(own.views(torch.empty(own.numel, device="meta")))
             for piece in pieces_of(division, shapes, self._num_holders, owner=self._owner):
-                owned[piece.holder].append(piece)
+                slot = slots[piece.slot]
+                owned[piece.holder].append((piece, View.of(piece.in_slot(slot), slot)))
         return self._routes[division]
 
 
@@ -178,10 +188,10 @@ class StackedWeights:
 class _Route(NamedTuple):
     """The pieces of a division that concern this rank, in the order in which both sides list them."""
 
-    held: list[list[Piece]]
-    """By owner: what this rank holds."""
-    owned: list[list[Piece]]
-    """By holder: what this rank owns."""
+    held: list[list[tuple[Piece, View]]]
+    """By owner: what this rank holds, and where in its rows of the merged parameter."""
+    owned: list[list[tuple[Piece, View]]]
+    """By holder: what this rank owns, and where in the slot of its tile."""
     merged_shapes: dict[int, Shape]
     """By parameter."""
 
@@ -211,14 +221,14 @@ class _Landing:
             shard = local_of(result.parameters[index]).detach()
             self._shards.append((shard, shard.contiguous()))
             self._rows[index] = self._shards[-1][1].view(-1, *merged_shape[1:])
-        self._pieces = list(itertools.chain.from_iterable(route.held))
+        self._pieces = [piece for piece, _ in itertools.chain.from_iterable(route.held)]
         sizes = [piece.num_blocks for piece in self._pieces] if self.decays else []
         self._numbers = torch.empty(sum(sizes), dtype=own.dtype, device=own.device)
         self._rooms = iter(self._numbers.split(sizes))
 
-    def place_of(self, piece: Piece) -> Tensor:
-        """View of the weights of a piece."""
-        return piece.in_shard(self._rows[piece.tile.parameter])
+    def rows_of(self, piece: Piece) -> Tensor:
+        """The weights that this rank holds of a piece's parameter."""
+        return self._rows[piece.tile.parameter]
 
     def room_for(self, piece: Piece) -> Tensor:
         """Room for one number per block of a piece; pieces come in the order of the route."""
@@ -257,10 +267,11 @@ def _wanted(request: Request) -> Iterator[Sequence[Tensor | None]]:
 
 
 def _merged_shard(tensor: Tensor | None, parameter: Tensor, merged_shape: Shape) -> Tensor | None:
-    """What this rank holds of a parameter-shaped tensor, as rows of the merged view."""
+    """What this rank holds of a parameter-shaped tensor, as rows of the merged view, contiguous."""
     if tensor is None:
         return None
-    return local_of(placed_as(tensor, parameter)).detach().reshape(-1, *merged_shape[1:])
+    local = local_of(placed_as(tensor, parameter)).detach()
+    return local.reshape(-1, *merged_shape[1:]).contiguous()
 
 
 def _common_dtype(request: Request) -> torch.dtype:

@@ -87,8 +87,7 @@ class Shipment:
             for part, (shape, source) in zip(outgoing.split(sizes), cargo, strict=True)
             if source is not None
         ]
-        if full:
-            torch._foreach_copy_([part for part, _ in full], [source for _, source in full])
+        _copy(full)
         return outgoing
 
     def _hand_out(self, message: Tensor, peers: range) -> None:
@@ -126,6 +125,14 @@ def _to_replicas(
 
 def fill(arrivals: Sequence[Arrival]) -> None:
     """Copy what has arrived to where it belongs."""
-    if arrivals:
-        targets, sources = zip(*arrivals, strict=True)
-        torch._foreach_copy_(list(targets), list(sources))
+    _copy(arrivals)
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy to the first of each pair what the second holds."""
+    # One tensor that is not contiguous makes a GPU take a kernel for every one of a list.
+    dense = [target.is_contiguous() and source.is_contiguous() for target, source in pairs]
+    for wanted in (True, False):
+        some = [pair for pair, is_dense in zip(pairs, dense, strict=True) if is_dense == wanted]
+        if some:
+            torch._foreach_copy_([target for target, _ in some], [source for _, source in some])
