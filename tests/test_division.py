@@ -121,30 +121,6 @@ def test_every_number_of_a_shard_is_in_one_piece(
             assert torch.equal(actual, expected)
 
 
-@given(shapes=SHAPES, block=st.integers(1, 5), num_holders=st.integers(1, 4))
-def test_numbers_of_blocks_reach_all_that_is_held_of_them(
-    shapes: list[Shape], block: int, num_holders: int
-) -> None:
-    """A number per block, sent with every piece of it, as if it were spread over the block first."""
-    division = divided(whole_of(shapes, block), num_holders)
-    found = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    expected = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    vectors = [torch.rand(own.num_blocks, dtype=torch.float64) for own in division.by_rank]
-    for own, vector in zip(division.by_rank, vectors, strict=True):
-        if own.num_blocks:
-            ones = [torch.ones(layout.shape, dtype=torch.float64) for layout in own.layouts]
-            own.add_to(expected, ones, vector)
-    for piece in pieces_of(division, dict(enumerate(shapes)), num_holders):
-        index = piece.tile.parameter
-        held = held_rows(shapes[index][0], piece.holder, num_holders)
-        shard = found[index][held.start : held.stop].view(-1, *piece.tile.merged_shape[1:])
-        numbers = piece.of_blocks(vectors[piece.owner])
-        assert numbers.shape == (piece.num_blocks,)
-        piece.in_shard(shard).copy_(piece.spread(numbers).expand(piece.shape))
-    for index in division.whole.parameters:
-        assert torch.equal(found[index], expected[index])
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "criteo1tb"])
 def test_state_is_spread_over_ranks(name: str, method: str) -> None:

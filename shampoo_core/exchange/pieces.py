@@ -25,25 +25,6 @@ from shampoo_core.exchange.division import Division
 from shampoo_core.stacks import StackSet
 
 
-class View(NamedTuple):
-    """Where a part of a tensor lies: a view made of this takes a tenth of the time of a chain of views."""
-
-    shape: Shape
-    strides: Shape
-    place: int
-    """Of its first number, behind the tensor's own."""
-
-    @classmethod
-    def of(cls, part: Tensor, whole: Tensor) -> View:
-        """How a view lies in the tensor that it was made of."""
-        place = int(part.storage_offset() - whole.storage_offset())
-        return cls(tuple(part.shape), part.stride(), place)
-
-    def on(self, whole: Tensor) -> Tensor:
-        """The same part of a tensor that has the same shape and strides."""
-        return whole.as_strided(self.shape, self.strides, whole.storage_offset() + self.place)
-
-
 class Piece(NamedTuple):
     """Rows ``start`` to ``stop`` (exclusive) of the blocks in one row of a tile's grid."""
 
@@ -75,14 +56,6 @@ class Piece(NamedTuple):
     def num_blocks(self) -> int:
         """Blocks that it has rows of."""
         return math.prod(self.tile.counts[1:])
-
-    def of_blocks(self, block_vector: Tensor) -> Tensor:
-        """Its blocks' numbers in a block vector of the owner; a view."""
-        return block_vector.narrow(0, self.first_block, self.num_blocks)
-
-    def spread(self, numbers: Tensor) -> Tensor:
-        """View of one number per block that broadcasts over a tensor of its `shape`."""
-        return numbers.view(*self.tile.counts[1:], *[1] * len(self.tile.sizes))
 
     def in_shard(self, shard: Tensor) -> Tensor:
         """View of the piece in the holder's rows of the merged parameter."""

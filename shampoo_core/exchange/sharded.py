@@ -19,7 +19,6 @@ holder is passed on to those that hold the same rows in the other replicas, by a
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,8 +30,8 @@ from torch import Tensor
 from shampoo_core.blocking import Shape
 from shampoo_core.exchange.base import Collected, Request, Result, local_of, placed_as
 from shampoo_core.exchange.division import Division, divide
-from shampoo_core.exchange.pieces import Piece, View, pieces_of
-from shampoo_core.exchange.shipments import Arrival, Shipments, fill
+from shampoo_core.exchange.lanes import Crew, Lane, lanes_of
+from shampoo_core.exchange.shipments import Shipment, Shipments
 from shampoo_core.stacks import StackSet
 
 
@@ -55,20 +54,22 @@ class ShardedExchange:
             communication_dtype: See `Distribution`; of updates.
         """
         self._group, self._replicas = group, replicas
-        self._num_holders = dist.get_world_size(group)
-        self._holder = dist.get_rank(group)
         # What the others of a group send makes one message together.
         self.num_messages = 1 if replicas is None else dist.get_world_size(replicas)
-        self._first_owner = 0 if replicas is None else self._num_holders * dist.get_rank(replicas)
-        """Owners are numbered replica by replica: the first one of this replica."""
-        self._owner = self._first_owner + self._holder
+        self._crew = Crew(
+            num_holders=dist.get_world_size(group),
+            num_replicas=self.num_messages,
+            holder=dist.get_rank(group),
+            replica=0 if replicas is None else dist.get_rank(replicas),
+        )
         self._communication_dtype = communication_dtype
-        self._loads = [0.0] * (self._num_holders * self.num_messages)
-        self._routes: dict[Division, _Route] = {}
+        self._loads = [0.0] * self._crew.num_owners
+        self._lanes: dict[Division, list[Lane]] = {}
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """See `Exchange`; balances what it is asked about on top of what it was asked before."""
-        return divide(whole, cost_of, self._loads, self._owner, num_replicas=self.num_messages)
+        crew = self._crew
+        return divide(whole, cost_of, self._loads, crew.owner, num_replicas=crew.num_replicas)
 
     def __deepcopy__(self, memo: object) -> ShardedExchange:
         """Copies of an optimizer use the same process group."""
@@ -82,92 +83,69 @@ class ShardedExchange:
 
     def _bring(self, requests: Sequence[Request]) -> list[list[list[Tensor]]]:
         """Stacks of what each request wants; what they came in is freed when this is done."""
-        shipments = Shipments(self._num_holders)
-        arrivals: list[list[list[Tensor]]] = []
-        filled: list[list[Arrival]] = []
+        shipments = Shipments(self._crew.num_holders)
+        expected: list[list[tuple[Shipment, list[tuple[Lane, int]]]]] = []
         for request in requests:
-            division, parameters = request.division, request.parameters
-            route = self._route(division, parameters)
-            shipment = shipments.on(division.own.device, _common_dtype(request))
-            arrivals.append([])
-            filled.append([])
+            dtype = _common_dtype(request)
+            shipment = shipments.on(request.division.own.device, dtype)
+            lanes = self._lanes_of(request.division, request.parameters)
+            like = torch.empty(0, dtype=dtype, device=request.division.own.device)
+            expected.append([])
             for tensors in _wanted(request):
-                shards = {
-                    index: _merged_shard(tensors[index], parameters[index], merged_shape)
-                    for index, merged_shape in route.merged_shapes.items()
-                }
-                arrivals[-1].append(division.own.empty())
-                slots = division.own.tile_slots(arrivals[-1][-1])
-                for peer in range(self._num_holders):
-                    for piece, view in route.held[self._first_owner + peer]:
-                        shard = shards[piece.tile.parameter]
-                        shipment.send(peer, view.shape, None if shard is None else view.on(shard))
-                    for piece, view in route.owned[peer]:
-                        shipment.receive(peer, view.on(slots[piece.slot]), filled[-1])
+                numbers = []
+                for lane in lanes:
+                    parts = {
+                        index: _part(tensors[index], request.parameters[index], dtype)
+                        for index in lane.spans
+                    }
+                    has_any = any(part is not None for part in parts.values())
+                    message = lane.held_here.read(lane.flat(parts, like)) if has_any else None
+                    sizes = lane.held_here.sizes, lane.owned.sizes
+                    numbers.append((lane, shipment.add(message, *sizes)))
+                expected[-1].append((shipment, numbers))
         for (_, dtype), shipment in shipments.items():
             shipment.travel(self._group, None, as_dtype=dtype)
-        for of_request in filled:
-            fill(of_request)
-        return arrivals
+        return [
+            [_stacked(request.division.own, *of_tensor) for of_tensor in of_request]
+            for request, of_request in zip(requests, expected, strict=True)
+        ]
 
     def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
         """See `Exchange`; one all-to-all per device and dtype, with replicas one all-gather as well."""
-        shipments = Shipments(self._num_holders, self.num_messages)
-        landings = [self._load(result, shipments) for result in results]
+        shipments = Shipments(self._crew.num_holders, self._crew.num_replicas)
+        landings = [landing for result in results for landing in self._load(result, shipments)]
         for (_, dtype), shipment in shipments.items():
             wire = None if exact else self._communication_dtype
             shipment.travel(self._group, self._replicas, as_dtype=wire or dtype)
         for landing in landings:
             landing.add()
 
-    def _load(self, result: Result, shipments: Shipments) -> _Landing:
+    def _load(self, result: Result, shipments: Shipments) -> list[_Landing]:
         """Add a result to what travels; return what to do when it has arrived."""
         own, update = result.division.own, result.update
-        updates = is_open = None
+        flat = is_open = None
         if update is not None:
-            stacks = [stack.contiguous() for stack in update.to_add(own, None)]
-            updates = own.tile_slots(stacks)
+            flat = torch.cat([stack.reshape(-1) for stack in update.to_add(own, None)])
             is_open = update.is_open
-        route = self._route(result.division, result.parameters)
-        landing = _Landing(own, route, result)
         shipment = shipments.on(own.device, own.dtype)
-        for holder in range(self._num_holders):
-            for piece, view in route.owned[holder]:
-                source = None if updates is None else view.on(updates[piece.slot])
-                shipment.send(holder, view.shape, source)
-                if landing.decays:
-                    numbers = None if is_open is None else piece.of_blocks(is_open)
-                    shipment.send(holder, (piece.num_blocks,), numbers)
-        for owner, pieces in enumerate(route.held):
-            for piece, view in pieces:
-                shipment.receive(owner, view.on(landing.rows_of(piece)), landing.updates)
-                if landing.decays:
-                    shipment.receive(owner, landing.room_for(piece), landing.open_blocks)
-        return landing
+        landings = []
+        for lane in self._lanes_of(result.division, result.parameters):
+            message = None if flat is None else lane.owned.read(flat)
+            updates = shipment.add(message, lane.owned.sizes, lane.held.sizes)
+            moves = None
+            if result.decay.factor != 0.0:
+                numbers = None if is_open is None else is_open.index_select(0, lane.blocks)
+                moves = shipment.add(numbers, lane.owned_blocks, lane.held_blocks)
+            landings.append(_Landing(lane, result, shipment, updates, moves))
+        return landings
 
-    def _route(self, division: Division, parameters: Sequence[Tensor]) -> _Route:
+    def _lanes_of(self, division: Division, parameters: Sequence[Tensor]) -> list[Lane]:
         """Which pieces travel between this rank and the others; found out once."""
-        if division not in self._routes:
-            shapes = {index: tuple(parameters[index].shape) for index in division.whole.parameters}
-            merged = {tile.parameter: tile.merged_shape for tile in division.whole.tiles}
-            held: list[list[tuple[Piece, View]]] = [[] for _ in self._loads]
-            owned: list[list[tuple[Piece, View]]] = [[] for _ in range(self._num_holders)]
-            self._routes[division] = _Route(held, owned, merged)
-            rows = {
-                index: torch.empty(
-                    local_of(parameters[index]).numel(), dtype=torch.uint8, device="meta"
-                ).view(-1, *merged_shape[1:])
-                for index, merged_shape in merged.items()
-            }
-            for piece in pieces_of(division, shapes, self._num_holders, holder=self._holder):
-                shard = rows[piece.tile.parameter]
-                held[piece.owner].append((piece, View.of(piece.in_shard(shard), shard)))
-            own = division.own
-            slots = own.tile_slots(own.views(torch.empty(own.numel, device="meta")))
-            for piece in pieces_of(division, shapes, self._num_holders, owner=self._owner):
-                slot = slots[piece.slot]
-                owned[piece.holder].append((piece, View.of(piece.in_slot(slot), slot)))
-        return self._routes[division]
+        if division not in self._lanes:
+            indices = division.whole.parameters
+            shapes = {index: tuple(parameters[index].shape) for index in indices}
+            self._lanes[division] = lanes_of(division, shapes, self._crew)
+        return self._lanes[division]
 
 
 @dataclass(frozen=True)
@@ -185,77 +163,44 @@ class StackedWeights:
         return [stack.clone() for stack in self.collected]
 
 
-class _Route(NamedTuple):
-    """The pieces of a division that concern this rank, in the order in which both sides list them."""
+class _Landing(NamedTuple):
+    """The updates of one lane of one result, under way to the weights that they are for."""
 
-    held: list[list[tuple[Piece, View]]]
-    """By owner: what this rank holds, and where in its rows of the merged parameter."""
-    owned: list[list[tuple[Piece, View]]]
-    """By holder: what this rank owns, and where in the slot of its tile."""
-    merged_shapes: dict[int, Shape]
-    """By parameter."""
-
-
-class _Landing:
-    """Where the updates of one result are added, and what the weights there shrink by."""
-
-    def __init__(self, own: StackSet, route: _Route, result: Result) -> None:
-        """Look up what this rank holds, and have room for a number per block of it if there is decay.
-
-        Args:
-            own: Geometry of the blocks that this rank owns; only dtype and device count.
-            route: The pieces that it holds.
-            result: Its parameters and decay.
-        """
-        self.decays = result.decay.factor != 0.0
-        """The same on all ranks."""
-        self.updates: list[Arrival] = []
-        """By piece."""
-        self.open_blocks: list[Arrival] = []
-        """By piece, if there is decay: per block, 1 where it moves, else 0."""
-        self._dtype = own.dtype
-        self._decay = result.decay
-        self._shards: list[tuple[Tensor, Tensor]] = []
-        self._rows: dict[int, Tensor] = {}
-        for index, merged_shape in route.merged_shapes.items():
-            shard = local_of(result.parameters[index]).detach()
-            self._shards.append((shard, shard.contiguous()))
-            self._rows[index] = self._shards[-1][1].view(-1, *merged_shape[1:])
-        self._pieces = [piece for piece, _ in itertools.chain.from_iterable(route.held)]
-        sizes = [piece.num_blocks for piece in self._pieces] if self.decays else []
-        self._numbers = torch.empty(sum(sizes), dtype=own.dtype, device=own.device)
-        self._rooms = iter(self._numbers.split(sizes))
-
-    def rows_of(self, piece: Piece) -> Tensor:
-        """The weights that this rank holds of a piece's parameter."""
-        return self._rows[piece.tile.parameter]
-
-    def room_for(self, piece: Piece) -> Tensor:
-        """Room for one number per block of a piece; pieces come in the order of the route."""
-        room = next(self._rooms)
-        assert len(room) == piece.num_blocks
-        return room
+    lane: Lane
+    result: Result
+    shipment: Shipment
+    updates: int
+    """Number of their cargo."""
+    moves: int | None
+    """Number of the cargo that says of every block whether it moves; None without decay."""
 
     def add(self) -> None:
         """``W <- W + (update - lr decay W)`` where a block moves, rounded once."""
-        if not self.updates:
-            return
-        targets = [target for target, _ in self.updates]
-        amounts = [source.to(self._dtype) for _, source in self.updates]
-        if self.decays:
-            fill(self.open_blocks)
-            self._numbers *= -self._decay.lr * self._decay.factor
-            growths = [
-                piece.spread(numbers)
-                for piece, (numbers, _) in zip(self._pieces, self.open_blocks, strict=True)
-            ]
-            torch._foreach_addcmul_(
-                amounts, [target.to(self._dtype) for target in targets], growths
-            )
-        torch._foreach_add_(targets, amounts)
-        for shard, changed in self._shards:
-            if changed is not shard:
-                shard.copy_(changed)
+        lane, parameters, own = self.lane, self.result.parameters, self.result.division.own
+        shards = {index: local_of(parameters[index]).detach() for index in lane.spans}
+        message = self.shipment.arrived(self.updates).to(own.dtype)
+        if self.moves is not None:
+            moves = self.shipment.arrived(self.moves).to(own.dtype)
+            decay = self.result.decay
+            weights = {index: shard.to(own.dtype) for index, shard in shards.items()}
+            lane.add_decay(message, lane.flat(weights, message), moves * (-decay.lr * decay.factor))
+        amounts = lane.spread(message)
+        del message
+        # Of a shard that is not contiguous this is a copy.
+        flat = {index: shard.reshape(-1) for index, shard in shards.items()}
+        torch._foreach_add_([flat[index][span] for index, span in lane.spans.items()], amounts)
+        for index, shard in shards.items():
+            if not shard.is_contiguous():
+                shard.copy_(flat[index].view(shard.shape))
+
+
+def _stacked(own: StackSet, shipment: Shipment, lanes: list[tuple[Lane, int]]) -> list[Tensor]:
+    """Stacks of this rank's blocks, of what came in a shipment."""
+    stacks = own.empty()
+    if stacks:
+        for lane, number in lanes:
+            lane.owned.write(shipment.arrived(number).to(own.dtype), own.flat(stacks))
+    return stacks
 
 
 def _wanted(request: Request) -> Iterator[Sequence[Tensor | None]]:
@@ -266,12 +211,9 @@ def _wanted(request: Request) -> Iterator[Sequence[Tensor | None]]:
         yield request.parameters
 
 
-def _merged_shard(tensor: Tensor | None, parameter: Tensor, merged_shape: Shape) -> Tensor | None:
-    """What this rank holds of a parameter-shaped tensor, as rows of the merged view, contiguous."""
-    if tensor is None:
-        return None
-    local = local_of(placed_as(tensor, parameter)).detach()
-    return local.reshape(-1, *merged_shape[1:]).contiguous()
+def _part(tensor: Tensor | None, parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What this rank holds of a tensor that is shaped as a parameter."""
+    return None if tensor is None else local_of(placed_as(tensor, parameter)).detach().to(dtype)
 
 
 def _common_dtype(request: Request) -> torch.dtype:

@@ -1,11 +1,10 @@
-"""What ranks of a group send one another in one all-to-all, and where it belongs.
+"""What ranks of a group send one another in one all-to-all.
 
 With replicas an all-gather follows: what came to a rank, to all ranks that hold the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,38 +12,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo_core.blocking import Shape
 from shampoo_core.exchange.collectives import start_all_gather
 
 
-class Arrival(NamedTuple):
-    """What has arrived, and where it belongs."""
+class _Cargo(NamedTuple):
+    """A part of every message."""
 
-    target: Tensor
-    source: Tensor
+    content: Tensor | None
+    """All that this rank sends of it, by peer; None for zeros."""
+    sizes_out: Sequence[int]
+    sizes_in: Sequence[int]
 
 
 class Shipment:
-    """One all-to-all: views to send from and views to fill, by peer and in an order known to both."""
+    """One all-to-all of several cargoes; a message is a part of each, in the order they were added."""
 
     def __init__(self, num_ranks: int, num_replicas: int, device: torch.device) -> None:
-        self._device = device
+        self._num_ranks = num_ranks
         self._num_replicas = num_replicas
-        self._sent: list[list[tuple[Shape, Tensor | None]]] = [[] for _ in range(num_ranks)]
-        self._received: list[list[tuple[Tensor, list[Arrival]]]] = [
-            [] for _ in range(num_replicas * num_ranks)
-        ]
+        self._device = device
+        self._cargoes: list[_Cargo] = []
+        self._arrived: list[Tensor] = []
 
-    def send(self, peer: int, shape: Shape, source: Tensor | None) -> None:
-        """Add a tensor to what goes to a peer; None sends zeros."""
-        self._sent[peer].append((shape, source))
+    def add(self, content: Tensor | None, sizes_out: Sequence[int], sizes_in: Sequence[int]) -> int:
+        """Add a cargo.
 
-    def receive(self, peer: int, target: Tensor, arrivals: list[Arrival]) -> None:
-        """Add a tensor to what comes from a peer; it will stand in ``arrivals``, beside the target.
+        Args:
+            content: What this rank sends, flat, by peer; None sends zeros.
+            sizes_out: Numbers for each peer.
+            sizes_in: Numbers from each peer; with replicas of the first one, the second one, and so on.
 
-        With replicas, peers are those of the first one, then those of the second, and so on.
+        Returns:
+            Its number, see `arrived`.
         """
-        self._received[peer].append((target, arrivals))
+        self._cargoes.append(_Cargo(content, sizes_out, sizes_in))
+        return len(self._cargoes) - 1
+
+    def arrived(self, number: int) -> Tensor:
+        """What came of a cargo from all peers, flat; once."""
+        content = self._arrived[number]
+        self._arrived[number] = content.new_empty(0)
+        return content
 
     def travel(
         self,
@@ -60,44 +68,53 @@ class Shipment:
             replicas: Ranks that are to receive the same, one of each replica; None where there is one.
             as_dtype: Of what travels.
         """
-        num_ranks = len(self._sent)
-        splits_out = [sum(math.prod(shape) for shape, _ in to_peer) for to_peer in self._sent]
-        sizes_in = [sum(target.numel() for target, _ in items) for items in self._received]
+        splits_out = [
+            sum(c.sizes_out[peer] for c in self._cargoes) for peer in range(self._num_ranks)
+        ]
+        sizes_in = [cargo.sizes_in for cargo in self._cargoes]
         of_replicas = [
-            sizes_in[first : first + num_ranks] for first in range(0, len(sizes_in), num_ranks)
+            [sum(sizes[first + peer] for sizes in sizes_in) for peer in range(self._num_ranks)]
+            for first in range(0, self._num_replicas * self._num_ranks, self._num_ranks)
         ]
         splits_in = of_replicas[0 if replicas is None else dist.get_rank(replicas)]
         outgoing = self._packed(as_dtype)
         message = outgoing.new_empty(max(map(sum, of_replicas)))
         incoming = message[: sum(splits_in)]
         dist.all_to_all_single(incoming, outgoing, splits_in, splits_out, group=group)
-        del outgoing  # before room for the messages of all replicas is needed
-        messages = _to_replicas(message, self._num_replicas, replicas)
-        for replica, received in enumerate(messages):
-            self._hand_out(received, range(replica * num_ranks, (replica + 1) * num_ranks))
+        del outgoing, incoming  # before room for the messages of all replicas is needed
+        messages = _of_replicas(message, self._num_replicas, replicas)
+        del message
+        self._arrived = self._unpacked(messages, sizes_in)
 
     def _packed(self, dtype: torch.dtype) -> Tensor:
-        """All that is sent, one after the other; where it came from is let go."""
-        cargo = [item for to_peer in self._sent for item in to_peer]
-        self._sent.clear()
-        sizes = [math.prod(shape) for shape, _ in cargo]
-        outgoing = torch.zeros(sum(sizes), dtype=dtype, device=self._device)
-        full = [
-            (part.view(shape), source)
-            for part, (shape, source) in zip(outgoing.split(sizes), cargo, strict=True)
-            if source is not None
+        """What goes to all peers; cargoes are let go."""
+        contents = [
+            torch.zeros(sum(cargo.sizes_out), dtype=dtype, device=self._device)
+            if cargo.content is None
+            else cargo.content.to(dtype)
+            for cargo in self._cargoes
         ]
-        _copy(full)
-        return outgoing
+        sizes = [list(cargo.sizes_out) for cargo in self._cargoes]
+        self._cargoes.clear()
+        if len(contents) == 1:
+            return contents[0]
+        by_cargo = [content.split(of) for content, of in zip(contents, sizes, strict=True)]
+        return torch.cat([part for parts in zip(*by_cargo, strict=True) for part in parts])
 
-    def _hand_out(self, message: Tensor, peers: range) -> None:
-        """Say what has arrived from some peers."""
-        start = 0
-        for peer in peers:
-            for target, arrivals in self._received[peer]:
-                part = message[start : start + target.numel()]
-                arrivals.append(Arrival(target, part.view(target.shape)))
-                start += target.numel()
+    def _unpacked(
+        self, messages: Sequence[Tensor], sizes_in: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """What came of each cargo."""
+        if len(messages) == 1 and len(sizes_in) == 1:
+            return [messages[0]]
+        by_cargo: list[list[Tensor]] = [[] for _ in sizes_in]
+        for replica, message in enumerate(messages):
+            peers = range(replica * self._num_ranks, (replica + 1) * self._num_ranks)
+            sizes = [of_cargo[peer] for peer in peers for of_cargo in sizes_in]
+            parts = message[: sum(sizes)].split(sizes)
+            for number, of_cargo in enumerate(by_cargo):
+                of_cargo += parts[number :: len(sizes_in)]
+        return [torch.cat(parts) for parts in by_cargo]
 
 
 class Shipments(dict[tuple[torch.device, torch.dtype], Shipment]):
@@ -112,7 +129,7 @@ class Shipments(dict[tuple[torch.device, torch.dtype], Shipment]):
         return self.setdefault((device, dtype), Shipment(*self._sizes, device))
 
 
-def _to_replicas(
+def _of_replicas(
     message: Tensor, num_replicas: int, replicas: dist.ProcessGroup | None
 ) -> Sequence[Tensor]:
     """The messages of all replicas, of equal length."""
@@ -121,18 +138,3 @@ def _to_replicas(
     messages = message.new_empty(num_replicas * len(message))
     start_all_gather(messages, message, replicas).wait()
     return messages.view(num_replicas, -1).unbind()
-
-
-def fill(arrivals: Sequence[Arrival]) -> None:
-    """Copy what has arrived to where it belongs."""
-    _copy(arrivals)
-
-
-def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy to the first of each pair what the second holds."""
-    # One tensor that is not contiguous makes a GPU take a kernel for every one of a list.
-    dense = [target.is_contiguous() and source.is_contiguous() for target, source in pairs]
-    for wanted in (True, False):
-        some = [pair for pair, is_dense in zip(pairs, dense, strict=True) if is_dense == wanted]
-        if some:
-            torch._foreach_copy_([target for target, _ in some], [source for _, source in some])
