@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_core.blocking import Shape
-from shampoo_core.exchange.base import Collected, Request, Result, local_of, placed_as
+from shampoo_core.exchange.base import Collected, Decay, Request, Result, local_of, placed_as
 from shampoo_core.exchange.division import Division, divide
 from shampoo_core.exchange.lanes import Crew, Lane, lanes_of
 from shampoo_core.exchange.shipments import Shipment, Shipments
@@ -136,7 +136,9 @@ class ShardedExchange:
             if result.decay.factor != 0.0:
                 numbers = None if is_open is None else is_open.index_select(0, lane.blocks)
                 moves = shipment.add(numbers, lane.owned_blocks, lane.held_blocks)
-            landings.append(_Landing(lane, result, shipment, updates, moves))
+            landings.append(
+                _Landing(lane, result.parameters, result.decay, own.dtype, shipment, updates, moves)
+            )
         return landings
 
     def _lanes_of(self, division: Division, parameters: Sequence[Tensor]) -> list[Lane]:
@@ -167,7 +169,10 @@ class _Landing(NamedTuple):
     """The updates of one lane of one result, under way to the weights that they are for."""
 
     lane: Lane
-    result: Result
+    parameters: Sequence[Tensor]
+    decay: Decay
+    dtype: torch.dtype
+    """Of the arithmetic."""
     shipment: Shipment
     updates: int
     """Number of their cargo."""
@@ -176,14 +181,14 @@ class _Landing(NamedTuple):
 
     def add(self) -> None:
         """``W <- W + (update - lr decay W)`` where a block moves, rounded once."""
-        lane, parameters, own = self.lane, self.result.parameters, self.result.division.own
-        shards = {index: local_of(parameters[index]).detach() for index in lane.spans}
-        message = self.shipment.arrived(self.updates).to(own.dtype)
+        lane, dtype = self.lane, self.dtype
+        shards = {index: local_of(self.parameters[index]).detach() for index in lane.spans}
+        message = self.shipment.arrived(self.updates).to(dtype)
         if self.moves is not None:
-            moves = self.shipment.arrived(self.moves).to(own.dtype)
-            decay = self.result.decay
-            weights = {index: shard.to(own.dtype) for index, shard in shards.items()}
-            lane.add_decay(message, lane.flat(weights, message), moves * (-decay.lr * decay.factor))
+            moves = self.shipment.arrived(self.moves).to(dtype)
+            growth = moves * (-self.decay.lr * self.decay.factor)
+            weights = {index: shard.to(dtype) for index, shard in shards.items()}
+            lane.add_decay(message, lane.flat(weights, message), growth)
         amounts = lane.spread(message)
         del message
         # Of a shard that is not contiguous this is a copy.

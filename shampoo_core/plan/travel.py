@@ -144,11 +144,19 @@ def _sharded(
         found.sent.append(num_tensors * there[place][holder] + back[place][holder])
         found.passed_on.append((num_replicas - 1) * longest[holder])
         weights = (num_tensors - 1) * of_owner
-        # Messages out and in, and stacks to fill; later updates as computed and as sent, or as sent and in
-        # a message out, or that and one in, or one in and those of all replicas.
-        collecting = num_tensors * (replica.held[holder] + 2 * of_owner)
-        messages = longest[holder] * (1 + num_replicas if num_replicas > 1 else 1)
-        delivering = max(2 * of_owner, of_owner + longest[holder], messages)
+        # What a message is made of and it, it and one that comes, or that and what is made of it. Updates
+        # as computed, as multiplied and as sent; what came beside what it came in, one message of every
+        # replica; and beside weights twice, in two orders.
+        here, everything = replica.held[holder], sum(r.held[holder] for r in replicas)
+        collecting = num_tensors * max(2 * here, here + of_owner, 2 * of_owner)
+        came = num_replicas * longest[holder]
+        delivering = max(
+            3 * of_owner,
+            of_owner + longest[holder],
+            longest[holder] + came if num_replicas > 1 else 0,
+            came + everything,
+            (3 if holders_decay else 2) * everything,
+        )
         found.alive.append(max(collecting, weights + delivering))
         found.weights.append(weights)
     return found
