@@ -159,9 +159,9 @@ def test_pieces_of_a_matrix_by_hand() -> None:
     pieces = pieces_of(wave, parameters, placement)
     assert pieces.numbers == {(0, 0): 8, (0, 1): 4, (1, 1): 8, (1, 0): 4}
     assert pieces.blocks == {(0, 0): 2, (0, 1): 1, (1, 1): 2, (1, 0): 1}
-    # Gradients and weights of 4 numbers out and updates of 4 numbers back, on either rank. 12 numbers of each
-    # go out and come in, twice as many at a time. The weights stay; most is alive while updates beside them
-    # are multiplied and put in order, three times 12 numbers.
+    # Gradients and weights of 4 numbers out and updates of 4 numbers back, on either rank. 12 numbers of
+    # each go out and come in, twice as many at a time. The weights stay; most is alive while updates beside
+    # them are multiplied and put in order, three times 12 numbers.
     travelling = travel(parameters, methods, placement, reads_weights=True, holders_decay=False)
     assert travelling == ([48, 48], [0, 0], [4 * (12 + 36)] * 2, [4 * 12] * 2)
     travelling = travel(parameters, methods, placement, holders_decay=False)
