@@ -34,8 +34,10 @@ from stated rates of the device (`shampoo_core/plan/devices.py`), good to a fact
 parameters, gradients, DDP's buckets of gradients (which `gradient_as_bucket_view=True` would save), state,
 communication and temporary tensors, without activations; up to 2^27 numbers of a rank (under DDP 2^28 of
 all ranks) step at once, more in waves of as many, and smaller waves (`max_wave_numel`) would need less.
-Sharded weights stay with the ranks that hold them, which decay them; replicas of HSDP share the work.
-Lookup tables (a side of 65,536 or more) are stepped by Adam."""
+Sharded weights stay with the ranks that hold them, which decay them; replicas of HSDP share the work, here
+all of them. `Distribution(ranks_per_group=...)` lets fewer do so: such a group takes what a world of its
+size does, which is quicker where blocks are few, for what goes to other replicas does not get less with
+their number, and is padded to the longest. Lookup tables (a side of 65,536 or more) are stepped by Adam."""
 
 
 def official_rows(device: str, num_devices: int, memory_gib: float) -> Iterator[list[str]]:
