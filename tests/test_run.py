@@ -252,6 +252,7 @@ def test_a_failing_parallel_trial_ends_the_run_and_says_why(runner: Runner) -> N
     assert "lacks hyperparameter 'learning_rate'" in errors
     assert "failed with exit status 1" in errors
     assert "Traceback" not in errors
+    assert not runner.trial().parent.exists(), "the mended command must not meet its own folder"
 
 
 @pytest.mark.slow

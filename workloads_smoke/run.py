@@ -30,7 +30,7 @@ from workloads_smoke.parallel import run_in_parallel
 from workloads_smoke.plan import make_folders, plan_trials
 from workloads_smoke.registry import load_workload
 from workloads_smoke.settings import TrialRequest
-from workloads_smoke.single_trial import read_outcome, run_trial
+from workloads_smoke.single_trial import discard_unused, read_outcome, run_trial
 from workloads_smoke.submissions import load_submission
 
 FLAGS = flags.FLAGS
@@ -75,11 +75,16 @@ def _run() -> None:
     plan = on_rank_zero(lambda: plan_trials(FLAGS, settings, sizes))
     on_rank_zero(lambda: make_folders(plan, FLAGS.overwrite))
     waiting = [request for request in plan if read_outcome(request.folder) is None]
-    if FLAGS.parallel_trials > 1:
-        run_in_parallel(waiting, settings, FLAGS.parallel_trials)
-    else:
-        for request in waiting:
-            run_trial(request, settings, submission)
+    try:
+        if FLAGS.parallel_trials > 1:
+            run_in_parallel(waiting, settings, FLAGS.parallel_trials)
+        else:
+            for request in waiting:
+                run_trial(request, settings, submission)
+    except UserError:
+        if rank == 0:
+            discard_unused([request.folder for request in waiting])
+        raise
     if rank == 0:
         _print_summary(plan)
     if use_pytorch_ddp:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections import namedtuple
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from workloads_smoke.trial import run_loop, step_limit
 from workloads_smoke.trial_setup import TrialContext
 
 _HPARAMS = "hparams.json"
+_WRITTEN_FIRST = {_HPARAMS, "meta_data_0.json", "flags_0.json"}
+"""All that a trial writes before it trains."""
 
 
 def run_trial(
@@ -58,10 +61,6 @@ def run_trial(
     context = TrialContext(request, settings, submission, workload, setting, profiler)
     try:
         outcome = run_loop(context, progress)
-    except UserError:
-        if pytorch_setup()[1] == 0:
-            _discard_if_unused(request.folder)
-        raise
     finally:
         progress.close()
     on_rank_zero(lambda: write_json(request.folder / OUTCOME, asdict(outcome)))
@@ -90,15 +89,21 @@ def read_outcome(folder: Path) -> TrialOutcome | None:
     return TrialOutcome(**content)
 
 
-def _discard_if_unused(folder: Path) -> None:
-    """Remove a trial that a mistake ended before its first log, so that the command can be mended."""
-    files = list(folder.iterdir())
-    if {path.name for path in files} <= {_HPARAMS, "meta_data_0.json", "flags_0.json"}:
-        for path in files:
-            path.unlink()
-        folder.rmdir()
+def discard_unused(folders: Sequence[Path]) -> None:
+    """Remove trials that a mistake ended before their first log, so that the command can be mended.
+
+    Args:
+        folders: Of trials, none of which is running: one that starts would not find its folder's parent.
+    """
+    for folder in folders:
+        files = list(folder.iterdir()) if folder.exists() else []
+        if folder.exists() and {path.name for path in files} <= _WRITTEN_FIRST:
+            for path in files:
+                path.unlink()
+            folder.rmdir()
+    for folder in {folder.parent for folder in folders}:
         with contextlib.suppress(OSError):  # other trials are in it
-            folder.parent.rmdir()
+            folder.rmdir()
 
 
 def _keep_hyperparameters(request: TrialRequest) -> dict[str, Any] | None:
