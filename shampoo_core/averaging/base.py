@@ -67,7 +67,7 @@ class Update(NamedTuple):
         return self.decay * self.factors
 
     @property
-    def is_open(self) -> Tensor | None:
+    def open_blocks(self) -> Tensor | None:
         """Block vector: 1 where a block moves, else 0; None where that is not said."""
         return None if self.factors is None else (self.factors != 0).to(self.factors.dtype)
 

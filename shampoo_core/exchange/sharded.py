@@ -126,7 +126,7 @@ class ShardedExchange:
         flat = is_open = None
         if update is not None:
             flat = torch.cat([stack.reshape(-1) for stack in update.to_add(own, None)])
-            is_open = update.is_open
+            is_open = update.open_blocks
         shipment = shipments.on(own.device, own.dtype)
         landings = []
         for lane in self._lanes_of(result.division, result.parameters):
