@@ -14,6 +14,7 @@ from distributed_cases import CASES, assert_close, build, tolerance_of, trajecto
 from distributed_cases import run as run_case
 from quadratic import parameters
 from ranks import assert_equal_on_ranks, on_ranks
+from test_distributed_checkpoints import state_bytes
 from test_distributed_sharded import distributed, whole
 from test_distributed_sharing import counted, error_of, optimizer_of, stepped
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -118,15 +119,6 @@ def modelled(optimizer: DistributedShampoo, shapes: list[tuple[int, ...]]) -> tu
     there, back = (sent[rank % num_holders] for sent in all_to_all_bytes(numbers, num_holders, 4))
     moves = all_to_all_bytes(blocks, num_holders, 4)[1][rank % num_holders]
     return there, back + moves, all_gather_bytes(to_pass_on, 4)
-
-
-def state_bytes(optimizer: DistributedShampoo) -> int:
-    return sum(
-        tensor.nbytes
-        for entries in optimizer.state.values()
-        for key, tensor in entries.items()
-        if key.startswith("block.")
-    )
 
 
 def unequal_replicas(mesh: DeviceMesh) -> str:
