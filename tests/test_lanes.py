@@ -33,7 +33,13 @@ class Ranks:
     """Every rank's lanes, and shards of some tensors."""
 
     def __init__(
-        self, shapes: Sequence[Shape], block: int, num_holders: int, num_replicas: int, wave: int
+        self,
+        shapes: Sequence[Shape],
+        block: int,
+        num_holders: int,
+        num_replicas: int,
+        wave: int = 0,
+        shortest_chunk: int = orders.SHORTEST_CHUNK,
     ) -> None:
         self.shapes = dict(enumerate(shapes))
         self.num_holders = num_holders
@@ -45,7 +51,11 @@ class Ranks:
         whole = divided(whole_of(list(shapes), block), len(self.crews))
         waves = whole.waves(wave) if wave else [whole]
         self.division = waves[min(1, len(waves) - 1)]  # not the first, if there are several
-        self.lanes = [lanes_of(self._seen_by(crew), self.shapes, crew) for crew in self.crews]
+        with (
+            patch.object(orders, "SHORTEST_CHUNK", shortest_chunk),
+            patch.object(lanes, "SHORTEST_CHUNK", shortest_chunk),
+        ):
+            self.lanes = [lanes_of(self._seen_by(crew), self.shapes, crew) for crew in self.crews]
 
     def _seen_by(self, crew: Crew) -> Division:
         return Division(self.division.whole, self.division.by_rank, crew.owner)
@@ -67,11 +77,7 @@ def parts(message: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 def test_owners_get_their_blocks(
     shapes: list[Shape], block: int, crew: tuple[int, int], shortest: int, wave: int
 ) -> None:
-    with (
-        patch.object(orders, "SHORTEST_CHUNK", shortest),
-        patch.object(lanes, "SHORTEST_CHUNK", shortest),
-    ):
-        ranks = Ranks(shapes, block, *crew, wave)
+    ranks = Ranks(shapes, block, *crew, wave, shortest)
     tensors = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
     for number in range(len(ranks.lanes[0])):
         sent = []
@@ -105,11 +111,7 @@ def test_holders_get_updates_and_let_decay_what_moves(
     shapes: list[Shape], block: int, crew: tuple[int, int], shortest: int, wave: int
 ) -> None:
     """As if every owner added to whole tensors."""
-    with (
-        patch.object(orders, "SHORTEST_CHUNK", shortest),
-        patch.object(lanes, "SHORTEST_CHUNK", shortest),
-    ):
-        ranks = Ranks(shapes, block, *crew, wave)
+    ranks = Ranks(shapes, block, *crew, wave, shortest)
     weights = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
     expected = [weight.clone() for weight in weights]
     found = [weight.clone() for weight in weights]
@@ -184,7 +186,7 @@ def test_chunks(shape: Shape, strides: Shape, place: int, chunk: int) -> None:
 def test_pieces_take_a_few_operations_whatever_their_number() -> None:
     """An index for the matrices, and copies of contiguous tensors for vectors."""
     shapes = [(1024, 512)] * 4 + [(512,)] * 4
-    ranks = Ranks(shapes, 128, 4, 1, 0)
+    ranks = Ranks(shapes, 128, 4, 1)
     wide, narrow = ranks.lanes[1]
     assert set(wide.spans) == {0, 1, 2, 3}
     assert wide.held.chunk >= 128

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from shampoo_core.exchange.base import local_of
 
 Part = tuple[int, ...]
+"""Places on the axes of a mesh that split a parameter; empty where a rank holds all of it."""
 
 
 def check_agreement(owner: str, facts: Mapping[str, str], group: dist.ProcessGroup) -> None:

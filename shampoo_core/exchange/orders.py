@@ -106,13 +106,13 @@ class Order:
 
     def _copy(self, message: Tensor, flat: Tensor, *, back: bool) -> None:
         slots = message.split([view.numel for view in self._views])
-        parts: list[tuple[Tensor, Tensor]] = []
+        dense: list[tuple[Tensor, Tensor]] = []
         apart: list[tuple[Tensor, Tensor]] = []
         for slot, view in zip(slots, self._views, strict=True):
             pair = slot.view(view.shape), view.on(flat)
             # One tensor that is not contiguous makes a GPU take a kernel for every one of a list.
-            (parts if pair[1].is_contiguous() else apart).append(pair)
-        for pairs in (parts, apart):
+            (dense if pair[1].is_contiguous() else apart).append(pair)
+        for pairs in (dense, apart):
             if pairs:
                 in_message, in_memory = map(list, zip(*pairs, strict=True))
                 to, source = (in_memory, in_message) if back else (in_message, in_memory)
