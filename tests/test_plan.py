@@ -385,6 +385,8 @@ def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None
     [
         (lambda: Placement(0), "world_size"),
         (lambda: Placement(6, "hsdp", 4), "group_size must divide"),
+        (lambda: Placement(8, "hsdp", 4, 2), "ranks_per_group must be a multiple of the 4 ranks"),
+        (lambda: Placement(8, "fsdp2", ranks_per_group=4), "multiple of the 8 ranks"),
         (lambda: Placement(2, "zero"), "sharding"),  # type: ignore[arg-type]
         (lambda: Request(SMALL, memory_gib=0.0), "memory_gib"),
         (lambda: Request([NamedShape("w", (0, 3))]), "at least one element"),

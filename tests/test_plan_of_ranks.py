@@ -12,6 +12,7 @@ from shampoo_core import ShampooConfig, WeightEMA
 from shampoo_core.model_shapes import NamedShape, named_model, num_elements
 from shampoo_core.plan import DEVICES, Placement, Request, make_plan
 from shampoo_core.plan.__main__ import AVERAGING, main
+from shampoo_core.plan.advice import Change, quickest_sharing
 from shampoo_core.plan.intervals import LONGEST_INTERVAL, Times, shortest_interval
 from shampoo_core.plan.layout import blocks_by_method
 from shampoo_core.plan.planning import GIB
@@ -152,6 +153,50 @@ def test_buckets_of_gradients_are_counted_unless_gradients_are_views_of_them() -
         assert make_plan(Request(SMALL, without)).bucket_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("placement", "alone"),
+    [
+        (Placement(16, ranks_per_group=4), Placement(4)),
+        (Placement(16, "hsdp", 2, ranks_per_group=4), Placement(4, "hsdp", 2)),
+        (Placement(16, "hsdp", 2, ranks_per_group=2), Placement(2, "fsdp2")),
+    ],
+)
+def test_a_group_of_ranks_plans_as_a_world_of_its_size(
+    placement: Placement, alone: Placement
+) -> None:
+    assert make_plan(Request(SMALL, placement)) == make_plan(Request(SMALL, alone))
+
+
+MATRICES = [NamedShape(str(index), (256, 256)) for index in range(34)]
+
+
+def test_the_number_of_sharing_ranks_with_the_shortest_step_is_advised() -> None:
+    placement = Placement(16, "hsdp", 2)
+    request = Request(MATRICES, placement)
+    plans = {}
+    for sharing in (2, 4, 8, 16):
+        other = dataclasses.replace(placement, ranks_per_group=sharing)
+        plans[sharing] = make_plan(dataclasses.replace(request, placement=other))
+    everyone, best = plans[16], plans[8]
+    assert best.mean_ms == min(plan.mean_ms for plan in plans.values())
+    assert best.mean_ms < 0.9 * everyone.mean_ms
+    expected = Change("ranks_per_group=8", best.peak_gib, best.mean_ms, fits=True)
+    assert quickest_sharing(request, everyone) == expected
+    # Not where all of them have room and eight do not.
+    between = (best.peak_gib + everyone.peak_gib) / 2
+    short = dataclasses.replace(request, memory_gib=between)
+    assert quickest_sharing(short, make_plan(short)) is None
+
+
+def test_advice_on_sharing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--workload mnist --world_size 4 --memory_gib 1 --max_block_size 128"
+    main([*flags.split(), "--ranks_per_group", "1"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "quicker with" in line)
+    assert line.startswith("  quicker with Distribution(ranks_per_group=4): ")
+    main([*flags.split(), "--json"])
+    assert json.loads(capsys.readouterr().out)["quickest_sharing"] is None
+
+
 @pytest.mark.parametrize("name", AVERAGING)
 def test_averaging_is_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--workload ogbg --world_size 2 --memory_gib 16 --json --averaging"
@@ -178,6 +223,7 @@ def test_peaks_with_averaged_weights_are_those_of_the_optimizer() -> None:
         ("--memory_gib 2 --reserved_gib 3", "reserved_gib must be less than memory_gib=2"),
         ("--memory_gib 2 --reserved_gib 2", "reserved_gib must be less than memory_gib=2"),
         ("--memory_gib 2 --step_ms 0", "step_ms must lie in"),
+        ("--memory_gib 2 --ranks_per_group 2", "ranks_per_group must divide world_size=1, got 2"),
         ("--memory_gib 2 --group_size 4", "--group_size is for --sharding hsdp, not for ddp"),
         (
             "--memory_gib 2 --max_wave_numel few",

@@ -14,7 +14,13 @@ from test_distributed_sharing import counted, stepped
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from shampoo_core import DistributedShampoo, EigenvalueCorrectedConfig, FixedRefresh, ShampooConfig
+from shampoo_core import (
+    DistributedShampoo,
+    Distribution,
+    EigenvalueCorrectedConfig,
+    FixedRefresh,
+    ShampooConfig,
+)
 from shampoo_core.live_memory import LiveMemory
 from shampoo_core.model_shapes import NamedShape
 from shampoo_core.plan import Placement, Request, Sharding, make_plan
@@ -29,6 +35,7 @@ METHODS = {
 BLOCK_SIZE = 16
 WAVES = (None, 300)
 GROUP_SIZE = 2
+GROUPED: tuple[Sharding, ...] = ("ddp", "hsdp")
 
 
 def shardings(ranks: int) -> tuple[Sharding, ...]:
@@ -90,6 +97,40 @@ def test_bytes_are_those_of_the_ranks(ranks: int, tmp_path: Path) -> None:
         plan = make_plan(request)
         assert plan.state_bytes_per_rank == [of_rank[case][0] for of_rank in found], case
         assert plan.sent_bytes_per_rank == [of_rank[case][1] for of_rank in found], case
+
+
+def measured_in_groups() -> dict[Sharding, tuple[int, int]]:
+    torch.manual_seed(0)
+    found = {}
+    for sharding in GROUPED:
+        params = parameters_on_ranks(SHAPES, sharding)
+        optimizer = DistributedShampoo(
+            params,
+            max_block_size=BLOCK_SIZE,
+            refresh=FixedRefresh(100, start=2),
+            weight_decay=0.1,
+            distributed=Distribution(ranks_per_group=GROUP_SIZE),
+        )
+        stepped(params, optimizer)
+        with counted() as calls:
+            stepped(params, optimizer)
+        state = sum(
+            tensor.nbytes for entries in optimizer.state.values() for tensor in entries.values()
+        )
+        found[sharding] = state, sum(sent for _, _, sent in calls)
+    return found
+
+
+@pytest.mark.slow  # a quarter of a minute
+def test_bytes_are_those_of_ranks_in_groups(tmp_path: Path) -> None:
+    """Two groups of two that do the same: replicas, and replicas of shards."""
+    found = on_ranks(4, tmp_path / "ranks", measured_in_groups)
+    parameters = [NamedShape(str(i), shape) for i, shape in enumerate(SHAPES)]
+    for sharding in GROUPED:
+        placement = Placement(4, sharding, GROUP_SIZE, ranks_per_group=GROUP_SIZE)
+        plan = make_plan(Request(parameters, placement, max_block_size=BLOCK_SIZE))
+        assert 2 * plan.state_bytes_per_rank == [of_rank[sharding][0] for of_rank in found]
+        assert 2 * plan.sent_bytes_per_rank == [of_rank[sharding][1] for of_rank in found]
 
 
 LARGE = ((256, 256),) * 8 + ((256,),) * 4

@@ -25,7 +25,7 @@ from shampoo_core.model_shapes import (
     official_workloads,
     shapes_from_file,
 )
-from shampoo_core.plan.advice import alternatives
+from shampoo_core.plan.advice import alternatives, quickest_sharing
 from shampoo_core.plan.devices import DEVICES
 from shampoo_core.plan.layout import TABLE_ROWS, Placement, Sharding
 from shampoo_core.plan.planning import Request, make_plan
@@ -69,11 +69,16 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     plan = make_plan(request)
     changes = alternatives(request, plan)
+    quickest = quickest_sharing(request, plan)
     if options.json:
-        document = {**plan.as_dict(), "alternatives": [dataclasses.asdict(c) for c in changes]}
+        document = {
+            **plan.as_dict(),
+            "alternatives": [dataclasses.asdict(change) for change in changes],
+            "quickest_sharing": None if quickest is None else dataclasses.asdict(quickest),
+        }
         sys.stdout.write(json.dumps(document, indent=1) + "\n")
     else:
-        sys.stdout.write(report(_title(options), request, plan, changes) + "\n")
+        sys.stdout.write(report(_title(options), request, plan, changes, quickest) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sharding", choices=get_args(Sharding), default="ddp")
     parser.add_argument(
         "--group_size", type=int, help=f"ranks of a replica under hsdp; default {GROUP_SIZE}"
+    )
+    parser.add_argument(
+        "--ranks_per_group",
+        type=int,
+        help="ranks that share the work, as of Distribution: a divisor of all, under hsdp whole replicas; "
+        "default all",
     )
     parser.add_argument("--preconditioner", choices=sorted(METHODS), default="shampoo")
     parser.add_argument("--storage", choices=STORAGES, default="dense")
@@ -161,7 +172,7 @@ def _request(options: argparse.Namespace) -> Request:
     group_size = GROUP_SIZE if group_size is None else group_size
     return Request(
         parameters,
-        Placement(options.world_size, options.sharding, group_size),
+        Placement(options.world_size, options.sharding, group_size, options.ranks_per_group),
         DEVICES[options.device],
         options.memory_gib,
         _config(options),

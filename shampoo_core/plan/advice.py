@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from shampoo_core.config import STORAGES
 from shampoo_core.groups import LARGEST_WAVE_NUMEL
-from shampoo_core.plan.layout import Placement
 from shampoo_core.plan.planning import Plan, Request, make_plan
 
 WAVES_OF_LARGEST_STACK = 2
@@ -16,6 +15,8 @@ WAVES_OF_LARGEST_STACK = 2
 SMALLEST_BLOCK_SIZE = 128
 LEAST_SAVING = 0.01
 """Of the memory, for a change to be worth a line."""
+LEAST_SPEED_UP = 0.1
+"""Of a mean step, for fewer ranks that share to be worth a line."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,35 @@ def alternatives(request: Request, plan: Plan) -> list[Change]:
     return sorted(changes, key=lambda change: (not change.fits, change.peak_gib))
 
 
+def quickest_sharing(request: Request, plan: Plan) -> Change | None:
+    """How many ranks should share the work for the shortest mean step; None if no number does much better.
+
+    More ranks compute less each, but what is sent to all of them does not get less with their number, is as
+    long as the longest message of any, and leaves a machine. Fewer keep more state each.
+    """
+    placement = request.placement
+    request = dataclasses.replace(request, step_ms=None)
+    changes = [
+        _changed(request, [_sharing(sharing)])
+        for sharing in range(placement.num_shards, placement.world_size + 1, placement.num_shards)
+        if placement.world_size % sharing == 0 and sharing != placement.num_owners
+    ]
+    better = [
+        change
+        for change in changes
+        if change.mean_ms <= (1.0 - LEAST_SPEED_UP) * plan.mean_ms and change.fits >= plan.fits
+    ]
+    return min(better, key=lambda change: change.mean_ms, default=None)
+
+
+def _sharing(ranks: int) -> _Edit:
+    def edit(before: Request) -> Request:
+        placement = dataclasses.replace(before.placement, ranks_per_group=ranks)
+        return dataclasses.replace(before, placement=placement)
+
+    return f"ranks_per_group={ranks}", edit
+
+
 def _changed(request: Request, edits: list[_Edit]) -> Change:
     for _, edit in edits:
         request = edit(request)
@@ -102,12 +132,14 @@ def _others(request: Request) -> Iterator[_Edit]:
         )
     placement = request.placement
     if placement.sharding == "ddp" and placement.world_size > 1:
-        sharded = dataclasses.replace(placement, sharding="fsdp2")
+        sharded = dataclasses.replace(placement, sharding="fsdp2", ranks_per_group=None)
         yield (
             "parameters sharded (FSDP2)",
             lambda before: dataclasses.replace(before, placement=sharded),
         )
-    more = Placement(2 * placement.world_size, placement.sharding, placement.group_size)
+    if placement.num_owners < placement.world_size:
+        yield _sharing(placement.world_size)
+    more = dataclasses.replace(placement, world_size=2 * placement.world_size, ranks_per_group=None)
     yield (
         f"{more.world_size} ranks",
         lambda before: dataclasses.replace(before, placement=more),

@@ -36,6 +36,8 @@ class Placement:
             of every parameter; ``"hsdp"`` the ranks of a group do, and groups are replicas, which share
             the work.
         group_size: Ranks of a group under ``"hsdp"``; has to divide ``world_size``.
+        ranks_per_group: As of `Distribution`: neighbouring ranks that share the work, a divisor of
+            ``world_size``, and under ``"hsdp"`` a number of whole replicas; None means all.
 
     Raises:
         TypeError: A number is of the wrong type.
@@ -45,6 +47,7 @@ class Placement:
     world_size: int = 1
     sharding: Sharding = "ddp"
     group_size: int = 8
+    ranks_per_group: int | None = None
 
     def __post_init__(self) -> None:
         check_count("Placement", "world_size", self.world_size)
@@ -55,11 +58,27 @@ class Placement:
                 f"Placement: group_size must divide world_size={self.world_size}, "
                 f"got {self.group_size}"
             )
+        self._check_ranks_per_group()
+
+    def _check_ranks_per_group(self) -> None:
+        sharing = self.ranks_per_group
+        check_count("Placement", "ranks_per_group", sharing, optional=True)
+        if sharing is None:
+            return
+        if self.world_size % sharing:
+            raise ValueError(
+                f"Placement: ranks_per_group must divide world_size={self.world_size}, got {sharing}"
+            )
+        if sharing % self.num_shards:
+            raise ValueError(
+                f"Placement: ranks_per_group must be a multiple of the {self.num_shards} ranks that hold "
+                f"a parameter together, got {sharing}"
+            )
 
     @property
     def num_owners(self) -> int:
-        """Ranks that share the blocks among them."""
-        return self.world_size
+        """Ranks that share the blocks among them; other groups of as many do the same again."""
+        return self.world_size if self.ranks_per_group is None else self.ranks_per_group
 
     @property
     def num_messages(self) -> int:
@@ -75,8 +94,8 @@ class Placement:
 
     @property
     def num_replicas(self) -> int:
-        """Ranks that hold the same."""
-        return self.world_size // self.num_shards
+        """Ranks that hold the same and share its work."""
+        return self.num_owners // self.num_shards
 
 
 @dataclass(frozen=True)

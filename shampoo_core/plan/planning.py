@@ -348,11 +348,11 @@ def _parameter_bytes(request: Request) -> int:
 
 def _times(request: Request, plain: Step, refresh: Step, travelling: Travel) -> Times:
     device, placement = request.device, request.placement
-    together = placement.world_size if placement.sharding == "ddp" else placement.num_shards
+    together = placement.num_owners if placement.sharding == "ddp" else placement.num_shards
     to_all = placement.sharding == "ddp"
     send = device.send_seconds(max(travelling.sent), together, to_all=to_all)
     # Every rank of a replica has a ring of its own through the others, by its own link to the network.
-    send += device.send_seconds(max(travelling.passed_on), placement.world_size, to_all=False)
+    send += device.send_seconds(max(travelling.passed_on), placement.num_owners, to_all=False)
     return Times(
         plain=1e3 * device.step_seconds(plain.operations),
         refresh=1e3 * device.step_seconds(refresh.operations),

@@ -37,7 +37,8 @@ all ranks) step at once, more in waves of as many, and smaller waves (`max_wave_
 Sharded weights stay with the ranks that hold them, which decay them; replicas of HSDP share the work, here
 all of them. `Distribution(ranks_per_group=...)` lets fewer do so: such a group takes what a world of its
 size does, which is quicker where blocks are few, for what goes to other replicas does not get less with
-their number, and is padded to the longest. Lookup tables (a side of 65,536 or more) are stepped by Adam."""
+their number, and is padded to the longest; the planner says for how many it is quickest. Lookup tables (a
+side of 65,536 or more) are stepped by Adam."""
 
 
 def official_rows(device: str, num_devices: int, memory_gib: float) -> Iterator[list[str]]:
