@@ -18,7 +18,6 @@ import torch
 
 from benchmarks.parts import Part, coded_alone
 from shampoo_core import DistributedShampoo, ShampooConfig, StaggeredRefresh, health_report
-from shampoo_core.averaging import AveragingConfig
 from shampoo_core.counting import OperationCounter
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.refresh import RefreshPolicy
@@ -42,7 +41,6 @@ class Variant:
     name: str
     config: PreconditionerConfig = field(default_factory=ShampooConfig)
     refresh: RefreshPolicy = field(default_factory=lambda: StaggeredRefresh(20))
-    averaging: AveragingConfig | None = None
     lr: float = LEARNING_RATE
     """At its peak."""
     perturbation: float = 0.0
@@ -114,7 +112,6 @@ def train(
             max_block_size=BLOCK_SIZE,
             preconditioner=variant.config,
             refresh=variant.refresh,
-            averaging=variant.averaging,
         )
     course = Course()
     every = max(1, num_steps // EVALUATIONS)

@@ -43,6 +43,7 @@ COLUMNS = {
     "variant": "variant",
     "seeds": "seeds",
     "reached": "reached",
+    "diverged": "diverged",
     "steps": "steps %",
     "steps_low": "from",
     "steps_high": "to",
@@ -119,14 +120,18 @@ def compare_pairs(
 def pair_row(first: Sequence[Course], own: Sequence[Course]) -> dict[str, Any]:
     """Compare smoothed courses of a variant with those of the first, seed by seed.
 
-    Steps are of the pairs that have both reached their target; None if none has.
+    Steps are of the pairs that have both reached their target, losses of those that have not diverged;
+    neither is there if there is none.
     """
     both = list(zip(first, own, strict=True))
     pairs = [pair for pair in (steps_of_pair(*courses) for courses in both) if pair is not None]
+    losses = [(a.losses[-1], b.losses[-1]) for a, b in both]
+    finite = [(a, b) for a, b in losses if math.isfinite(a) and math.isfinite(b)]
     return {
         "reached": len(pairs),
+        "diverged": len(losses) - len(finite),
         **_excess("steps", [b / a for a, b in pairs]),
-        **_excess("loss", [b.losses[-1] / a.losses[-1] for a, b in both]),
+        **_excess("loss", [b / a for a, b in finite]),
         "state_ratio": own[0].state_bytes / first[0].state_bytes,
         "pairs": pairs,
     }

@@ -6,17 +6,23 @@ import json
 import math
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from workloads_smoke import spec
+from workloads_smoke.baselines import schedule_free_adamw
 from workloads_smoke.baselines.muon.optimizer import Muon, orthogonalised
 from workloads_smoke.baselines.muon.submission import is_for_muon
 from workloads_smoke.baselines.nadamw.optimizer import NAdamW
 from workloads_smoke.baselines.schedule_free_adamw.optimizer import ScheduleFreeAdamW
 from workloads_smoke.baselines.training import short_run_factor, warmup_then_cosine
 
+PUBLISHED = json.loads(
+    Path(schedule_free_adamw.__file__).with_name("tuning_search_space.json").read_text()
+)
 BASELINES = ("nadamw", "schedule_free_adamw", "muon")
 FUNCTIONS = (
     "get_batch_size",
@@ -69,7 +75,7 @@ def test_schedule_free_follows_its_formula() -> None:
         optimizer.step()
         lr_t = lr * min(t / warmup, 1.0)
         v = beta2 * v + (1 - beta2) * gradient**2
-        z = z - lr_t * (gradient / ((v / (1 - beta2**t)).sqrt() + eps) + wd * y)
+        z = z - lr_t * (1 - beta2**t) ** 0.5 * (gradient / (v.sqrt() + eps) + wd * y)
         weight_sum += lr_t**2
         share = lr_t**2 / weight_sum
         x = (1 - share) * x + share * z
@@ -92,6 +98,48 @@ def test_schedule_free_agrees_with_the_published_numbers() -> None:
     torch.testing.assert_close(
         weight.data, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=3e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("setting", "with_statistics"),
+    [(None, [0, 3, 6]), (SimpleNamespace(**PUBLISHED[0]), [1, 2, 4, 5])],
+    ids=["self", "external"],
+)
+def test_schedule_free_warms_up_and_takes_statistics_as_published(
+    setting: SimpleNamespace | None, with_statistics: list[int]
+) -> None:
+    """Over 2 % of three quarters of the hint; in every third step at the average, or in the others."""
+    module = submission_of("schedule_free_adamw")
+    passes: list[tuple[bool, bool]] = []
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+
+    def model_fn(**arguments: Any) -> tuple[Tensor, None]:
+        # A setting's dropout rate is not read.
+        assert "dropout_rate" not in arguments
+        passes.append((arguments["update_batch_norm"], torch.is_grad_enabled()))
+        return model(arguments["augmented_and_preprocessed_input_batch"]["inputs"]), None
+
+    def loss_fn(logits_batch: Tensor, **_: Any) -> dict[str, Any]:
+        return {"summed": logits_batch.square().sum(), "n_valid_examples": 4}
+
+    workload = SimpleNamespace(
+        step_hint=1000,
+        loss_type=spec.LossType.SOFTMAX_CROSS_ENTROPY,
+        model_fn=model_fn,
+        loss_fn=loss_fn,
+    )
+    state = module.init_optimizer_state(workload, model, None, setting, None)
+    assert state["optimizer"].param_groups[0]["warmup_steps"] == 15
+    batch = {"inputs": torch.randn(4, 2), "targets": torch.zeros(4)}
+    found = []
+    for step in range(7):
+        passes.clear()
+        module.update_params(
+            workload, model, None, None, setting, batch, None, state, [], step, None
+        )
+        assert passes[-1] == (False, True)
+        found += [step] * (passes[:-1] == [(True, False)])
+    assert found == with_statistics
 
 
 def test_orthogonalised_turns_every_singular_value_to_about_one() -> None:

@@ -117,6 +117,12 @@ def test_a_pair_shares_the_target_that_lies_between_its_losses() -> None:
     assert (row["reached"], row["state_ratio"]) == (1, 0.25)
     assert (row["steps"], row["steps_low"]) == (pytest.approx(100.0), None)
     assert row["loss"] == pytest.approx(100.0 * (math.sqrt(2.0 * 5.0) - 1.0))
+    diverged = Course(steps=steps, losses=[6.0, math.nan, math.nan, math.inf, math.nan])
+    row = pairs.pair_row([first, first], [slower, diverged])
+    assert (row["reached"], row["diverged"]) == (1, 1)
+    assert (row["loss"], row["loss_low"]) == (pytest.approx(100.0), None)
+    row = pairs.pair_row([first], [diverged])
+    assert (row["reached"], row["diverged"], "loss" in row) == (0, 1, False)
     itself = pairs.pair_row([first, first], [first, first])
     assert itself["steps"] == itself["steps_low"] == itself["steps_high"] == pytest.approx(0.0)
 

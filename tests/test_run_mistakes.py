@@ -10,6 +10,7 @@ from runner_calls import Runner
 from tiny_runner import SUBMISSION, write_submission
 
 from workloads_smoke import run_flags
+from workloads_smoke.locks import sole_user
 
 
 @pytest.fixture
@@ -163,11 +164,27 @@ def test_trials_of_other_flags_are_not_resumed(
     flags_given = {"max_global_steps": 1, **given, "resume_last_run": True, "num_tuning_trials": 2}
     assert runner.call(**flags_given) == 1
     errors = capsys.readouterr().err
-    assert errors.startswith(f"error: --resume_last_run: {runner.trial()} was run with ")
+    assert errors.startswith(f"error: {runner.trial()} was run with ")
     assert difference.format(submission=runner.submission) in errors
     assert errors.count("\n") == 1
     assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
     assert not runner.trial(2).exists()
+
+
+@pytest.mark.parametrize("flag", ["resume_last_run", "overwrite"])
+def test_a_trial_that_another_process_trains_is_left_alone(
+    runner: Runner, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runner.call(max_global_steps=1) == 0
+    (runner.trial() / "outcome.json").unlink()
+    before = {path: path.read_bytes() for path in runner.trial().iterdir()}
+    # As another process does: a lock belongs to an open file, not to a process.
+    with sole_user(runner.trial()):
+        assert runner.call(max_global_steps=1, **{flag: True}) == 1
+        errors = capsys.readouterr().err
+        assert f"error: another process is training in {runner.trial()}; " in errors
+    assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
+    assert runner.call(max_global_steps=1, **{flag: True}) == 0
 
 
 def test_the_same_files_by_other_paths_are_resumed(

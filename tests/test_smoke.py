@@ -182,6 +182,11 @@ def test_trials_of_other_settings_are_not_resumed(
         error = capsys.readouterr().err
         assert difference in error and error.count("\n") == 1
     assert commands.read_text() == first and len(runner.commands) == 1
+    # What stays beside the new runs has to compare with them; what they replace has not.
+    arguments_of_another = ["--submissions=shampoo", "--step_budget=2", "--overwrite"]
+    assert smoke.main([*arguments, *arguments_of_another]) == 1
+    assert "not with --step_budget=2.0;" in capsys.readouterr().err
+    assert commands.read_text() == first and len(runner.commands) == 1
     runner.fails_on = "nadamw"  # the stand-in writes no log twice
     smoke.main([*arguments, "--resume_last_run"])
     assert len(runner.commands) == 2

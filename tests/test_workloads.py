@@ -352,7 +352,9 @@ def test_targets_are_those_of_the_workload_as_it_is(workload: SmokeWorkload) -> 
     targets = load_targets(workload.name)
     for split in ("validation", "test"):
         median = statistics.median(run[split] for run in runs.values())
-        assert getattr(targets, f"{split}_target_value") == pytest.approx(median)
+        # As easy as it takes for the run in the middle, whose value was rounded, to reach it.
+        easier = -5e-7 if workload.facts.larger_is_better else 5e-7
+        assert getattr(targets, f"{split}_target_value") == pytest.approx(median + easier, abs=1e-9)
 
 
 def test_targets_separate_a_poor_learning_rate_from_a_tuned_one(workload: SmokeWorkload) -> None:

@@ -58,6 +58,7 @@ class TinyWorkload(spec.Workload):
     step_hint = 40
     has_batch_norm = True
     dropout_rate = 0.25
+    caveat = None
 
     def has_reached_validation_target(self, eval_result: dict[str, float]) -> bool:
         return eval_result["validation/accuracy"] > self.validation_target_value

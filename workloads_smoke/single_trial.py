@@ -11,6 +11,7 @@ from absl import logging
 
 from workloads_smoke.distributed import on_rank_zero, pytorch_setup
 from workloads_smoke.errors import UserError
+from workloads_smoke.locks import is_in_use, sole_user
 from workloads_smoke.logs import OUTCOME, read_json_object, write_json
 from workloads_smoke.outcome import TrialOutcome
 from workloads_smoke.profiling import Profiler
@@ -43,8 +44,24 @@ def run_trial(
     Raises:
         UserError: The trial cannot start or go on as asked.
     """
+    with contextlib.ExitStack() as stack:
+        # Entered on rank 0 alone, which is the one that writes.
+        on_rank_zero(lambda: _enter(stack, request.folder))
+        return _run_alone(request, settings, submission, slot)
+
+
+def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    stack.enter_context(sole_user(folder))
+
+
+def _run_alone(
+    request: TrialRequest, settings: RunSettings, submission: Submission, slot: int
+) -> TrialOutcome:
     workload = load_workload(request.workload)
     hyperparameters = on_rank_zero(lambda: _keep_hyperparameters(request))
+    if workload.caveat is not None and pytorch_setup()[1] == 0:
+        logging.warning("%s: %s", request.workload, workload.caveat)
     limit = step_limit(settings, workload)
     progress = TrialProgress(
         f"{request.workload} trial {request.number}/{request.num_trials}",
@@ -97,7 +114,8 @@ def discard_unused(folders: Sequence[Path]) -> None:
     """
     for folder in folders:
         files = list(folder.iterdir()) if folder.exists() else []
-        if folder.exists() and {path.name for path in files} <= _WRITTEN_FIRST:
+        unused = {path.name for path in files} <= _WRITTEN_FIRST
+        if folder.exists() and unused and not is_in_use(folder):
             for path in files:
                 path.unlink()
             folder.rmdir()
@@ -108,7 +126,6 @@ def discard_unused(folders: Sequence[Path]) -> None:
 
 def _keep_hyperparameters(request: TrialRequest) -> dict[str, Any] | None:
     """Write `hparams.json`, or go on with the setting that it has from an earlier start."""
-    request.folder.mkdir(exist_ok=True)
     path = request.folder / _HPARAMS
     if request.hyperparameters is None:
         return None

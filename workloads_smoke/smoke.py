@@ -39,7 +39,7 @@ from workloads_smoke.scoring.scoreboard import Scoreboard
 from workloads_smoke.scoring.tables import score_text
 from workloads_smoke.scoring.targets import Target
 from workloads_smoke.scoring.verdict import headline, workload_verdict
-from workloads_smoke.smoke_flags import BUDGETS, parse_arguments, step_budget
+from workloads_smoke.smoke_flags import parse_arguments, step_budget
 
 INTERRUPTED = 130  # a shell's status of a command that Ctrl-C ended
 TERMINATED = 143  # and of one that SIGTERM ended
@@ -57,6 +57,10 @@ class Job:
     def study(self) -> str:
         """Name of the experiment."""
         return f"study_{self.seed}"
+
+    def folder(self, logs: Path) -> Path:
+        """Where its trials are."""
+        return logs / self.contender.name / self.study / f"{self.workload}_pytorch"
 
     def command(self, logs: Path, options: argparse.Namespace) -> list[str]:
         """The runner's command line; logs go to ``logs/<submission>/study_<seed>``."""
@@ -111,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         jobs = plan(options)
         folder = run_folder(options)
-        if options.resume_last_run:
-            check_resumed(jobs, folder / "logs", options)
+        check_kept(jobs, folder / "logs", options)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -123,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"interrupted; the same command with --run_name={folder.name} --resume_last_run goes on\n"
         )
         return INTERRUPTED
-    return show(folder, failed, BUDGETS[options.tuning_ruleset])
+    return show(folder, failed)
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
@@ -179,19 +182,20 @@ def run_folder(options: argparse.Namespace) -> Path:
     return folder
 
 
-def check_resumed(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> None:
-    """Look at the logs of every job, and of what it is compared with, before any is run.
+def check_kept(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> None:
+    """Look at the logs that stay, of every job or of what it is compared with, before any is run.
 
     Raises:
         UserError: if one was run with other flags.
     """
+    deleted = {job.folder(logs) for job in jobs} if options.overwrite else set()
     for job in jobs:
         values = flags.FlagValues()
         run_flags.define(values)
         values(job.command(logs, options)[2:])
-        own = logs / job.contender.name / job.study
-        for folder in sorted(logs.glob(f"*/*/{job.workload}_pytorch")):
-            check_flags(folder, values.flag_values_dict(), same_submission=folder.parent == own)
+        for folder in sorted(set(logs.glob(f"*/*/{job.workload}_pytorch")) - deleted):
+            own = folder == job.folder(logs)
+            check_flags(folder, values.flag_values_dict(), same_submission=own)
 
 
 def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> list[Job]:
@@ -221,14 +225,14 @@ def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> li
             say(f"{clock(time.monotonic() - start)} so far, about"
                 f" {clock(pace.estimate(remaining))} left")  # fmt: skip
             if remaining[0].workload != job.workload:
-                _show_table(logs, BUDGETS[options.tuning_ruleset])
+                _show_table(logs)
     return failed
 
 
-def show(folder: Path, failed: Sequence[Job], budget: float) -> int:
+def show(folder: Path, failed: Sequence[Job]) -> int:
     """Print the final table and the verdicts, write the report; returns the exit status."""
     try:
-        board = score_logs(folder / "logs", budget)
+        board = score_logs(folder / "logs")
     except (FileNotFoundError, ValueError) as error:
         sys.stderr.write(f"error: nothing to score: {error}\n")
         return 1
@@ -242,11 +246,10 @@ def show(folder: Path, failed: Sequence[Job], budget: float) -> int:
     return 1 if failed else 0
 
 
-def score_logs(logs: Path, budget: float) -> Scoreboard:
+def score_logs(logs: Path) -> Scoreboard:
     """Score a comparison against the targets of the smoke workloads.
 
-    The logs record the same ones, except where a run failed at its start. Times may be `budget`
-    times as long as the workloads allow.
+    The logs record the same ones, except where a run failed at its start.
     """
     trials = read_results([logs])
     targets = {}
@@ -256,7 +259,7 @@ def score_logs(logs: Path, budget: float) -> Scoreboard:
             metric=workload.target_metric_name,
             value=workload.validation_target_value,
             step_hint=workload.step_hint,
-            max_seconds=budget * workload.max_allowed_runtime_sec,
+            max_seconds=workload.max_allowed_runtime_sec,
         )
     return Scoreboard.of(trials, targets)
 
@@ -267,9 +270,9 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def _show_table(logs: Path, budget: float) -> None:
+def _show_table(logs: Path) -> None:
     try:
-        board = score_logs(logs, budget)
+        board = score_logs(logs)
     except FileNotFoundError:
         return
     say(f"\n{score_text(board)}")

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from workloads_smoke.contenders import known_contenders
 from workloads_smoke.registry import WORKLOADS
+from workloads_smoke.scoring.targets import BUDGETS
 
 DEFAULT_WORKLOADS = "mnist,wmt"
 DEFAULT_SUBMISSIONS = "shampoo,nadamw"
-# Multiples of a workload's step hint and of its time that a ruleset allows.
-BUDGETS = {"external": 1.0, "self": 1.5}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -14,10 +14,14 @@ TARGETS_FILE = Path(__file__).with_name("targets.json")
 
 @dataclass(frozen=True)
 class Targets:
-    """Values of a workload's target metric to reach."""
+    """Values of a workload's target metric to reach, and the text that they were set on."""
 
     validation_target_value: float
     test_target_value: float
+    text_fingerprint: str
+    """Of `workloads_smoke.data.python_text` where they were set."""
+    python: str
+    """Version there."""
 
 
 @functools.cache
@@ -42,4 +46,10 @@ def load_targets(workload: str) -> Targets:
             f"`python -m workloads_smoke.set_targets --workload {workload}`."
         )
     entry = entries[workload]
-    return Targets(entry["validation_target_value"], entry["test_target_value"])
+    provenance = entry["provenance"]
+    return Targets(
+        entry["validation_target_value"],
+        entry["test_target_value"],
+        provenance["python_text_fingerprint"],
+        provenance["python"],
+    )

@@ -1,8 +1,8 @@
 """English prose that every Python installation carries: its documentation.
 
 The language reference (`pydoc_data.topics`) and the docstrings of the standard library's
-top-level modules. The texts of Python 3.11 to 3.13 differ a little, hence so do the batches;
-`fingerprint` says which text a run has seen.
+top-level modules. Every release of Python has its own text, hence its own sentences in its own order and
+splits: results of two releases do not compare. `fingerprint` says which text a run has seen.
 """
 
 import ast
@@ -54,8 +54,9 @@ def documents() -> tuple[str, ...]:
     return tuple(text for text in texts if text)
 
 
+@functools.cache
 def fingerprint() -> str:
-    """Return a short hash of the texts, to record beside results."""
+    """Return a short hash of the texts, which is recorded beside results and targets."""
     return hashlib.sha256("\0".join(documents()).encode()).hexdigest()[:16]
 
 

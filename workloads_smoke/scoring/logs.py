@@ -12,10 +12,14 @@ from typing import Any
 
 import pandas as pd
 
+from workloads_smoke.logs import OUTCOME
 from workloads_smoke.scoring.targets import Target
 
 STEP = "global_step"
 SECONDS = "accumulated_submission_time"
+
+# A flag that our runner has and the official one has not; a trial of ours that has ended has an outcome.
+_OWN_FLAG = "step_budget"
 
 _TRIAL_FOLDER = re.compile(r"trial_\d+")
 _FRAMEWORK_SUFFIX = re.compile(r"_(jax|pytorch)$")
@@ -47,7 +51,9 @@ class Trial:
         hyperparameters: what ``hparams.json`` says, empty where there is none.
         metadata: what ``meta_data_0.json`` says about workload and machine, likewise.
         ruleset: ``external`` or ``self``, None where the logs do not say.
-        submission_path: the submission's file as the command named it, likewise.
+        flags: the command's, empty where the logs do not say.
+        ended: whether the run came to its end; None where the logs do not say, as those of the official
+            harness do not.
         folder: the trial's folder, None where it came from one file of evaluations.
     """
 
@@ -60,7 +66,8 @@ class Trial:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     ruleset: str | None = None
-    submission_path: str | None = None
+    flags: dict[str, Any] = field(default_factory=dict)
+    ended: bool | None = None
     folder: Path | None = None
 
     @property
@@ -173,7 +180,8 @@ def _read_trial(folder: Path, submission: str, study: str, workload: str, trial:
         hyperparameters=_read_json(folder / "hparams.json"),
         metadata=metadata,
         ruleset=_ruleset(flags.get("tuning_ruleset")),
-        submission_path=flags.get("submission_path"),
+        flags=flags,
+        ended=(folder / OUTCOME).exists() if _OWN_FLAG in flags else None,
         folder=folder,
     )
 

@@ -6,11 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from workloads_smoke.scoring.logs import Trial
+from workloads_smoke.scoring.logs import STEP, Trial
 
 # A full benchmark comparison under external tuning; self-tuning has one trial a study.
 OFFICIAL_NUM_STUDIES = 3
 OFFICIAL_NUM_TRIALS = 5
+
+_MOST_NAMED = 5
+_COMPARED_FLAGS = (
+    "step_budget",
+    "eval_every_steps",
+    "max_global_steps",
+    "skip_evals",
+    "use_submission_batch_size",
+    "torch_compile",
+)
 
 
 def notes_on_counts(per_study: pd.DataFrame) -> list[str]:
@@ -63,14 +73,72 @@ def notes_on_files(trials: Sequence[Trial]) -> list[str]:
     files: dict[str, list[str]] = {}
     for trial in trials:
         known = files.setdefault(trial.submission, [])
-        if trial.submission_path is not None and trial.submission_path not in known:
-            known.append(trial.submission_path)
+        path = trial.flags.get("submission_path")
+        if path is not None and path not in known:
+            known.append(path)
     return [
         f"{submission} was run from {len(paths)} files, {', '.join(paths)}: if these are several"
         " submissions, give each a folder of its own with studies in it"
         for submission, paths in sorted(files.items())
         if len(paths) > 1
     ]
+
+
+def notes_on_ends(trials: Sequence[Trial]) -> list[str]:
+    """Name trials that were cut off, by a mistake of theirs or from outside."""
+    cut = [trial for trial in trials if trial.ended is False]
+    if not cut:
+        return []
+    named = [
+        f"{trial.submission} {trial.study} {trial.workload} {trial.trial} (step {_last_step(trial)})"
+        for trial in cut[:_MOST_NAMED]
+    ]
+    more = f" and {len(cut) - _MOST_NAMED} more" if len(cut) > _MOST_NAMED else ""
+    return [f"did not end, so that a miss may be none: {', '.join(named)}{more}"]
+
+
+def _last_step(trial: Trial) -> int:
+    return int(trial.evaluations[STEP].max()) if len(trial.evaluations) else 0
+
+
+def notes_on_flags(trials: Sequence[Trial]) -> list[str]:
+    """Name flags that decide what a time to target means and differ within a workload."""
+    notes = []
+    for workload in sorted({trial.workload for trial in trials}):
+        own = [trial for trial in trials if trial.workload == workload and trial.flags]
+        for flag in _COMPARED_FLAGS:
+            values: dict[str, set[str]] = {}
+            for trial in own:
+                values.setdefault(str(trial.flags.get(flag)), set()).add(trial.submission)
+            if len(values) > 1:
+                who = [f"{value} ({', '.join(sorted(names))})" for value, names in values.items()]
+                notes.append(f"{workload} was run with different --{flag}: {', '.join(who)}")
+    return notes
+
+
+def notes_on_texts(trials: Sequence[Trial]) -> list[str]:
+    """Name workloads whose data were not the same in all runs, or not those of the target."""
+    notes = []
+    for workload in sorted({trial.workload for trial in trials}):
+        own = [trial for trial in trials if trial.workload == workload]
+        versions: dict[str, set[str]] = {}
+        for trial in own:
+            text = trial.metadata.get("workload.text_fingerprint")
+            if text is not None:
+                versions.setdefault(text, set()).add(str(trial.metadata.get("python_version")))
+        if len(versions) > 1:
+            listed_versions = ", ".join(
+                sorted({name for some in versions.values() for name in some})
+            )
+            notes.append(
+                f"{workload} was run on {len(versions)} different texts, of Python {listed_versions}: its"
+                " runs do not compare"
+            )
+        else:
+            found = (trial.metadata.get("workload.caveat") for trial in own)
+            caveats = dict.fromkeys(str(caveat) for caveat in found if caveat is not None)
+            notes += [f"{workload}: {caveat}" for caveat in caveats]
+    return notes
 
 
 def _count(number: int, one: str, several: str) -> str:

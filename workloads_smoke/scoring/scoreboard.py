@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 
 from workloads_smoke.scoring.logs import Trial
-from workloads_smoke.scoring.notes import notes_on_counts, notes_on_files, notes_on_rulesets
+from workloads_smoke.scoring.notes import (
+    notes_on_counts,
+    notes_on_ends,
+    notes_on_files,
+    notes_on_flags,
+    notes_on_rulesets,
+    notes_on_texts,
+)
 from workloads_smoke.scoring.profiles import (
     R_MAX,
     algoperf_scores,
@@ -19,7 +26,7 @@ from workloads_smoke.scoring.profiles import (
     speedups,
     within_budget,
 )
-from workloads_smoke.scoring.targets import Target
+from workloads_smoke.scoring.targets import BUDGETS, Target
 from workloads_smoke.scoring.time_to_target import (
     resolve_targets,
     study_table,
@@ -144,7 +151,7 @@ class Scoreboard:
             seconds; ``speedup`` and ``speedup_in_steps``, geometric means over the workloads
             that both the submission and the reference reached, ``num_compared`` of them;
             ``speedup_with_budget``, over all workloads with every miss counted as the runtime
-            budget plus a second (NaN where a budget is unknown).
+            budget of the ruleset plus a second (NaN where a budget is unknown, or rulesets are mixed).
         """
         reached = np.isfinite(self.seconds)
         fastest = reached & self.seconds.eq(self.seconds.min(axis=0), axis=1)
@@ -180,7 +187,14 @@ class Scoreboard:
             absent = [name for name in self.workloads if (submission, name) not in ran]
             if absent:
                 notes.append(f"{submission} did not run {', '.join(absent)}: counted as missed")
-        return notes + notes_on_files(self.trials) + notes_on_rulesets(self.trials)
+        return [
+            *notes,
+            *notes_on_files(self.trials),
+            *notes_on_rulesets(self.trials),
+            *notes_on_ends(self.trials),
+            *notes_on_flags(self.trials),
+            *notes_on_texts(self.trials),
+        ]
 
     def _times(self, unit: str) -> pd.DataFrame:
         if unit not in ("seconds", "steps"):
@@ -188,9 +202,12 @@ class Scoreboard:
         return self.seconds if unit == "seconds" else self.steps
 
     def _speedup_with_budget(self) -> pd.Series:
+        factors = {BUDGETS.get(trial.ruleset or "external", 1.0) for trial in self.trials}
         budgets = {name: self.targets[name].max_seconds for name in self.workloads}
-        known = {name: budget for name, budget in budgets.items() if budget is not None}
-        if len(known) < len(budgets):
+        known = {
+            name: budget * max(factors) for name, budget in budgets.items() if budget is not None
+        }
+        if len(known) < len(budgets) or len(factors) > 1:
             return pd.Series(np.nan, index=self.seconds.index)
         return geometric_means(speedups(within_budget(self.seconds, known), self.reference))
 

@@ -27,6 +27,10 @@ LOWER_IS_BETTER = {
 }
 
 
+#: Multiples of a workload's step hint and of its time that a ruleset allows.
+BUDGETS = {"external": 1.0, "self": 1.5}
+
+
 @dataclass(frozen=True)
 class Target:
     """The validation target of one workload.

@@ -107,5 +107,5 @@ def _evaluate(workload: SmokeWorkload, params: nn.Module, step: int, curve: Curv
     # A model can be broken before its training loss shows it.
     if math.isfinite(validation) and math.isfinite(test):
         curve.steps.append(step)
-        curve.validation.append(round(validation, 6))
-        curve.test.append(round(test, 6))
+        curve.validation.append(validation)
+        curve.test.append(test)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from workloads_smoke import spec
+from workloads_smoke.data.python_text import fingerprint
 from workloads_smoke.data.queue import Augment, Batch, Gather, InputQueue, seed_words
 from workloads_smoke.targets import load_targets
 from workloads_smoke.workloads.layers import MaskedBatchNorm
@@ -62,6 +63,8 @@ class SmokeWorkload(spec.Workload):
     facts: ClassVar[WorkloadFacts]
     smoke_batch_size: ClassVar[int]
     output_parameters: ClassVar[tuple[str, ...]]
+    made_of_python_text: ClassVar[bool] = False
+    """Whether the data are other ones under another version of Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,6 +115,22 @@ class SmokeWorkload(spec.Workload):
     def test_target_value(self) -> float:
         """Target on the test split, from targets.json."""
         return load_targets(self.name).test_target_value
+
+    @property
+    def text_fingerprint(self) -> str | None:
+        """Of the text that the data are made of; None without one."""
+        return fingerprint() if self.made_of_python_text else None
+
+    @property
+    def caveat(self) -> str | None:
+        """What keeps results from being compared with the target, if anything does."""
+        targets = load_targets(self.name)
+        if self.text_fingerprint in (None, targets.text_fingerprint):
+            return None
+        return (
+            f"this Python's documentation, of which the data are made, is not that of {targets.python}, "
+            "on which the target was set: compare runs of one version, the target is a rough one"
+        )
 
     def _reached(self, value: float, target: float) -> bool:
         return value > target if self.facts.larger_is_better else value < target

@@ -143,6 +143,7 @@ class LmWorkload(SmokeWorkload):
         max_allowed_runtime_sec=300,
         eval_period_time_sec=2,
     )
+    made_of_python_text = True
     smoke_batch_size = 16
     # The tied embedding is the output layer.
     output_parameters = ("embed_tokens.weight",)

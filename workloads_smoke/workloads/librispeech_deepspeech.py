@@ -117,6 +117,7 @@ class LibriSpeechDeepSpeechWorkload(SpeechWorkload):
         eval_period_time_sec=2,
         default_dropout_rate=0.1,
     )
+    made_of_python_text = True
     smoke_batch_size = 16
     output_parameters = ("lin.weight", "lin.bias")
 

@@ -31,6 +31,7 @@ class WmtWorkload(SmokeWorkload):
         eval_period_time_sec=3,
         default_dropout_rate=0.1,
     )
+    made_of_python_text = True
     smoke_batch_size = 32
     output_parameters = ("shared_embedding.weight",)
 

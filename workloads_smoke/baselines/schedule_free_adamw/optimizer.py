@@ -17,7 +17,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     swap. `extrapolate` moves them to y, where the gradient belongs, and `step` back:
 
         y = (1 - beta1) z + beta1 x;       v <- beta2 v + (1 - beta2) grad(y)^2
-        z <- z - lr_t (grad(y) / (sqrt(v / (1 - beta2^t)) + eps) + wd y)
+        z <- z - lr_t sqrt(1 - beta2^t) (grad(y) / (sqrt(v) + eps) + wd y)
         x <- (1 - c) x + c z;              c = lr_t^2 / sum of lr_s^2 for s <= t
 
     Args:
@@ -28,7 +28,8 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay.
         warmup_steps: Steps of linear warm-up.
 
-    Source: Defazio et al. 2024 (arXiv 2405.15682), algorithm 1.
+    Source: Defazio et al. 2024 (arXiv 2405.15682), algorithm 1, whose decay is lr_t wd y; that the
+    bias correction shortens it, too, is of the AlgoPerf submission (schedule_free_adamw_v2).
     """
 
     def __init__(
@@ -86,10 +87,10 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, value=1.0 - beta2)
         denominator = torch._foreach_sqrt(second)
-        torch._foreach_add_(denominator, group["eps"] * scale2)
+        torch._foreach_add_(denominator, group["eps"])
         # y - z is needed below; taken before z moves.
         average = torch._foreach_lerp(weights, fast, 1.0 - 1.0 / beta1)
-        torch._foreach_add_(fast, weights, alpha=-lr * group["weight_decay"])
+        torch._foreach_add_(fast, weights, alpha=-lr * scale2 * group["weight_decay"])
         torch._foreach_addcdiv_(fast, gradients, denominator, value=-lr * scale2)
         torch._foreach_lerp_(average, fast, share)
         torch._foreach_copy_(weights, average)

@@ -1,4 +1,9 @@
-"""Schedule-Free AdamW at the published points of both rulesets."""
+"""Schedule-Free AdamW at the published points of both rulesets.
+
+Their ``dropout_rate`` is read by neither of the published submissions: models keep their own.
+
+Source of the settings: mlcommons/submissions_algorithms, schedule_free_adamw_v2 of both rulesets.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +18,20 @@ from workloads_smoke.baselines.training import batch_size, forward, mean_loss, s
 
 from .optimizer import ScheduleFreeAdamW
 
-#: The published setting of the self-tuning ruleset; its warm-up is a share of 3/4 of the hint.
+#: The published setting of the self-tuning ruleset.
 SELF_TUNING = SimpleNamespace(
-    dropout_rate=None,
     label_smoothing=0.2,
     learning_rate=0.0025,
     one_minus_beta1=0.1,
     beta2=0.9955159689799007,
     weight_decay=0.08121616522670176,
-    warmup_factor=0.75 * 0.02,
+    warmup_factor=0.02,
 )
-#: Batch statistics are taken at the average x in every third step, as published.
+#: Of these many steps the published self-tuning submission takes batch statistics at the average x in
+#: one, the external one in all but one.
 _STATISTICS_INTERVAL = 3
+#: The published warm-up is a share of this part of the step hint.
+_WARMUP_BASE = 0.75
 
 
 def get_batch_size(workload_name: str) -> int:
@@ -43,7 +50,7 @@ def init_optimizer_state(
         lr=setting.learning_rate * short_run_factor(workload.step_hint),
         betas=(1.0 - setting.one_minus_beta1, setting.beta2),
         weight_decay=setting.weight_decay,
-        warmup_steps=int(setting.warmup_factor * workload.step_hint),
+        warmup_steps=int(setting.warmup_factor * workload.step_hint * _WARMUP_BASE),
     )
     return {"optimizer": optimizer}
 
@@ -67,22 +74,13 @@ def update_params(
     setting = hyperparameters or SELF_TUNING
     model, optimizer = current_param_container, optimizer_state["optimizer"]
     model.train()
-    if global_step % _STATISTICS_INTERVAL == 0 and _has_batch_statistics(model):
+    first_of_interval = global_step % _STATISTICS_INTERVAL == 0
+    if first_of_interval == (hyperparameters is None) and _has_batch_statistics(model):
         with torch.no_grad():
-            _, model_state = forward(
-                workload, model, model_state, batch, rng, dropout_rate=setting.dropout_rate
-            )
+            _, model_state = forward(workload, model, model_state, batch, rng)
     optimizer.extrapolate()
     optimizer.zero_grad(set_to_none=True)
-    logits, model_state = forward(
-        workload,
-        model,
-        model_state,
-        batch,
-        rng,
-        dropout_rate=setting.dropout_rate,
-        update_batch_norm=False,
-    )
+    logits, model_state = forward(workload, model, model_state, batch, rng, update_batch_norm=False)
     mean_loss(workload, batch, logits, setting.label_smoothing).backward()
     optimizer.step()
     return optimizer_state, model, model_state

@@ -1,0 +1,40 @@
+"""One process a trial: a folder that is in use is refused."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from workloads_smoke.errors import UserError
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Hold a folder for the time of the block; the system lets go of it when the process dies.
+
+    The folder itself is locked: no file is left behind.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {folder}; wait until it has ended, or start elsewhere"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds a folder."""
+    try:
+        with sole_user(folder):
+            return False
+    except UserError:
+        return True
