@@ -7,6 +7,7 @@ shows in it, no collective is needed to make it, and ``torch.load(weights_only=T
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -27,7 +28,12 @@ from shampoo_core.groups import CHANGEABLE, WITHOUT_MEANING
 
 LOGGER = logging.getLogger("shampoo_core")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: parameter groups say whose state was allocated when (`ARRIVALS`)."""
+
+ARRIVALS = "arrivals"
+"""Entry of a parameter group: lists of the parameters whose state was allocated together, by index, in the
+order of allocation. What ranks see of the state itself differs; this they all have."""
 
 TRAINING_WEIGHTS = "training_weights"
 """State entry that holds a parameter's training weights while it shows those to evaluate."""
@@ -118,6 +124,13 @@ def gather_states(
     return gathered
 
 
+_WHY_MISSING = (
+    ". A full state dict of several ranks needs gather_state() before it is made; torch's checkpoint "
+    "helpers restore what exists here: a parameter that had state when saved needs it before they load, "
+    "from construction or from a gradient"
+)
+
+
 @functools.cache  # once a process
 def warn_of_incomplete_state() -> None:
     """Warn of checkpoints that one rank writes without having everything."""
@@ -139,7 +152,7 @@ def with_outer_entries(owner: str, state_dict: Mapping[str, Any]) -> dict[str, A
     """
     outer = dict(state_dict)
     groups = outer.get("param_groups", ())
-    if "state" in outer and groups and all("preconditioner" in group for group in groups):
+    if "state" in outer and groups and all(ARRIVALS in group for group in groups):
         entries = outer["state"].values()
         outer.setdefault("evaluates", any(TRAINING_WEIGHTS in of_one for of_one in entries))
         outer.setdefault("complete", True)
@@ -155,7 +168,26 @@ def with_outer_entries(owner: str, state_dict: Mapping[str, Any]) -> dict[str, A
             f"{owner}: the checkpoint has format version {outer['format_version']}, this release "
             f"reads {FORMAT_VERSION}"
         )
+    _check_keys(owner, outer)
     return outer
+
+
+def _check_keys(owner: str, state_dict: Mapping[str, Any]) -> None:
+    """Raise where state is of no parameter, or groups do not say whose there is."""
+    numbers = {number for group in state_dict["param_groups"] for number in group["params"]}
+    unknown = [key for key in state_dict["state"] if key not in numbers]
+    if unknown:
+        raise ValueError(
+            f"{owner}: the checkpoint has state of {unknown[0]!r}, which is the number of no parameter in "
+            "its groups"
+        )
+    for index, group in enumerate(state_dict["param_groups"]):
+        indices = [number for batch in group.get(ARRIVALS, [[-1]]) for number in batch]
+        if sorted(set(indices) & set(range(len(group["params"])))) != sorted(indices):
+            raise ValueError(
+                f"{owner}: {ARRIVALS} of group {index} of the checkpoint must be lists of its parameters, "
+                f"each in one, got {group.get(ARRIVALS)!r}"
+            )
 
 
 def check_groups(
@@ -204,7 +236,7 @@ def changed_entries(
     is of another type here than in the checkpoint stays: it may have been saved as a mere description.
     """
     return {
-        name: value
+        name: copy.deepcopy(value)
         for name, value in saved.items()
         if name not in ("params", "param_names", *constants)
         and (name in (*CHANGEABLE, "step") or type(value) is type(group.get(name, value)))
@@ -283,7 +315,7 @@ def matching_entries(
             f"{owner}: the checkpoint does not fit: "
             f"missing {missing[:3]}{'...' if len(missing) > 3 else ''}, "
             f"unknown {unknown[:3]}{'...' if len(unknown) > 3 else ''}"
-            f"{'' if unknown else '; a full state dict of several ranks needs gather_state() before'}"
+            f"{'' if unknown else _WHY_MISSING}"
         )
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:

@@ -109,7 +109,15 @@ def check_flags(config: Any) -> None:
             check_flag(type(config).__name__, field.name, getattr(config, field.name))
 
 
-def check_object(owner: str, name: str, value: object, method: str, wanted: str) -> None:
+def check_object(
+    owner: str,
+    name: str,
+    value: object,
+    method: str,
+    wanted: str,
+    *,
+    others: tuple[str, ...] = (),
+) -> None:
     """Raise unless ``value`` is an object, not a class, that has a method.
 
     Args:
@@ -118,14 +126,16 @@ def check_object(owner: str, name: str, value: object, method: str, wanted: str)
         value: What was given.
         method: Name of the method that tells objects of the wanted kind from others.
         wanted: Which objects are meant, for the message.
+        others: Names of methods that objects of other kinds have, and those of the wanted kind have not.
 
     Raises:
-        TypeError: It is a class, or has no such method.
+        TypeError: It is a class, or has no such method, or one of another kind.
     """
     if isinstance(value, type):
         raise TypeError(
             f"{owner}: {name}: got the class {value.__name__}; "
             f"give an instance, {value.__name__}(...)"
         )
-    if not callable(getattr(value, method, None)):
+    is_other = any(hasattr(value, other) for other in others)
+    if is_other or not callable(getattr(value, method, None)):
         raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")

@@ -10,12 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from shampoo_core.allocation import make_engines
-from shampoo_core.checkpoint import (
-    block_names,
-    block_views,
-    matching_entries,
-    without_training_weights,
-)
+from shampoo_core.checkpoint import ARRIVALS, block_names, block_views, matching_entries
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges
 from shampoo_core.groups import CHANGEABLE, OWNER
@@ -23,10 +18,16 @@ from shampoo_core.groups import CHANGEABLE, OWNER
 LOGGER = logging.getLogger("shampoo_core")
 
 
+Arrivals = Mapping[tuple[int, ...], list[Engine]]
+"""Parameters whose state was allocated together, and their engines."""
+
+
 class Fitted(NamedTuple):
     """Engines, and tensors of their state each with the saved one that it is to become."""
 
+    arrivals: Arrivals
     engines: list[Engine]
+    """All of these."""
     pairs: list[tuple[Tensor, Tensor]]
 
 
@@ -40,6 +41,8 @@ class GroupEngines:
         engines: In the order in which they were made; see `adopt`.
     """
 
+    engines: list[Engine]
+
     def __init__(self, group: dict[str, Any], options: Sequence[str], exchanges: Exchanges) -> None:
         """Allocate state for the parameters that require a gradient.
 
@@ -50,20 +53,23 @@ class GroupEngines:
         """
         self.group = group
         self.constants = {name: group[name] for name in options if name not in CHANGEABLE}
-        self.engines: list[Engine] = []
         self._exchanges = exchanges
         self._parameters: tuple[Tensor, ...] = tuple(group["params"])
         self._overwritten: set[str] = set()
-        self.adopt(self._make([i for i, p in enumerate(self._parameters) if p.requires_grad]))
+        self.adopt({})
+        self.allocate([i for i, p in enumerate(self._parameters) if p.requires_grad])
 
-    def adopt(self, engines: Sequence[Engine]) -> None:
-        """Step the group with these from now on."""
-        self.engines = list(engines)
-        self._known = {i for engine in engines for i in engine.division.whole.parameters}
+    def adopt(self, arrivals: Arrivals) -> None:
+        """Step the group with these engines from now on."""
+        self._arrivals = dict(arrivals)
+        self._known = {index for indices in arrivals for index in indices}
+        self.engines = [engine for engines in arrivals.values() for engine in engines]
+        self.group[ARRIVALS] = [list(indices) for indices in arrivals]
 
     def allocate(self, indices: Sequence[int]) -> None:
         """Allocate this rank's share of the state of some more parameters, by index in the group."""
-        self.adopt([*self.engines, *self._make(indices)])
+        if indices:
+            self.adopt({**self._arrivals, tuple(indices): self._make(indices)})
 
     def newcomers(self, gradients: Sequence[Tensor | None]) -> list[int]:
         """Indices of parameters that have a gradient for the first time."""
@@ -99,26 +105,33 @@ class GroupEngines:
         return {**self.group, **self.constants}
 
     def fitted(
-        self, number: int, states: Sequence[Mapping[str, Tensor]], *, is_complete: bool
+        self,
+        number: int,
+        states: Sequence[Mapping[str, Tensor]],
+        arrivals: Sequence[Sequence[int]],
+        *,
+        is_complete: bool,
     ) -> Fitted:
-        """Engines that a saved state fits: those there are, and new ones for what was frozen here.
+        """Engines that a saved state fits: of parameters that had state then, allocated together as then.
 
-        Where a parameter had no state yet when all was saved, all engines are made anew without it: it
-        comes in with its next gradient, as it did then. Nothing is changed yet, see `adopt`.
+        One that had none yet comes in with its next gradient, as it did then. Nothing is changed yet, see
+        `adopt`.
 
         Args:
             number: Of the group, for messages.
             states: Saved state by parameter.
-            is_complete: Whether it is that of all ranks.
+            arrivals: Saved with the group; the same on all ranks, which need the same engines.
+            is_complete: Whether the state is that of all ranks.
 
         Raises:
             ValueError: It does not fit; the message names the parameter and the entry.
         """
-        saved = {index for index, state in enumerate(states) if without_training_weights(state)}
-        if is_complete and self._known - saved:
-            engines = self._make(sorted(saved))
-        else:
-            engines = [*self.engines, *self._make(sorted(saved - self._known))]
+        together = [tuple(indices) for indices in arrivals]
+        fitting = {
+            indices: self._arrivals[indices] if indices in self._arrivals else self._make(indices)
+            for indices in together
+        }
+        engines = [engine for some in fitting.values() for engine in some]
         views = views_of(engines)
         pairs = []
         for index, state in enumerate(states):
@@ -129,7 +142,7 @@ class GroupEngines:
                 block_names(engines, index),
                 is_complete=is_complete,
             )
-        return Fitted(engines, pairs)
+        return Fitted(fitting, engines, pairs)
 
     def _make(self, indices: Sequence[int]) -> list[Engine]:
         return list(make_engines(self.described(), indices, self._exchanges))

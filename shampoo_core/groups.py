@@ -97,13 +97,24 @@ def check_group(group: Mapping[str, Any]) -> None:
         OWNER, "momentum_normaliser", group["momentum_normaliser"], ("exact", "algoperf_v05")
     )
     check_flag(OWNER, "bias_correction", group["bias_correction"])
-    wanted = "one of the configurations that shampoo_core exports"
-    for name, method in (("preconditioner", "create"), ("refresh", "due")):
-        check_object(OWNER, name, group[name], method, wanted)
+    wanted = "one of the {} that shampoo_core exports"
+    check_object(
+        OWNER, "preconditioner", group["preconditioner"], "block_flops", wanted.format("methods")
+    )
+    check_object(OWNER, "refresh", group["refresh"], "due", wanted.format("refresh policies"))
     if group["grafting"] not in ("auto", None):
-        check_object(OWNER, "grafting", group["grafting"], "create", wanted)
+        check_object(
+            OWNER,
+            "grafting",
+            group["grafting"],
+            "create",
+            wanted.format("graftings"),
+            others=("block_flops", "reads_weights"),
+        )
     if group["averaging"] is not None:
-        check_object(OWNER, "averaging", group["averaging"], "create", wanted)
+        check_object(
+            OWNER, "averaging", group["averaging"], "reads_weights", wanted.format("averagings")
+        )
 
 
 def check_block_sizes(max_block_size: object) -> None:

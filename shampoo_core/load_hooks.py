@@ -1,6 +1,7 @@
 """Hooks around `load_state_dict`, for an optimizer that does not use the one of `torch.optim.Optimizer`.
 
-That calls the hooks itself, and offers no way to call them for a method that takes its place.
+That calls the hooks itself, and offers no way to call them for a method that takes its place. As there,
+a copy of an optimizer, or one that was pickled, has none of the original's hooks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,19 @@ class WithLoadHooks(torch.optim.Optimizer):
     ) -> RemovableHandle:
         """Call ``hook(optimizer)`` after a state was loaded."""
         return _registered(self._after_loading, hook, prepend)
+
+    def without_hooks(self) -> dict[str, Any]:
+        """Everything in the instance but hooks of all kinds, for `__getstate__`."""
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if not (name.startswith("_optimizer_") or name in ("_before_loading", "_after_loading"))
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` of a subclass gave, without hooks."""
+        self._before_loading, self._after_loading = OrderedDict(), OrderedDict()
+        super().__setstate__(state)
 
     def hooked(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """What the hooks before loading make of a state, the outermost dict of which they may change."""

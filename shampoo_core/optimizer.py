@@ -9,10 +9,12 @@ from typing import Any, Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shampoo_core.averaging import AveragingConfig
 from shampoo_core.blocking import Cut, MergeDirection
 from shampoo_core.checkpoint import (
+    ARRIVALS,
     FORMAT_VERSION,
     TRAINING_WEIGHTS,
     changed_entries,
@@ -29,17 +31,12 @@ from shampoo_core.exchange.choice import Exchanges, placed_like
 from shampoo_core.exchange.distribution import Distribution, checked_distribution
 from shampoo_core.grafting import GraftingConfig
 from shampoo_core.group_engines import Fitted, GroupEngines, check_unchanged, views_of
-from shampoo_core.groups import (
-    OWNER,
-    check_group,
-    check_names,
-    check_parameters,
-    facts,
-)
+from shampoo_core.groups import OWNER, check_group, check_names, check_parameters, facts
 from shampoo_core.load_hooks import WithLoadHooks
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.refresh import FixedRefresh, RefreshPolicy
+from shampoo_core.status import Status
 from shampoo_core.stepping import Task, deliver, evaluation_shifts, updates
 from shampoo_core.weight_decay import WeightDecayKind
 
@@ -140,10 +137,7 @@ class DistributedShampoo(WithLoadHooks):
         )
         self._exchanges: Exchanges | None = None
         self._owned: list[GroupEngines] = []
-        self._evaluates = False
-        self._replicas_checked = False
-        self._gathered: dict[tuple[int, str], Tensor] | None = None
-        """State of the blocks of other ranks, on rank 0 between `gather_state` and the next step."""
+        self._status = Status()
         super().__init__(params, defaults)
         # Ranks that differ would wait for each other for ever: ask before anything else is sent.
         distribution = checked_distribution(OWNER, distributed)
@@ -218,7 +212,7 @@ class DistributedShampoo(WithLoadHooks):
         Raises:
             RuntimeError: After `eval` without `train`.
         """
-        if self._evaluates:
+        if self._status.evaluates:
             raise RuntimeError(
                 f"{OWNER}: the parameters hold the weights to evaluate; "
                 "call optimizer.train() before the next step"
@@ -228,7 +222,7 @@ class DistributedShampoo(WithLoadHooks):
             with torch.enable_grad():
                 loss = closure()
         self._check_replicas()
-        self._gathered = None
+        self._status.gathered = None
         tasks: list[Task] = []
         check_unchanged(self._owned, self.param_groups)
         for own in self._owned:
@@ -245,9 +239,9 @@ class DistributedShampoo(WithLoadHooks):
 
     def _check_replicas(self) -> None:
         """At the first step: raise where ranks hold different weights."""
-        if self._exchanges is not None and not self._replicas_checked:
+        if self._exchanges is not None and not self._status.replicas_checked:
             self._exchanges.check_replicas([p for g in self.param_groups for p in g["params"]])
-            self._replicas_checked = True
+            self._status.replicas_checked = True
 
     # --- weights to evaluate ----------------------------------------------------------------------
 
@@ -257,7 +251,7 @@ class DistributedShampoo(WithLoadHooks):
 
         Does nothing when they are there already. Without averaging both are the same.
         """
-        if self._evaluates:
+        if self._status.evaluates:
             return
         check_unchanged(self._owned, self.param_groups)
         tasks = [
@@ -266,17 +260,19 @@ class DistributedShampoo(WithLoadHooks):
             for engine in own.engines
             if engine.averages
         ]
-        self._evaluates = True
+        self._status.evaluates = True
         for engine, group, _ in tasks:
             for index in engine.division.whole.parameters:
                 parameter = group["params"][index]
                 self.state[parameter][TRAINING_WEIGHTS] = parameter.detach().clone()
+                if isinstance(parameter, DTensor):
+                    self._status.gathered = None  # lacks the training weights of other ranks
         deliver(tasks, evaluation_shifts, exact=True)
 
     @torch.no_grad()
     def train(self) -> None:
         """Put the training weights back, bit by bit as they were; nothing if they are there."""
-        self._evaluates = False
+        self._status.evaluates = False
         for parameter, state in self.state.items():
             training = state.pop(TRAINING_WEIGHTS, None)
             if training is not None:
@@ -285,7 +281,7 @@ class DistributedShampoo(WithLoadHooks):
     def __getstate__(self) -> dict[str, Any]:
         """Everything: `torch.optim.Optimizer` would copy or pickle the groups without the engines."""
         # Schedulers put a step() of their own into the instance, which would step this one for a copy.
-        return {name: value for name, value in self.__dict__.items() if name != "step"}
+        return {name: value for name, value in self.without_hooks().items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over everything; unpickled tensors have memory of their own, views as well."""
@@ -312,8 +308,8 @@ class DistributedShampoo(WithLoadHooks):
         for own in self._owned:
             self._show_state(own)
         states = [self.state.get(p, {}) for g in self.param_groups for p in g["params"]]
-        self._gathered = gather_states(states, group)
-        return sum(tensor.nbytes for tensor in self._gathered.values())
+        self._status.gathered = gather_states(states, group)
+        return sum(tensor.nbytes for tensor in self._status.gathered.values())
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain tensors (views of the live ones) and numbers, without a collective.
@@ -337,20 +333,20 @@ class DistributedShampoo(WithLoadHooks):
         state_dict["complete"] = self._is_complete()
         # Dicts of its own: train() takes entries out of those of the optimizer.
         state = {index: dict(entries) for index, entries in state_dict["state"].items()}
-        for (index, name), tensor in (self._gathered or {}).items():
-            state[index][name] = tensor
+        for (index, name), tensor in (self._status.gathered or {}).items():
+            if name != TRAINING_WEIGHTS or self._status.evaluates:  # else train() has put them back
+                state[index][name] = tensor
         state_dict["state"] = state
-        state_dict["evaluates"] = self._evaluates
+        state_dict["evaluates"] = self._status.evaluates
         state_dict["format_version"] = FORMAT_VERSION
         return state_dict
 
     def _is_complete(self) -> bool:
         group = None if self._exchanges is None else self._exchanges.group
-        if group is None:
-            return True
-        if self._gathered is None and dist.get_rank(group) == 0:
+        is_first = group is None or dist.get_rank(group) == 0
+        if is_first and group is not None and self._status.gathered is None:
             warn_of_incomplete_state()
-        return self._gathered is not None and dist.get_rank(group) == 0
+        return is_first and (group is None or self._status.gathered is not None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state; nothing is changed unless all of it fits.
@@ -373,27 +369,28 @@ class DistributedShampoo(WithLoadHooks):
         check_groups(OWNER, constants, saved_groups, [len(g["params"]) for g in self.param_groups])
         fitted: list[Fitted] = []
         kept_aside: dict[Tensor, Tensor] = {}
+        complete = state_dict["complete"]
         for index, (own, saved) in enumerate(zip(self._owned, saved_groups, strict=True)):
             states = [state_dict["state"].get(key, {}) for key in saved["params"]]
-            fitted.append(own.fitted(index, states, is_complete=state_dict["complete"]))
+            fitted.append(own.fitted(index, states, saved[ARRIVALS], is_complete=complete))
             for parameter, state in zip(own.group["params"], states, strict=True):
-                if TRAINING_WEIGHTS in state:
+                if state_dict["evaluates"] and TRAINING_WEIGHTS in state:
                     kept_aside[parameter] = placed_like(parameter, state[TRAINING_WEIGHTS])
-        averaged = any(engine.averages for engines, _ in fitted for engine in engines)
+        averaged = any(engine.averages for fit in fitted for engine in fit.engines)
         check_evaluated(OWNER, state_dict["evaluates"] and averaged, kept_aside)
         self.state.clear()
-        for own, (engines, pairs), saved in zip(self._owned, fitted, saved_groups, strict=True):
+        for own, fit, saved in zip(self._owned, fitted, saved_groups, strict=True):
             with torch.no_grad():
-                for target, source in pairs:
+                for target, source in fit.pairs:
                     target.copy_(source)
-            own.adopt(engines)
-            for engine in engines:
+            own.adopt(fit.arrivals)
+            for engine in own.engines:
                 engine.resume(saved["step"])
             own.group.update(changed_entries(own.group, own.constants, saved))
             self._show_state(own)
         for parameter, training in kept_aside.items():
             self.state[parameter][TRAINING_WEIGHTS] = training
-        self._evaluates = state_dict["evaluates"]
-        self._gathered = None
-        self._replicas_checked = False
+        self._status.evaluates = state_dict["evaluates"]
+        self._status.gathered = None
+        self._status.replicas_checked = False
         self.call_hooks_after_loading()

@@ -34,9 +34,19 @@ from shampoo_core import (
     StaggeredRefresh,
     WeightEMA,
 )
+from shampoo_core.refresh import FactorSlice, FactorStackSize
 
 STEPS = 9
 EVALUATE_AT = (4, 8)
+
+
+@dataclass(frozen=True)
+class Divided(StaggeredRefresh):
+    """Spreads factors over all phases, however small they are: at sides of 512 times theirs it would be."""
+
+    def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
+        large = (size._replace(dimension=512 * size.dimension) for size in sizes)
+        return super().due(step, tuple(large))
 
 
 @dataclass(frozen=True)
@@ -64,11 +74,11 @@ on every processor."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "shampoo": {"refresh": FixedRefresh(3)},
-    "staggered": {"refresh": StaggeredRefresh(4)},
+    "staggered": {"refresh": Divided(4)},
     "adaptive": {"refresh": AdaptiveRefresh(2, 1, threshold=0.2)},
     "staggered and adaptive": {"refresh": StaggeredAdaptiveRefresh(2, 1, threshold=0.2)},
     "warm-started": {
-        "refresh": StaggeredRefresh(3),
+        "refresh": Divided(3),
         "preconditioner": ShampooConfig(solver=OrthogonalIterationSolver(max_iterations=3)),
     },
     "packed one-sided": {
@@ -76,7 +86,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "preconditioner": ShampooConfig(sides="first", storage="packed", exponent=0.5),
     },
     "vectors too": {
-        "refresh": StaggeredRefresh(3),
+        "refresh": Divided(3),
         "preconditioner": ShampooConfig(precondition_vectors=True),
     },
     "look-ahead": {"refresh": FixedRefresh(4), "betas": (0.9, 0.99), "beta3": 0.81},
@@ -91,7 +101,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "preconditioner": ShampooConfig(statistics="whitened_mean", exponent=0.5),
     },
     "eigenvalue-corrected": {
-        "refresh": StaggeredRefresh(3, FULL_RANK),
+        "refresh": Divided(3, FULL_RANK),
         "preconditioner": EigenvalueCorrectedConfig(),
     },
     "eigenvalue-corrected, lagged": {
@@ -99,12 +109,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "preconditioner": EigenvalueCorrectedConfig(lagged=True),
     },
     "per-factor corrected": {
-        "refresh": StaggeredRefresh(4, FULL_RANK),
+        "refresh": Divided(4, FULL_RANK),
         "preconditioner": PerFactorCorrectedConfig(),
     },
     "kl-shampoo": {"refresh": FixedRefresh(3, FULL_RANK), "preconditioner": KLShampooConfig()},
     "kl-shampoo, lagged": {
-        "refresh": StaggeredRefresh(4, FULL_RANK),
+        "refresh": Divided(4, FULL_RANK),
         "preconditioner": KLShampooConfig(lagged=True, second_moments="permute"),
     },
     "kl-soap": {"refresh": AdaptiveRefresh(2, FULL_RANK), "preconditioner": KLSOAPConfig()},
@@ -122,7 +132,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "averaging": ScheduleFree(),
         "betas": (0.0, 0.99),
     },
-    "primal averaging": {"refresh": StaggeredRefresh(4), "averaging": PrimalAveraging()},
+    "primal averaging": {"refresh": Divided(4), "averaging": PrimalAveraging()},
     "weight average": {"refresh": FixedRefresh(4), "averaging": WeightEMA(0.9, interval=2)},
     "latest weights": {
         "refresh": FixedRefresh(4),

@@ -51,6 +51,49 @@ def test_an_unpickled_optimizer_goes_on_and_shows_its_own_state(averaging: Any) 
     assert_same(params, resumed, 0.0)
 
 
+def test_copies_have_no_hooks_of_the_original() -> None:
+    """As those of torch's optimizers; hooks need not be picklable."""
+    params = parameters([(4, 4)])
+    optimizer = optimizer_for(params)
+    called: list[torch.optim.Optimizer] = []
+    optimizer.register_step_post_hook(lambda which, *_: called.append(which))
+    optimizer.register_load_state_dict_post_hook(called.append)
+    others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    for other in others:
+        other.load_state_dict(optimizer.state_dict())
+        other.step()
+    assert called == []
+    optimizer.step()
+    optimizer.load_state_dict(others[0].state_dict())
+    assert called == [optimizer, optimizer]
+
+
+@pytest.mark.usefixtures("small_shares")
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_resumed_run_keeps_the_schedules_of_parameters_that_came_late(is_frozen: bool) -> None:
+    """Each arrival has a schedule of its own; resumed with all of them trainable, or frozen again."""
+    options: dict[str, Any] = {"refresh": StaggeredRefresh(4), "max_block_size": 5}
+    params = parameters([(12, 10), (10, 12), (9, 9)])
+    for parameter in params[1:]:
+        parameter.requires_grad_(False)
+    optimizer = optimizer_for(params, **options)
+    run(optimizer, params[:1], range(1, 2))
+    for late in (1, 2):
+        params[late].requires_grad_(True)
+        run(optimizer, params[: late + 1], range(late + 1, late + 2))
+    state, resumed = copy.deepcopy(optimizer.state_dict()), copies(params)
+    for parameter in resumed[1:]:
+        parameter.requires_grad_(not is_frozen)
+    other = optimizer_for(resumed, **options)
+    other.load_state_dict(state)
+    assert state["param_groups"][0]["arrivals"] == [[0], [1], [2]]
+    for parameter in resumed:
+        parameter.requires_grad_(True)
+    run(optimizer, params, range(4, 14))
+    run(other, resumed, range(4, 14))
+    assert_same(params, resumed, 0.0)
+
+
 @pytest.fixture
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The refreshes of small factors are spread too; schedules are cached, so that none may stay."""

@@ -204,6 +204,8 @@ def mistakes() -> dict[str, str]:
     optimizer = optimizer_of(params)
     found["values"] = error_of(lambda: stepped(params, optimizer))
     found["pickled"] = error_of(lambda: pickle.dumps(optimizer))
+    wire = Distribution(communication_dtype=torch.bfloat16 if rank else None)
+    found["wire"] = error_of(lambda: optimizer_of(parameters([(4, 4)]), distributed=wire))
     late = optimizer_of(parameters([(4, 4)]))
     new = parameters([(3, 3 + rank)])
     found["late"] = error_of(lambda: late.add_param_group({"params": new}))
@@ -312,6 +314,7 @@ MESSAGES = {
     "part": "ranks_per_group must divide the number of ranks, 2; got 3",
     "values": "parameter 1 of shape (3, 3) has other values on rank",
     "pickled": "TypeError: DistributedShampoo: an optimizer that shares its work among ranks cannot be",
+    "wire": "communication_dtype of Distribution is None on rank 0 and torch.bfloat16 on rank 1",
     "late": "parameter 0 of group 1 is (3, 3) torch.float64 on rank 0 and (3, 4)",
 }
 

@@ -12,6 +12,7 @@ from quadratic import optimizer_for, parameters, run
 
 import shampoo_core
 from shampoo_core import (
+    AdamConfig,
     AdamGrafting,
     CoupledNewtonSolver,
     DistributedShampoo,
@@ -142,7 +143,12 @@ def test_products_have_a_floating_dtype(dtype: Any) -> None:
         ({"preconditioner": ShampooConfig}, "give an instance, ShampooConfig(...)"),
         ({"averaging": WeightEMA}, "averaging: got the class WeightEMA"),
         ({"grafting": AdamGrafting}, "grafting: got the class AdamGrafting"),
-        ({"grafting": "adam"}, "grafting must be one of the configurations"),
+        ({"grafting": "adam"}, "grafting must be one of the graftings"),
+        ({"grafting": AdamConfig()}, "grafting must be one of the graftings"),
+        ({"grafting": WeightEMA()}, "grafting must be one of the graftings"),
+        ({"averaging": AdamGrafting()}, "averaging must be one of the averagings"),
+        ({"preconditioner": AdamGrafting()}, "preconditioner must be one of the methods"),
+        ({"preconditioner": WeightEMA()}, "preconditioner must be one of the methods"),
         ({"bias_correction": "no"}, "bias_correction must be True or False, got 'no'"),
         ({"bias_correction": None}, "bias_correction must be True or False, got None"),
     ],

@@ -14,7 +14,7 @@ PACKAGE = Path(shampoo_core.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = (
-    ("config", "blocking", "grams", "load_hooks"),
+    ("config", "blocking", "grams", "load_hooks", "status"),
     ("state", "costs"),
     ("counting", "live_memory", "model_shapes", "refresh"),
     ("stacks",),

@@ -326,8 +326,8 @@ def test_one_process_needs_no_process_group_and_closures_work() -> None:
         ),
         ({"cut": "evenly"}, ValueError, "cut must be one of ['balanced', 'greedy'], got 'evenly'"),
         ({"weight_decay_kind": "L2"}, ValueError, "weight_decay_kind must be one of"),
-        ({"preconditioner": "shampoo"}, TypeError, "preconditioner must be one of the config"),
-        ({"refresh": 10}, TypeError, "refresh must be one of the configurations"),
+        ({"preconditioner": "shampoo"}, TypeError, "preconditioner must be one of the methods"),
+        ({"refresh": 10}, TypeError, "refresh must be one of the refresh policies"),
     ],
 )
 def test_bad_options_are_named(

@@ -118,10 +118,13 @@ def slices(request: Request) -> Collected:
     own = request.division.own
     gradients: list[Tensor] = []
     if request.gradients is not None and any(g is not None for g in request.gradients):
+        # A gradient that is still to be summed is summed for the division that it belongs to alone.
+        wanted = set(request.division.whole.parameters)
+        pairs = zip(request.gradients, request.parameters, strict=True)
         gradients = own.gather(
             [
-                None if g is None else local_of(placed_as(g, p))
-                for g, p in zip(request.gradients, request.parameters, strict=True)
+                local_of(placed_as(g, p)) if g is not None and index in wanted else None
+                for index, (g, p) in enumerate(pairs)
             ]
         )
     return Collected(gradients, WeightSlices(own, [local_of(p) for p in request.parameters]))

@@ -14,6 +14,7 @@ from shampoo_core.exchange.agreement import check_agreement, check_replicas
 from shampoo_core.exchange.base import Exchange
 from shampoo_core.exchange.distribution import (
     Distribution,
+    neighbours,
     process_group_of,
     sharing_group,
     sharing_replicas,
@@ -46,7 +47,7 @@ class Exchanges:
         self._of_plain: Exchange = LocalExchange()
         self._of_meshes: dict[tuple[DeviceMesh, int, bool], Exchange] = {}
         if distribution is not None and self.group is not None:
-            self.check_agreement(facts)
+            self.check_agreement({**facts, **distribution.facts()})
             self._of_plain = ReplicatedExchange(
                 sharing_group(distribution, self.group),
                 communication_dtype=distribution.communication_dtype,
@@ -75,10 +76,12 @@ class Exchanges:
     def _for_mesh(
         self, mesh: DeviceMesh, axis: int, is_sharded: bool, distribution: Distribution
     ) -> Exchange:
-        group, dtype = mesh.get_group(axis), distribution.communication_dtype
+        dtype = distribution.communication_dtype
         if not is_sharded:
             return ReplicatedExchange(
-                group, communication_dtype=dtype, overlap=distribution.overlap
+                neighbours(self._owner, distribution, mesh, axis),
+                communication_dtype=dtype,
+                overlap=distribution.overlap,
             )
         if dtype == torch.float16:
             raise ValueError(
@@ -86,7 +89,7 @@ class Exchanges:
                 "ones can be sent in bfloat16 or float32"
             )
         replicas = sharing_replicas(self._owner, distribution, mesh, axis)
-        return ShardedExchange(group, replicas, communication_dtype=dtype)
+        return ShardedExchange(mesh.get_group(axis), replicas, communication_dtype=dtype)
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
         """Raise on all ranks if they differ; a collective."""

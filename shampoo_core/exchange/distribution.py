@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -24,9 +26,10 @@ class Distribution:
             parameters stay equal on all ranks whatever the rounding. Gradients are never rounded.
         ranks_per_group: Neighbouring ranks that share the work, such as those of one machine; the
             other groups do the same work again and nothing is sent between groups. None means all
-            ranks. Ranks that hold a sharded parameter together always share its work: under HSDP this is
-            their number times that of the replicas that share it with them, and their number alone
-            leaves every replica to itself.
+            ranks. Ranks that hold a DTensor together always share its work: under HSDP this is their
+            number times that of the replicas that share it with them, and their number alone leaves
+            every replica to itself. Of DTensors that ranks hold in full it is counted along the last axis
+            of their mesh.
         overlap: Send the updates of every device, dtype and parameter group as soon as they are
             there, while the next are computed, instead of all together.
         process_group: Ranks that share the work; None means all.
@@ -51,6 +54,11 @@ class Distribution:
                 f"{owner}: ranks_per_group={self.ranks_per_group} together with a process_group: "
                 "give one of them; a process_group can be a part of all ranks already"
             )
+
+    def facts(self) -> dict[str, str]:
+        """What ranks that share the work have to agree on, in words; their group is each one's own."""
+        names = ("communication_dtype", "ranks_per_group", "overlap")
+        return {f"{name} of Distribution": str(getattr(self, name)) for name in names}
 
 
 def checked_distribution(
@@ -79,7 +87,7 @@ def process_group_of(distribution: Distribution) -> dist.ProcessGroup | None:
 
 
 def sharing_group(distribution: Distribution, group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The ranks that share the work with this one; a collective of all ranks.
+    """The ranks that share the work on plain parameters with this one; a collective of all ranks.
 
     Raises:
         ValueError: ``ranks_per_group`` does not divide the number of ranks.
@@ -92,14 +100,26 @@ def sharing_group(distribution: Distribution, group: dist.ProcessGroup) -> dist.
             f"Distribution: ranks_per_group must divide the number of ranks, {size}; "
             f"got {ranks_per_group}"
         )
-    rank = dist.get_rank(group)
-    mine = group
-    for start in range(0, size, ranks_per_group):
-        # Every rank has to take part in making every group.
-        made = dist.new_group(list(range(start, start + ranks_per_group)))
-        if start <= rank < start + ranks_per_group:
-            mine = made
-    return mine
+    return part_of_ranks([list(range(size))], ranks_per_group)
+
+
+def neighbours(
+    owner: str, distribution: Distribution, mesh: DeviceMesh, axis: int
+) -> dist.ProcessGroup:
+    """The ranks along an axis of a mesh that share the work on what all of them hold in full.
+
+    Raises:
+        ValueError: ``ranks_per_group`` is less than their number and does not divide it.
+    """
+    size, asked = mesh.size(axis), distribution.ranks_per_group
+    if asked is None or asked >= size:
+        return mesh.get_group(axis)
+    if size % asked != 0:
+        raise ValueError(
+            f"{owner}: Distribution(ranks_per_group={asked}) does not fit parameters that {size} ranks of "
+            f"a mesh hold in full: give a divisor of {size}"
+        )
+    return part_of_ranks(_along(mesh, axis), asked)
 
 
 def sharing_replicas(
@@ -133,12 +153,38 @@ def sharing_replicas(
             f"{num_holders} ranks hold together, in {num_replicas} replicas: give {num_holders} times a "
             f"divisor of {num_replicas}"
         )
-    if sharing == 1:
-        return None
-    place = mesh.get_local_rank(axes[0])
-    position: list[int | slice] = list(mesh.get_coordinate() or ())
-    first = place - place % sharing
-    position[axes[0]] = slice(first, first + sharing)
-    ranks = mesh.mesh[tuple(position)].tolist()
-    # The others, some of them maybe of another mesh, make their own.
-    return dist.new_group(ranks, use_local_synchronization=True)
+    return None if sharing == 1 else part_of_ranks(_along(mesh, axes[0]), sharing)
+
+
+def _along(mesh: DeviceMesh, axis: int) -> list[list[int]]:
+    """The rows of ranks along an axis of a mesh."""
+    rows: list[list[int]] = mesh.mesh.movedim(axis, -1).reshape(-1, mesh.size(axis)).tolist()
+    return rows
+
+
+def part_of_ranks(rows: Sequence[Sequence[int]], size: int) -> dist.ProcessGroup:
+    """The group of ``size`` neighbours in a row that this rank is one of; made once and used again.
+
+    A collective: of all ranks where the rows have all of them, otherwise of those neighbours, who then
+    have to be in as many groups each.
+    """
+    rank, world = dist.get_rank(), dist.group.WORLD
+    assert world is not None
+    parts = [tuple(row[start : start + size]) for row in rows for start in range(0, len(row), size)]
+    (mine,) = (part for part in parts if rank in part)
+    known = _GROUPS.setdefault(world, {})
+    if mine not in known:
+        if sum(map(len, parts)) == dist.get_world_size():
+            # Every rank has to take part in making every group.
+            made = {part: dist.new_group(list(part)) for part in parts}
+            known[mine] = made[mine]
+        else:
+            known[mine] = dist.new_group(list(mine), use_local_synchronization=True)
+    return known[mine]
+
+
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+    WeakKeyDictionary()
+)
+"""Groups made here by the world that they are part of: a process group takes threads, files and, on a GPU,
+a communicator, and is not freed with the optimizer that asked for it."""

@@ -121,7 +121,9 @@ class RMSpropConfig(_DiagonalConfig):
 class AdamConfig(_DiagonalConfig):
     """``P = f / (sqrt(average of G^2 / weight) + eps)``: Adam, and AdamW with decoupled decay.
 
-    ``beta3 = betas[0] ** 2`` in the group makes it NAdam.
+    ``beta3 = betas[0] ** 2`` in the group makes it NAdam, but for the bias correction of the first steps,
+    where NAdam divides the gradient and the average before it by weights of their own; see
+    ``momentum_normaliser``.
 
     Args:
         beta2: Decay of the average, in (0, 1]; None takes ``betas[1]``.
