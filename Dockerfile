@@ -42,7 +42,8 @@ RUN sh /opt/install_harness.sh
 
 # Works for any user id: `docker run --user` of the owner of the mounted folders keeps their files
 # that user's. USER has to be set because torch asks who is there, and such an id has no name.
-RUN useradd --create-home --uid 1000 algoperf \
+# Some bases have a user of id 1000 already.
+RUN useradd --create-home --non-unique --uid 1000 algoperf \
     && mkdir /data /experiment_runs \
     && chmod 1777 /home/algoperf /data /experiment_runs
 ENV HOME=/home/algoperf USER=algoperf

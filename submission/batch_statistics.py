@@ -12,18 +12,22 @@ A resumed run has none of the batches of before, and may be evaluated after its 
 checkpoint was taken at an evaluation: its statistics are those of averaged weights and stand for the
 batches they were made of. As long as c of these would still be kept beside the k new ones, statistics
 become (c old + k new) / (c + k), so that no single batch decides an evaluation.
+
+Ranks look at batches of their own, and DDP gives all of them the statistics of rank 0 before the first pass
+alone. So statistics are averaged over ranks before the passes, where they then count as the old ones on all
+ranks alike, and behind them: every rank evaluates the same model, which has seen the batches of all.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .objective import logits_of
+from .objective import averaged_over_ranks, logits_of
 
 #: Recent batches that are kept, and looked at once each.
 KEPT_BATCHES = 8
@@ -104,7 +108,8 @@ def refresh(
     if not batches:
         return model_state
     carried_share = kept.num_carried / (kept.num_carried + len(batches))
-    modules = modules_with_statistics(model)
+    modules: list[Any] = modules_with_statistics(model)
+    _average_over_ranks(modules)
     old = [_statistics(module) for module in modules]
     for batch in batches:
         _, model_state = logits_of(workload, model, model_state, batch, rng, dropout_rate)
@@ -114,7 +119,16 @@ def refresh(
             _remove(module.running_mean, before.mean, share).lerp_(before.mean, carried_share)
             variance = _remove(module.running_var, before.variance, share).clamp_min_(0.0)
             variance.lerp_(before.variance, carried_share)
+    _average_over_ranks(modules)
     return model_state
+
+
+def _average_over_ranks(modules: Sequence[Any]) -> None:
+    """Give all ranks the same statistics, the means of theirs."""
+    running = [stat for module in modules for stat in (module.running_mean, module.running_var)]
+    averages = averaged_over_ranks(torch.cat([stat.flatten() for stat in running]))
+    for stat, average in zip(running, averages.split([s.numel() for s in running]), strict=True):
+        stat.copy_(average.view_as(stat))
 
 
 def kept_share(module: Any, updates_before: int | None, num_passes: int) -> float:

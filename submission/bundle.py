@@ -24,6 +24,8 @@ from submission.leaderboard.description import FOLDERS, Ruleset, SubmissionInfo
 from submission.leaderboard.rules import check_folder
 
 TRIAL = Path(__file__).parent / "leaderboard" / "trial.py"
+"""Trains with a folder, in an interpreter of its own."""
+TRIAL_SECONDS = 600
 
 
 class BundleError(Exception):
@@ -92,7 +94,12 @@ def check(made: Path, ruleset: Ruleset) -> None:
     module = ".".join((*made.relative_to(root).parts, "submission"))
     # -I: no working directory, no PYTHONPATH; -B: leave no compiled files behind.
     command = [sys.executable, "-I", "-B", str(TRIAL), str(root), module]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BundleError(f"the folder's trial did not end within {TRIAL_SECONDS} s") from None
     if done.returncode != 0:
         raise BundleError(f"the folder fails its trial:\n{done.stdout}{done.stderr}")
 

@@ -62,7 +62,8 @@ class Hyperparameters:
     #: Peak learning rate, in units of an Adam step; for matrices under the spectral method the largest
     #: singular value of a step.
     learning_rate: float = _number(_POSITIVE)
-    #: Embeddings learn at this many times the rate.
+    #: Parameters that the benchmark types as embeddings learn at this many times the rate; the tables of
+    #: criteo1tb are none of these.
     embedding_rate_factor: float = _number(_POSITIVE)
     #: One minus the decay rate of the first moment; 1 switches the first moment off.
     one_minus_beta1: float = _number(_DECAY)

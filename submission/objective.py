@@ -92,7 +92,7 @@ def make_dense(model: nn.Module) -> None:
 
 
 def averaged_over_ranks(value: Tensor) -> Tensor:
-    """Return the mean of a detached scalar over all ranks."""
+    """Return the mean of a detached tensor over all ranks."""
     if world_size() == 1:
         return value
     value = value.clone()

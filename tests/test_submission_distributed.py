@@ -50,6 +50,15 @@ def measured_interval(refresh_seconds: float) -> int:
     return cost.policy.interval
 
 
+def statistics_of_batches(run: Run) -> torch.Tensor:
+    """Mean and variance of what batch norm sees of this rank's batches, means over batches."""
+    batches = run.state["recent_batches"].kept().batches
+    with torch.no_grad():
+        seen = [run.model.module.conv(batch["inputs"]) for batch in batches]
+    found = [torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3))]) for x in seen]
+    return torch.stack(found).mean(0)
+
+
 def on_each_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
@@ -69,10 +78,13 @@ def on_each_rank(rank: int, folder: Path) -> None:
     outcome["interval"] = measured_interval(refresh_seconds=0.04 if rank == 0 else 0.3)
 
     run = Run(namespace(averaging="weight_ema"), step_hint=40)
+    run.model.bn.momentum = 1e-3  # all batches count alike
     run.queue = run.workload.batches(seed=rank + 10)
     run.train(6)
     run.prepare_for_eval()
     outcome["evaluated"] = run.weights()
+    outcome["statistics"] = [buffer.clone() for buffer in run.model.buffers()]
+    outcome["of_batches"] = statistics_of_batches(run)
     run.train(1)
     outcome["trained"] = run.weights()
     torch.save(outcome, folder / f"rank_{rank}")
@@ -109,10 +121,18 @@ def test_ranks_refresh_alike_though_they_measure_otherwise(outcomes: list[dict[s
     assert measured_interval(refresh_seconds=0.04) == 4
 
 
-@pytest.mark.parametrize("weights", ["trained", "evaluated"])
+@pytest.mark.parametrize("weights", ["trained", "evaluated", "statistics"])
 def test_ranks_agree_bit_for_bit(outcomes: list[dict[str, Any]], weights: str) -> None:
     first, second = (outcome[weights] for outcome in outcomes)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_batch_statistics_are_of_the_batches_of_all_ranks(outcomes: list[dict[str, Any]]) -> None:
+    expected = (outcomes[0]["of_batches"] + outcomes[1]["of_batches"]) / 2
+    mean, variance, _ = outcomes[1]["statistics"]
+    torch.testing.assert_close(torch.stack([mean, variance]), expected, rtol=1e-2, atol=1e-3)
+    apart = (outcomes[0]["of_batches"] - expected).abs() / expected.abs().clamp_min(0.1)
+    assert apart.max() > 0.03
 
 
 def test_one_process_is_left_alone() -> None:

@@ -22,13 +22,14 @@ DEFAULT_AUTHORS = "The algoperf-shampoo authors"
 DESCRIPTIONS: dict[Ruleset, str] = {
     "external": (
         "Shampoo ([Gupta et al., 2018](https://arxiv.org/abs/1802.09568)) and its eigenvalue-corrected "
-        "form, SOAP ([Vyas et al., 2024](https://arxiv.org/abs/2409.11321)), grafted to Adam, with "
+        "form, SOAP ([Vyas et al., 2024](https://arxiv.org/abs/2409.11321)), grafted to Adam, and the "
+        "spectral step of Muon ([Jordan et al., 2024](https://kellerjordan.github.io/posts/muon/)), with "
         "staggered refreshes and averaged weights. A list of five hyperparameter settings."
     ),
     "self": (
         "Eigenvalue-corrected Shampoo, SOAP ([Vyas et al., 2024](https://arxiv.org/abs/2409.11321)), "
-        "with staggered refreshes. One setting; its time scales follow from the step hint and from "
-        "the measured cost of a refresh."
+        "with staggered refreshes and averaged weights. One setting; its time scales follow from the "
+        "step hint and from the measured cost of a refresh."
     ),
 }
 _LOST = re.compile(r"[#$`\\\n\r]")
