@@ -31,6 +31,15 @@ class StackedGradients:
     missing: tuple[int, ...] = ()
     """The parameters of the set that have none, by number in their group."""
 
+    def decaying(self, *, corrected: bool) -> Tensor | None:
+        """Block vector: 1 where an average decays at this step, else 0; None means in all blocks.
+
+        Args:
+            corrected: Whether the average is divided by its weight, which decays with it, so that a
+                gradient that is not finite changes nothing. Without, such a block has to be left alone.
+        """
+        return self.presence if corrected else self.is_open
+
     def free_stacks(self) -> None:
         """Let go of the stacks after their last use: the rest of a step needs memory too."""
         self.stacks.clear()  # whoever handed the list on has the same one

@@ -211,14 +211,16 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
     Raises:
         ValueError: Weight decay was switched on that needs a peak rate, and there is none.
     """
-    kind, decay = group["weight_decay_kind"], group["weight_decay"]
+    kind, decay, lr = group["weight_decay_kind"], group["weight_decay"], group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # factors that follow from it are to be numbers, too
     check_peak(OWNER, kind, decay, group["peak_lr"])
     return StepOptions(
         step=group["step"],
-        lr=group["lr"],
+        lr=lr,
         l2_decay=decay if kind == "l2" else 0.0,
-        direction_decay=direction_decay(kind, decay, group["lr"], group["peak_lr"]),
-        direction_shrink=direction_shrink(kind, decay, group["lr"]),
+        direction_decay=direction_decay(kind, decay, lr, group["peak_lr"]),
+        direction_shrink=direction_shrink(kind, decay, lr),
     )
 
 

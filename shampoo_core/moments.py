@@ -6,7 +6,8 @@ missed, the weight is carried along as a block vector: it is exact for every pat
 gradients.
 
 A block whose gradient was not finite contributes nothing to the average nor to its weight, so that the
-corrected average (average / weight) stays as it was. A block without a gradient is left untouched.
+corrected average (average / weight) stays as it was; one that is not corrected does not decay either. A
+block without a gradient is left untouched.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class MovingAverage:
     def absorb(self, gradients: StackedGradients) -> None:
         """Average in the gradients themselves."""
         average = self.average
-        if gradients.presence is None and self.decay < 1.0:
+        if self._decaying(gradients) is None and self.decay < 1.0:
             torch._foreach_lerp_(average, gradients.stacks, self.gain)
         else:
             self._decay(average, gradients)
@@ -94,7 +95,10 @@ class MovingAverage:
         self._absorb_weight(gradients)
 
     def _decay(self, average: list[Tensor], gradients: StackedGradients) -> None:
-        decay_stacks(self._stack_set, average, self.decay, gradients.presence)
+        decay_stacks(self._stack_set, average, self.decay, self._decaying(gradients))
+
+    def _decaying(self, gradients: StackedGradients) -> Tensor | None:
+        return gradients.decaying(corrected=self._corrects)
 
     def _absorb_weight(self, gradients: StackedGradients) -> None:
         absorb_weight(self.raw_weight, self.decay, self.gain, gradients)
@@ -107,15 +111,15 @@ class MovingAverage:
 
 
 def decay_stacks(
-    stack_set: StackSet, stacks: list[Tensor], decay: float, presence: Tensor | None
+    stack_set: StackSet, stacks: list[Tensor], decay: float, decaying: Tensor | None
 ) -> None:
-    """Multiply stacks by ``decay``, in place, except blocks whose presence is 0."""
+    """Multiply stacks by ``decay``, in place, but blocks where ``decaying`` is 0; None means none is."""
     if decay == 1.0:
         return
-    if presence is None:
+    if decaying is None:
         torch._foreach_mul_(stacks, decay)
     else:
-        torch._foreach_mul_(stacks, stack_set.split(1.0 - (1.0 - decay) * presence))
+        torch._foreach_mul_(stacks, stack_set.split(1.0 - (1.0 - decay) * decaying))
 
 
 def nonzero_weight(weight: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.refresh import FixedRefresh, RefreshPolicy
 from shampoo_core.status import Status
-from shampoo_core.stepping import Task, deliver, evaluation_shifts, updates
+from shampoo_core.stepping import Task, deliver, dense, evaluation_shifts, updates
 from shampoo_core.weight_decay import WeightDecayKind
 
 
@@ -226,7 +226,7 @@ class DistributedShampoo(WithLoadHooks):
         tasks: list[Task] = []
         check_unchanged(self._owned, self.param_groups)
         for own in self._owned:
-            gradients = [parameter.grad for parameter in own.group["params"]]
+            gradients = [dense(parameter.grad) for parameter in own.group["params"]]
             if any(gradient is not None for gradient in gradients):
                 newcomers = own.newcomers(gradients)
                 if newcomers:
@@ -264,6 +264,8 @@ class DistributedShampoo(WithLoadHooks):
         for engine, group, _ in tasks:
             for index in engine.division.whole.parameters:
                 parameter = group["params"][index]
+                if TRAINING_WEIGHTS in self.state[parameter]:
+                    continue  # blocks of it are in several waves
                 self.state[parameter][TRAINING_WEIGHTS] = parameter.detach().clone()
                 if isinstance(parameter, DTensor):
                     self._status.gathered = None  # lacks the training weights of other ranks

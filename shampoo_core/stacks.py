@@ -178,8 +178,7 @@ class StackSet:
                 continue
             tiles.append(tile)
             if tile.parameter not in merged:
-                dense = tensor.to_dense() if tensor.is_sparse else tensor
-                merged[tile.parameter] = _merged(dense, tile.merged_shape)
+                merged[tile.parameter] = _merged(tensor, tile.merged_shape)
             sources.append(_tile_view(merged[tile.parameter], tile))
             targets.append(target)
         for some_targets, some_sources in _by_contiguity(tiles, targets, sources):

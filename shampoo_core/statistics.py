@@ -140,8 +140,9 @@ class KroneckerFactors:
 
     def _add(self, gradients: StackedGradients, rows_of: RowsOf | None) -> None:
         decay = self._decay
-        if gradients.presence is not None:
-            self._decay_present(gradients.presence)
+        decaying = gradients.decaying(corrected=self._corrects or decay == 1.0)
+        if decaying is not None:
+            self._decay_some(decaying)
             decay = 1.0
 
         def gradient_rows(axis: FactorAxis) -> Tensor:
@@ -151,6 +152,12 @@ class KroneckerFactors:
         self._store.add_grams(rows, decay=decay, gain=self._gain)
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)
+
+    def are_known(self, where: Sequence[FactorSlice]) -> Tensor:
+        """Whether some factors have a gradient in them, (K,) bool for all slices together."""
+        per_stack = self._weights().split(self._stack_set.sizes)
+        weights = [per_stack[self.axes[i.stack].stack][i.start : i.stop] for i in where]
+        return torch.cat(weights) > 0
 
     def due(self, policy: RefreshPolicy, step: int) -> list[FactorSlice]:
         """The factors of this set that a policy, asked about the whole set, makes due."""
@@ -193,9 +200,11 @@ class KroneckerFactors:
         weights = [per_stack[axis.stack].view(-1, 1) for axis in self.axes]
         return list(torch._foreach_div(raw, weights))
 
+    def _weights(self) -> Tensor:
+        return self._own_weight if self._companion is None else self._companion.raw_weight
+
     def _nonzero_weights(self) -> Tensor:
-        weights = self._own_weight if self._companion is None else self._companion.raw_weight
-        return nonzero_weight(weights)
+        return nonzero_weight(self._weights())
 
     def state(self) -> StackState:
         """The factors, one name per axis, and their weight unless it is the companion's."""
@@ -211,8 +220,8 @@ class KroneckerFactors:
             stack.update(entries)
         return state
 
-    def _decay_present(self, presence: Tensor) -> None:
-        per_stack = (1.0 - (1.0 - self._decay) * presence).split(self._stack_set.sizes)
+    def _decay_some(self, decaying: Tensor) -> None:
+        per_stack = (1.0 - (1.0 - self._decay) * decaying).split(self._stack_set.sizes)
         self._store.scale([per_stack[axis.stack] for axis in self.axes])
 
 

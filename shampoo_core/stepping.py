@@ -26,6 +26,11 @@ class Task(NamedTuple):
 Results = Callable[[Exchange, list[Task]], Iterator[Result]]
 
 
+def dense(gradient: Tensor | None) -> Tensor | None:
+    """A gradient as a dense tensor, made once for all waves that its blocks are in."""
+    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
+
+
 def deliver(tasks: Sequence[Task], results: Results, *, exact: bool = False) -> None:
     """Let engines work one after the other and exchanges deliver the results, all they have at once.
 

@@ -9,7 +9,14 @@ import torch
 from quadratic import assert_same, gradient, optimizer_for, parameters, run
 from test_state import METHODS
 
-from shampoo_core import FixedRefresh, log_health
+from shampoo_core import (
+    AdamConfig,
+    FixedRefresh,
+    RMSpropConfig,
+    RMSpropGrafting,
+    RowWiseAdaGradConfig,
+    log_health,
+)
 from shampoo_core.gradients import GradientGuard
 
 
@@ -85,6 +92,42 @@ def test_statistics_of_a_bad_block_keep_their_corrected_value() -> None:
     optimizer.step()
     for key, value in corrected().items():
         torch.testing.assert_close(value, before[key], rtol=1e-12, atol=1e-14)
+
+
+UNCORRECTED: dict[str, dict[str, Any]] = {
+    "rmsprop": {"preconditioner": RMSpropConfig()},
+    "grafted": {"grafting": RMSpropGrafting(), "refresh": FixedRefresh(3)},
+    "shampoo": {"bias_correction": False, "refresh": FixedRefresh(3)},
+    "adam": {"bias_correction": False, "preconditioner": AdamConfig()},
+    "rows": {"bias_correction": False, "preconditioner": RowWiseAdaGradConfig(decay=0.9)},
+}
+
+
+@pytest.mark.parametrize("name", UNCORRECTED)
+def test_averages_without_correction_are_left_as_they_were(name: str) -> None:
+    """Of gradients that do not change, so that a corrected average beside them does not either."""
+    options = {**UNCORRECTED[name], "betas": (0.9, 0.95), "weight_decay": 0.0}
+    constant = gradient(*parameters([(6, 4)]), 1, 0)
+    moved = []
+    for num_bad in (0, 1, 30):
+        params = parameters([(6, 4)])
+        optimizer = optimizer_for(params, **options)
+        for step in range(61 + num_bad):
+            before = params[0].detach().clone()
+            is_bad = 60 <= step < 60 + num_bad
+            params[0].grad = torch.full_like(constant, torch.nan) if is_bad else constant.clone()
+            optimizer.step()
+        moved.append(params[0].detach() - before)
+    for other in moved[1:]:
+        torch.testing.assert_close(other, moved[0], rtol=1e-9, atol=1e-12)
+
+
+def test_parameters_that_are_never_used_are_no_failures(caplog: pytest.LogCaptureFixture) -> None:
+    params = parameters([(8, 8), (8, 8)])
+    optimizer = optimizer_for(params, refresh=FixedRefresh(2))
+    run(optimizer, params[:1], range(1, 9))
+    assert log_health(optimizer).failed_refreshes == 0
+    assert not caplog.records
 
 
 def test_what_was_counted_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -26,6 +26,7 @@ from shampoo_core import (
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
+    HeavyBall,
     ScheduleFree,
     SGDConfig,
     WeightEMA,
@@ -104,6 +105,24 @@ def test_the_rate_may_be_a_tensor() -> None:
     assert optimizer.param_groups[0]["peak_lr"] == 0.1
     with pytest.raises(ValueError, match="lr must lie in"):
         optimizer_for(parameters(), lr=torch.tensor(-1.0))
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "corrected", "independent", "decoupled_after"])
+@pytest.mark.parametrize("averaging", [None, HeavyBall(), ScheduleFree()])
+def test_the_rate_may_be_a_tensor_with_a_dimension(kind: Any, averaging: Any) -> None:
+    """As torch's optimizers take it."""
+    params, plain = parameters(), parameters()
+    options: dict[str, Any] = {
+        "averaging": averaging,
+        "weight_decay": 0.1,
+        "weight_decay_kind": kind,
+        "betas": (0.0, 0.99),
+    }
+    optimizer = optimizer_for(params, lr=torch.tensor([0.1], dtype=torch.float64), **options)
+    other = optimizer_for(plain, lr=0.1, **options)
+    run(optimizer, params, range(1, 4))
+    run(other, plain, range(1, 4))
+    assert_same(params, plain, 1e-14)
 
 
 def test_a_state_taken_in_evaluation_keeps_the_training_weights() -> None:

@@ -255,6 +255,27 @@ def test_messages_of_all_ranks_are_bounded_together(
             assert found == expected
 
 
+def test_a_parameter_in_many_waves_is_copied_once() -> None:
+    """To keep its training weights, and to make its gradient dense."""
+    table = torch.nn.Embedding(60, 8, sparse=True)
+    plain = torch.nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+    optimizers = [
+        optimizer_for(own.parameters(), max_wave_numel=64, averaging=WeightEMA(0.9))
+        for own in (table, plain)
+    ]
+    indices = torch.tensor([3, 5, 3, 40])
+    for own, optimizer in zip((table, plain), optimizers, strict=True):
+        own(indices).square().sum().backward()
+        with OperationCounter() as step:
+            optimizer.step()
+        assert len(optimizer._engines[0]) > 1
+        with OperationCounter() as evaluation:
+            optimizer.eval()
+        assert [o.name for o in step.operations].count("aten::_to_dense") == (own is table)
+        assert [o.name for o in evaluation.operations].count("aten::clone") == 1
+    assert_same([table.weight], [plain.weight])
+
+
 def test_a_wave_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="max_wave_numel must be at least 1, got 0"):
         optimizer_for(parameters(), max_wave_numel=0)

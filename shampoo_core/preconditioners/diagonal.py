@@ -227,7 +227,8 @@ class _RowWiseScaling:
         self.weight = stack_set.block_vector()
 
     def absorb(self, gradients: StackedGradients) -> None:
-        decay_stacks(self._stack_set, self.rows, self._decay, gradients.presence)
+        decaying = gradients.decaying(corrected=self._corrects)
+        decay_stacks(self._stack_set, self.rows, self._decay, decaying)
         for rows, stack in zip(self.rows, gradients.stacks, strict=True):
             per_row = stack.reshape(*stack.shape[:2], -1)
             norms = torch.linalg.vector_norm(per_row, dim=-1).view(rows.shape)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from shampoo_core.config import Storage
 from shampoo_core.preconditioners.readiness import Readiness
+from shampoo_core.preconditioners.turns import turn_of, turn_of_rounded
 from shampoo_core.refresh import FactorSlice, joined, portions, singles
 from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
 from shampoo_core.stacks import StackSet
@@ -114,6 +115,7 @@ class FactorMatrices:
         self._exponents = tuple(exponents)
         self._limits = [math.inf] * len(exponents) if limits is None else limits
         self._store = matrix_store(stack_set, factors.sizes, storage, kind)
+        self._is_rounded = storage in ("8bit", "4bit")
         self.ready = Readiness(stack_set, factors)
         self.num_failures = [count.clone() for count in self.ready.num_refreshes]
         """Per factor, how many refreshes kept the old matrix because the new one was no good."""
@@ -179,7 +181,8 @@ class FactorMatrices:
         self.write(due, solutions)
         del solutions  # as large as what follows
         new = self._store.read(slices)  # what was accepted, as it is kept
-        turns = [torch.bmm(before.mT, after) for before, after in zip(old, new, strict=True)]
+        turn = turn_of_rounded if self._is_rounded else turn_of
+        turns = [turn(before, after) for before, after in zip(old, new, strict=True)]
         return [Replacement(*one) for one in zip(slices, turns, orders, strict=True)]
 
     @torch.compiler.disable
@@ -201,7 +204,9 @@ class FactorMatrices:
         self._store.blend(slices, new, weights)
         refreshes = self.ready.num_refreshes
         torch._foreach_add_(_slices(refreshes, slices), list(accepted.split(counts)))
-        torch._foreach_add_(_slices(self.num_failures, slices), list((~accepted).split(counts)))
+        # What never had a gradient has no root or basis to find.
+        failed = ~accepted & self._factors.are_known(slices)
+        torch._foreach_add_(_slices(self.num_failures, slices), list(failed.split(counts)))
         self.ready.recount()
 
     def _batches(self, due: Sequence[FactorSlice]) -> list[Batch]:

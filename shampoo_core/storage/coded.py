@@ -237,7 +237,8 @@ class CodedSymmetric:
         diagonals = torch._foreach_clamp_min([m.diagonal(dim1=-2, dim2=-1) for m in matrices], 0.0)
         numbers = torch.cat([diagonal.flatten() for diagonal in diagonals])
         copy_to(self._diagonals, spans, numbers, None if where is None else spread(where, sides))
-        roots = numbers.clamp_min(torch.finfo(numbers.dtype).tiny).rsqrt_()
+        # Directions that nothing was seen in have rows of rounding alone.
+        roots = numbers.rsqrt().masked_fill_(numbers == 0, 0.0)
         scales = self._per_run(roots, runs)
         torch._foreach_mul_(matrices, [scale[:, :, None] for scale in scales])
         torch._foreach_mul_(matrices, [scale[:, None, :] for scale in scales])
@@ -245,6 +246,9 @@ class CodedSymmetric:
             m.flatten(1).index_select(1, self._indices(side).fold)
             for m, side in zip(matrices, sides, strict=True)
         ]
+        # Correlations, but for rounding where little was seen, which is not to set the scale.
+        torch._foreach_clamp_min_(triangles, -1.0)
+        torch._foreach_clamp_max_(triangles, 1.0)
         matrices.clear()
         self._triangles.write(runs, triangles, where)
 
