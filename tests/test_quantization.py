@@ -264,16 +264,16 @@ def test_moments_of_a_block_without_gradients_do_not_grow_at_refreshes(config: A
     """Rounded bases are not orthogonal, and what is turned by one again and again would grow for ever."""
     sizes = {}
     for storage in ("dense", "8bit", "4bit"):
-        params = parameters([(64, 64), (8, 8)], dtype=torch.float32)
+        params = parameters([(32, 32), (4, 4)], dtype=torch.float32)
         method = config(storage=storage)
         optimizer = optimizer_for(
-            params, preconditioner=method, refresh=FixedRefresh(1), max_block_size=64
+            params, preconditioner=method, refresh=FixedRefresh(1), max_block_size=32
         )
-        run(optimizer, params, range(1, 41))
+        run(optimizer, params, range(1, 31))
         params[0].grad = None
-        run(optimizer, params[1:], range(41, 341))
+        run(optimizer, params[1:], range(31, 181))
         before = params[0].detach().clone()
-        run(optimizer, params, range(341, 342))
+        run(optimizer, params, range(181, 182))
         sizes[storage] = (params[0] - before).norm().item()
     assert sizes["8bit"] < 1.3 * sizes["dense"]
     assert sizes["4bit"] < 1.3 * sizes["dense"]
