@@ -77,7 +77,8 @@ def _totals(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> list[int]
     for entries in optimizer.state.values():
         for key, value in entries.items():
             for index, name in enumerate(names):
-                if name in key:
+                # Bases that roots are made in are refreshed with these.
+                if name in key and ".basis." not in key:
                     kinds = counters.setdefault(value.device, [[] for _ in names])
                     kinds[index].append(value)
     totals = [0] * len(names)

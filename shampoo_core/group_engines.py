@@ -13,7 +13,7 @@ from shampoo_core.allocation import make_engines
 from shampoo_core.checkpoint import ARRIVALS, block_names, block_views, matching_entries
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges
-from shampoo_core.groups import CHANGEABLE, OWNER
+from shampoo_core.groups import CHANGEABLE, OWNER, state_dtype
 
 LOGGER = logging.getLogger("shampoo_core")
 
@@ -56,6 +56,7 @@ class GroupEngines:
         self._exchanges = exchanges
         self._parameters: tuple[Tensor, ...] = tuple(group["params"])
         self._overwritten: set[str] = set()
+        self._warn_of_coarse_weights()
         self.adopt({})
         self.allocate([i for i, p in enumerate(self._parameters) if p.requires_grad])
 
@@ -99,6 +100,20 @@ class GroupEngines:
                     "added. Schedulers that cycle momentum take cycle_momentum=False",
                     *(OWNER, name, now, value),
                 )
+
+    def _warn_of_coarse_weights(self) -> None:
+        """Warn where rounded training weights would lead evaluated ones away, which are made of them."""
+        averaging = self.group["averaging"]
+        if not getattr(averaging, "extrapolates", False):
+            return
+        coarse = {str(p.dtype) for p in self._parameters if p.dtype != state_dtype(p)}
+        if coarse:
+            LOGGER.warning(
+                "%s: averaging %s evaluates weights beyond the training weights, and rounding hides small "
+                "steps of parameters in %s: evaluated weights drift the other way. Keep parameters in "
+                "float32, under autocast if need be, or take WeightEMA",
+                *(OWNER, type(averaging).__name__, ", ".join(sorted(coarse))),
+            )
 
     def described(self) -> dict[str, Any]:
         """The group with the options that its state was made with."""

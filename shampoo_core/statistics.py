@@ -86,6 +86,7 @@ class KroneckerFactors:
         shares = companion is not None and interval == 1 and companion.decay == decay
         self._companion = companion if shares else None
         self._own_weight = stack_set.block_vector()
+        self._some_are_unused = True
         self._seen: set[int] = set()
         """Parameters whose first gradient has counted, as far as the host knows."""
 
@@ -109,6 +110,7 @@ class KroneckerFactors:
         Returns:
             The gradients that counted, None if none did.
         """
+        self._some_are_unused = bool(gradients.unused)
         counting = gradients if self.axes else None
         if counting is not None and self._interval > 1:
             counting = self._counting(counting, step)
@@ -153,8 +155,10 @@ class KroneckerFactors:
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)
 
-    def are_known(self, where: Sequence[FactorSlice]) -> Tensor:
-        """Whether some factors have a gradient in them, (K,) bool for all slices together."""
+    def are_known(self, where: Sequence[FactorSlice]) -> Tensor | None:
+        """Whether some factors have a gradient in them, (K,) bool for all slices; None: all have."""
+        if not self._some_are_unused:
+            return None
         per_stack = self._weights().split(self._stack_set.sizes)
         weights = [per_stack[self.axes[i.stack].stack][i.start : i.stop] for i in where]
         return torch.cat(weights) > 0

@@ -171,3 +171,14 @@ def test_without_averaging_evaluation_costs_nothing() -> None:
     optimizer.eval()
     assert torch.equal(params[0], before)
     assert set(optimizer.state[params[0]]) == names
+
+
+@pytest.mark.parametrize("averaging", [ScheduleFree(), PrimalAveraging(), WeightEMA(0.9)])
+def test_weights_too_coarse_to_be_extrapolated_are_warned_of(
+    averaging: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        caplog.clear()
+        optimizer_for(parameters([(4, 4)], dtype=dtype), averaging=averaging, betas=(0.0, 0.9))
+        is_warned = dtype == torch.bfloat16 and not isinstance(averaging, WeightEMA)
+        assert ("torch.bfloat16" in caplog.text) == is_warned

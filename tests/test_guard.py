@@ -11,10 +11,13 @@ from test_state import METHODS
 
 from shampoo_core import (
     AdamConfig,
+    EighSolver,
     FixedRefresh,
+    OrthogonalIterationSolver,
     RMSpropConfig,
     RMSpropGrafting,
     RowWiseAdaGradConfig,
+    ShampooConfig,
     log_health,
 )
 from shampoo_core.gradients import GradientGuard
@@ -120,6 +123,16 @@ def test_averages_without_correction_are_left_as_they_were(name: str) -> None:
         moved.append(params[0].detach() - before)
     for other in moved[1:]:
         torch.testing.assert_close(other, moved[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [EighSolver(), OrthogonalIterationSolver()])
+def test_a_refresh_is_counted_once(solver: Any) -> None:
+    """Also where roots are made in bases that have counters of their own."""
+    params = parameters([(8, 8)])
+    config = ShampooConfig(solver=solver)
+    optimizer = optimizer_for(params, preconditioner=config, refresh=FixedRefresh(5, 1))
+    run(optimizer, params, range(1, 3))
+    assert log_health(optimizer).refreshes == 2
 
 
 def test_parameters_that_are_never_used_are_no_failures(caplog: pytest.LogCaptureFixture) -> None:

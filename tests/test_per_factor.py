@@ -13,6 +13,8 @@ from reference.algebra import Array
 from trajectories import assert_follows
 
 from shampoo_core import (
+    AdamConfig,
+    AdaptiveRefresh,
     EighSolver,
     FixedRefresh,
     PerFactorCorrectedConfig,
@@ -172,3 +174,27 @@ def test_the_first_basis_is_exact_whatever_the_solver(refresh: Any) -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PerFactorCorrectedConfig(**options)
+
+
+def test_a_factor_that_is_diagonal_already_does_not_hold_the_block_back() -> None:
+    """An adaptive refresh would never solve that of white rows; the block is to leave Adam nevertheless."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(96, 96, generator=generator) * torch.logspace(0, -1, 96)
+    steps = []
+    for config in (PerFactorCorrectedConfig(), AdamConfig()):
+        parameter = torch.nn.Parameter(torch.zeros(3, 96))
+        optimizer = optimizer_for(
+            [parameter],
+            preconditioner=config,
+            refresh=AdaptiveRefresh(20, 20),
+            max_block_size=96,
+            weight_decay=0.0,
+            betas=(0.9, 0.99),
+        )
+        rows = torch.Generator().manual_seed(1)
+        for _ in range(42):
+            before = parameter.detach().clone()
+            parameter.grad = torch.randn(3, 96, generator=rows) @ mix.mT
+            optimizer.step()
+        steps.append((parameter.detach() - before).flatten())
+    assert torch.nn.functional.cosine_similarity(*steps, dim=0) < 0.99

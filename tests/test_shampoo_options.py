@@ -7,18 +7,24 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+import torch
 from quadratic import gradient, optimizer_for, parameters
 
 from shampoo_core import (
     AdaGradGrafting,
     AdaptiveRefresh,
+    EighSolver,
     FixedRefresh,
     HeavyBall,
     NewtonDBSolver,
+    OrthogonalIterationSolver,
     RMSpropGrafting,
     SGDGrafting,
     ShampooConfig,
 )
+from shampoo_core.blocking import tiles_of
+from shampoo_core.preconditioners.axes import SIDES, inverse_exponents, preconditioned_axes
+from shampoo_core.stacks import StackSet
 
 SHAPE = (12, 9)
 TRUNCATED: dict[str, Any] = {"ridge": "truncate", "rtol": 1e-9, "eps": 0.0}
@@ -112,3 +118,49 @@ def test_a_test_of_eigenvectors_needs_a_solver_that_finds_them() -> None:
             preconditioner=ShampooConfig(solver=NewtonDBSolver()),
             refresh=AdaptiveRefresh(4),
         )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"refresh": AdaptiveRefresh(5, 1)},
+        {"refresh": FixedRefresh(5, 1), "solver": OrthogonalIterationSolver()},
+    ],
+)
+@pytest.mark.parametrize("grafting", ["auto", None])
+def test_roots_are_limited_in_whatever_basis_they_are_made(options: Any, grafting: Any) -> None:
+    """At an exponent that makes numbers of a tiny gradient that float32 cannot hold."""
+
+    def steps(refresh: Any, solver: Any = None) -> list[float]:
+        parameter = torch.nn.Parameter(torch.zeros(8, 8))
+        config = ShampooConfig(exponent=1.0, solver=EighSolver() if solver is None else solver)
+        optimizer = optimizer_for(
+            [parameter], preconditioner=config, refresh=refresh, grafting=grafting, weight_decay=0.0
+        )
+        generator = torch.Generator().manual_seed(0)
+        lengths = []
+        for _ in range(8):
+            before = parameter.detach().clone()
+            parameter.grad = torch.randn(8, 8, generator=generator) * 1e-10
+            optimizer.step()
+            lengths.append((parameter.detach() - before).norm().item())
+        return lengths
+
+    expected = steps(FixedRefresh(5, 1))
+    for length, wanted in zip(steps(**options), expected, strict=True):
+        assert 0.5 * wanted <= length <= 2.0 * wanted
+    assert min(expected) > (1e-5 if grafting else 0.0)
+
+
+def test_one_side_has_its_own_exponent_in_blocks_with_axes_of_length_one() -> None:
+    tiles = tiles_of(0, (100, 1025), 1024, "greedy")
+    stack_set = StackSet(tiles, dtype=torch.float32, device=torch.device("cpu"))
+    found = {}
+    for sides in SIDES:
+        axes = preconditioned_axes(stack_set, precondition_vectors=False, sides=sides)
+        exponents = inverse_exponents(stack_set, axes, None, sides)
+        shapes = [stack_set.layouts[axis.stack].block_shape for axis in axes]
+        found[sides] = set(zip(shapes, exponents, strict=True))
+    assert found["all"] == {((100, 1024), 0.25), ((100, 1), 0.25)}
+    assert found["first"] == {((100, 1024), 0.5), ((100, 1), 0.5)}
+    assert found["last"] == {((100, 1024), 0.5)}

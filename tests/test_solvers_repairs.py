@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from shampoo_core.solvers import (
     CoupledNewtonSolver,
     EighSolver,
+    OrthogonalIterationSolver,
     RootSolver,
 )
 
@@ -241,3 +243,22 @@ def test_a_root_too_large_for_float32_is_not_accepted() -> None:
         result = solver.inverse_root(matrices, 1.5)
         assert result.accepted.tolist() == [False, True]
         assert result.roots.isfinite().all()
+
+
+@pytest.mark.parametrize("has_start", [False, True])
+@pytest.mark.parametrize("falls_back", [False, True])
+def test_roots_in_a_basis_that_could_not_be_found_are_not_accepted(
+    has_start: bool, falls_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, _ = torch.linalg.qr(torch.randn(2, 6, 6, generator=generator))
+    matrix = (vectors[:1] * torch.logspace(0, -3, 6)) @ vectors[:1].mT
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.linalg.LinAlgError("no")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    solver = OrthogonalIterationSolver(eigh_fallback=falls_back)
+    result = solver.inverse_root(matrix, 0.25, warm_start=vectors[1:] if has_start else None)
+    assert result.accepted.tolist() == [False]
+    assert torch.isfinite(result.roots).all()

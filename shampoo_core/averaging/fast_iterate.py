@@ -60,6 +60,11 @@ class ScheduleFree:
         return True
 
     @property
+    def extrapolates(self) -> bool:
+        """Whether evaluated weights lie beyond the training weights, as they are held, seen from z."""
+        return True
+
+    @property
     def leaves_decay(self) -> bool:
         """See `AveragingConfig`: decay is of one of two iterates."""
         return False
@@ -105,6 +110,11 @@ class PrimalAveraging:
     @property
     def averages(self) -> bool:
         """See `AveragingConfig`."""
+        return True
+
+    @property
+    def extrapolates(self) -> bool:
+        """As of `ScheduleFree`."""
         return True
 
     @property

@@ -62,32 +62,38 @@ def axes_with_factor(
     order = len(block_shape)
     if order == 1 and not precondition_vectors:
         return []
-    wanted = {"all": range(order), "first": range(1), "last": range(order - 1, order)}[sides]
     return [
         axis
-        for axis in wanted
+        for axis in _asked_for(order, sides)
         if (max_factor_dimension is None or block_shape[axis] <= max_factor_dimension)
         and (block_shape[axis] > 1 or order == 1)
     ]
 
 
+def _asked_for(order: int, sides: Sides) -> range:
+    return {"all": range(order), "first": range(1), "last": range(order - 1, order)}[sides]
+
+
 def inverse_exponents(
-    stack_set: StackSet, axes: Sequence[FactorAxis], override: ExponentOverride
+    stack_set: StackSet, axes: Sequence[FactorAxis], override: ExponentOverride, sides: Sides
 ) -> list[float]:
     """Exponent e > 0 of the inverse root A^(-e) of every preconditioned axis.
 
     The default is 1/(2k) for a block of order k (Gupta et al. 2018), and for a block with factors on
-    some of its axes only, k is their number: 1/2 for one side of a matrix.
+    some of its axes only, k is their number: 1/2 for one side of a matrix. An axis of length 1 counts as if
+    it had one, if ``sides`` asks for it: it is a short block beside others of the same matrix.
 
     Args:
         stack_set: Geometry.
         axes: From `preconditioned_axes`.
         override: One exponent, or one per order; None means the default.
+        sides: As of `preconditioned_axes`.
     """
     exponents = []
     for axis in axes:
         with_factor = sum(other.stack == axis.stack for other in axes)
-        numbers = sum(side == 1 for side in stack_set.layouts[axis.stack].block_shape)
+        block_shape = stack_set.layouts[axis.stack].block_shape
+        numbers = sum(block_shape[other] == 1 for other in _asked_for(axis.order, sides))
         default = 0.5 / min(axis.order, with_factor + numbers)
         if isinstance(override, Mapping):
             exponents.append(override.get(axis.order, default))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from shampoo_core.config import check_object, check_range
-from shampoo_core.preconditioners.axes import ExponentOverride, inverse_exponents
+from shampoo_core.preconditioners.axes import ExponentOverride, Sides, inverse_exponents
 from shampoo_core.solvers import BasisSolver, RootSolver
 from shampoo_core.stacks import StackSet
 from shampoo_core.statistics import FactorAxis
@@ -64,6 +64,7 @@ def check_default_exponents(
     stack_set: StackSet,
     axes: Sequence[FactorAxis],
     override: ExponentOverride,
+    sides: Sides,
 ) -> None:
     """Raise unless ``solver`` can do the exponent of every factor.
 
@@ -73,11 +74,13 @@ def check_default_exponents(
         stack_set: Geometry.
         axes: From `preconditioned_axes`.
         override: See `inverse_exponents`.
+        sides: Likewise.
 
     Raises:
         ValueError: Its method cannot do one of them; the message names a block.
     """
-    for axis, exponent in zip(axes, inverse_exponents(stack_set, axes, override), strict=True):
+    exponents = inverse_exponents(stack_set, axes, override, sides)
+    for axis, exponent in zip(axes, exponents, strict=True):
         shape = stack_set.layouts[axis.stack].block_shape
         why = f", of blocks {shape}; a smaller target_order makes them matrices"
         _check_exponent(owner, solver, exponent, why)

@@ -202,11 +202,14 @@ class FactorMatrices:
         for group, solution in zip(groups, solutions, strict=True):
             new += solution.matrices.split([item.stop - item.start for item in group])
         self._store.blend(slices, new, weights)
-        refreshes = self.ready.num_refreshes
-        torch._foreach_add_(_slices(refreshes, slices), list(accepted.split(counts)))
-        # What never had a gradient has no root or basis to find.
-        failed = ~accepted & self._factors.are_known(slices)
-        torch._foreach_add_(_slices(self.num_failures, slices), list(failed.split(counts)))
+        known, failed = self._factors.are_known(slices), ~accepted
+        if known is not None:
+            failed &= known  # what never had a gradient has no root or basis to find
+        counters = [self.ready.num_refreshes, self.num_failures]
+        torch._foreach_add_(
+            [count for kind in counters for count in _slices(kind, slices)],
+            [*accepted.split(counts), *failed.split(counts)],
+        )
         self.ready.recount()
 
     def _batches(self, due: Sequence[FactorSlice]) -> list[Batch]:

@@ -163,7 +163,7 @@ class PerFactorCorrected:
             storage=config.storage,
             portion_numel=options.max_wave_numel,
         )
-        exponents = inverse_exponents(stack_set, axes, config.exponent)
+        exponents = inverse_exponents(stack_set, axes, config.exponent, "all")
         self._exponents = self._per_factor(exponents)
         limits = root_limits(stack_set, axes, exponents)
         self._limits: Tensor | None = None
@@ -205,6 +205,7 @@ class PerFactorCorrected:
         stale = self.bases.stale(
             due,
             self._refresh.tolerance,
+            new_too=True,  # until then the block follows the grafting method
             first=step <= self._refresh.settled_step,
             asks=solver.warm_starts or self.grafting is not None,
         )

@@ -170,8 +170,9 @@ class ShampooConfig:
             ValueError: The refresh policy tests eigenvectors and the solver finds none, or it cannot do
                 an exponent that a block needs.
         """
+        whole = stack_set.whole
         check_default_exponents(
-            "ShampooConfig", self.solver, stack_set.whole, self.axes(stack_set.whole), self.exponent
+            "ShampooConfig", self.solver, whole, self.axes(whole), self.exponent, self.sides
         )
         if refresh.tolerance > 0.0 and not self.solver.finds_eigenvectors:
             raise ValueError(
@@ -210,7 +211,7 @@ class Shampoo:
             storage=config.storage,
             all_axes=config.axes(stack_set.whole),
         )
-        exponents = inverse_exponents(stack_set, axes, config.exponent)
+        exponents = inverse_exponents(stack_set, axes, config.exponent, config.sides)
         create = partial(
             FactorMatrices,
             stack_set,
@@ -218,8 +219,9 @@ class Shampoo:
             exponents,
             storage=config.storage,
             portion_numel=options.max_wave_numel,
+            limits=root_limits(stack_set, axes, exponents),
         )
-        self.roots = create(kind="roots", limits=root_limits(stack_set, axes, exponents))
+        self.roots = create(kind="roots")
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver
         continues from it."""

@@ -119,11 +119,15 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
             regularizations.append(
                 check_regularization(batch, exponent, rank_tolerance, ridge, relative_ridge)
             )
-        bases = [basis.eigenvectors for basis in self.bases(batches, warm_starts)]
-        tasks = list(zip(batches, exponents, regularizations, bases, strict=True))
+        bases = self.bases(batches, warm_starts)
+        vectors = [basis.eigenvectors for basis in bases]
+        tasks = list(zip(batches, exponents, regularizations, vectors, strict=True))
         results = [_root_in_basis(*task) for task in tasks]
-        if warm_starts is None or not results:  # already eigendecompositions
-            return [RootResult(root, usable, basis) for root, usable, _, basis in results]
+        if warm_starts is None or not results:  # already eigendecompositions, or the identity
+            return [
+                _accepted(result, result.usable & basis.accepted)
+                for result, basis in zip(results, bases, strict=True)
+            ]
         failed = [r.usable & (r.residual > self.residual_bound) for r in results]
         if self.eigh_fallback and torch.cat(failed).any().item():  # the host synchronisation
             exact = EighSolver().bases([b[mask] for b, mask in zip(batches, failed, strict=True)])
@@ -134,10 +138,10 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
                 )
                 for old, new in zip(result, repaired, strict=True):
                     old[mask] = new
-                mask.zero_()
+                mask[mask.clone()] = ~basis.accepted
         return [
-            RootResult(root.masked_fill_(mask[:, None, None], 0.0), usable & ~mask, basis)
-            for (root, usable, _, basis), mask in zip(results, failed, strict=True)
+            _accepted(result, result.usable & ~mask)
+            for result, mask in zip(results, failed, strict=True)
         ]
 
     def without_fallback(self) -> OrthogonalIterationSolver:
@@ -195,6 +199,11 @@ def _root_in_basis(
         residual = torch.linalg.vector_norm(coupling, float("inf"), dim=(-2, -1))
         roots = torch.bmm(eigenvectors * powers[:, None, :], eigenvectors.mT)
         return _RootInBasis(roots, usable, residual, eigenvectors)
+
+
+def _accepted(result: _RootInBasis, accepted: Tensor) -> RootResult:
+    roots = result.roots.masked_fill_(~accepted[:, None, None], 0.0)
+    return RootResult(roots, accepted, result.eigenvectors)
 
 
 def _orthonormalized(matrices: Tensor) -> Tensor:
