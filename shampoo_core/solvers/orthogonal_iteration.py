@@ -125,7 +125,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         results = [_root_in_basis(*task) for task in tasks]
         if warm_starts is None or not results:  # already eigendecompositions, or the identity
             return [
-                _accepted(result, result.usable & basis.accepted)
+                _accepted(result, result.usable & self._is_good(result, basis))
                 for result, basis in zip(results, bases, strict=True)
             ]
         failed = [r.usable & (r.residual > self.residual_bound) for r in results]
@@ -138,11 +138,15 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
                 )
                 for old, new in zip(result, repaired, strict=True):
                     old[mask] = new
-                mask[mask.clone()] = ~basis.accepted
+                mask[mask.clone()] = ~self._is_good(repaired, basis)
         return [
             _accepted(result, result.usable & ~mask)
             for result, mask in zip(results, failed, strict=True)
         ]
+
+    def _is_good(self, result: _RootInBasis, basis: BasisResult) -> Tensor:
+        """Whether a basis is one: what failed is the identity, which is one of the zero matrix alone."""
+        return basis.accepted | (result.residual <= self.residual_bound)
 
     def without_fallback(self) -> OrthogonalIterationSolver:
         """See :meth:`RootSolver.without_fallback`."""
