@@ -32,8 +32,9 @@ FORMAT_VERSION = 2
 """2: parameter groups say whose state was allocated when (`ARRIVALS`)."""
 
 ARRIVALS = "arrivals"
-"""Entry of a parameter group: lists of the parameters whose state was allocated together, by index, in the
-order of allocation. What ranks see of the state itself differs; this they all have."""
+"""Entry of a parameter group: a number for each parameter, the same for those whose state was allocated
+together, in the order of allocation; -1 where there is none yet. What ranks see of the state itself
+differs; this they all have. A list of numbers, for torch's helpers take others apart."""
 
 TRAINING_WEIGHTS = "training_weights"
 """State entry that holds a parameter's training weights while it shows those to evaluate."""
@@ -127,7 +128,7 @@ def gather_states(
 _WHY_MISSING = (
     ". A full state dict of several ranks needs gather_state() before it is made; torch's checkpoint "
     "helpers restore what exists here: a parameter that had state when saved needs it before they load, "
-    "from construction or from a gradient"
+    "from construction or from a gradient, and requires_grad"
 )
 
 
@@ -155,7 +156,7 @@ def with_outer_entries(owner: str, state_dict: Mapping[str, Any]) -> dict[str, A
     if "state" in outer and groups and all(ARRIVALS in group for group in groups):
         entries = outer["state"].values()
         outer.setdefault("evaluates", any(TRAINING_WEIGHTS in of_one for of_one in entries))
-        outer.setdefault("complete", True)
+        outer.setdefault("complete", None)  # who has what, they do not say
         outer.setdefault("format_version", FORMAT_VERSION)
     missing = {"state", "param_groups", "evaluates", "format_version"} - set(outer)
     if missing:
@@ -182,11 +183,13 @@ def _check_keys(owner: str, state_dict: Mapping[str, Any]) -> None:
             "its groups"
         )
     for index, group in enumerate(state_dict["param_groups"]):
-        indices = [number for batch in group.get(ARRIVALS, [[-1]]) for number in batch]
-        if sorted(set(indices) & set(range(len(group["params"])))) != sorted(indices):
+        arrivals = group.get(ARRIVALS, ())
+        if len(arrivals) != len(group["params"]) or not all(
+            isinstance(number, int) and number >= -1 for number in arrivals
+        ):
             raise ValueError(
-                f"{owner}: {ARRIVALS} of group {index} of the checkpoint must be lists of its parameters, "
-                f"each in one, got {group.get(ARRIVALS)!r}"
+                f"{owner}: {ARRIVALS} of group {index} of the checkpoint must be a whole number from -1 on "
+                f"for each of its {len(group['params'])} parameters, got {arrivals!r}"
             )
 
 
@@ -238,7 +241,7 @@ def changed_entries(
     return {
         name: copy.deepcopy(value)
         for name, value in saved.items()
-        if name not in ("params", "param_names", *constants)
+        if name not in ("params", "param_names", ARRIVALS, *constants)
         and (name in (*CHANGEABLE, "step") or type(value) is type(group.get(name, value)))
     }
 
@@ -279,7 +282,7 @@ def matching_entries(
     saved: Mapping[str, Tensor],
     all_blocks: Collection[str],
     *,
-    is_complete: bool,
+    is_complete: bool | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Pair the state of a parameter's blocks with the saved one, or raise unless that fits.
 
@@ -288,7 +291,7 @@ def matching_entries(
         own: State of the blocks that this rank owns.
         saved: State of all blocks.
         all_blocks: Prefixes of all blocks, owned or not.
-        is_complete: Whether the checkpoint says that it has the state of all blocks.
+        is_complete: Whether the checkpoint has the state of all blocks; None if it does not say.
 
     Returns:
         Own and saved tensor of every entry.
@@ -304,11 +307,12 @@ def matching_entries(
         for name in set(saved) - set(own)
         if _block_of(name) in own_blocks or _block_of(name) not in all_blocks
     )
-    if missing and not is_complete:
+    if missing and is_complete is False:
         raise ValueError(
             f"{owner}: the checkpoint has no {missing[0]}: it was saved by one rank of several, with "
-            "the state of its own blocks alone. Call gather_state() on all ranks before rank 0 "
-            "saves, or save with torch.distributed.checkpoint"
+            "the state of its own blocks alone, or by several, together, of parameters that came at other "
+            "times than here. Call gather_state() on all ranks before rank 0 saves, or save with "
+            "torch.distributed.checkpoint, and load into an optimizer whose parameters came alike"
         )
     if missing or unknown:
         raise ValueError(

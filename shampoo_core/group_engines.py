@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from shampoo_core.allocation import make_engines
-from shampoo_core.checkpoint import ARRIVALS, block_names, block_views, matching_entries
+from shampoo_core.checkpoint import (
+    ARRIVALS,
+    block_names,
+    block_views,
+    matching_entries,
+    without_training_weights,
+)
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges
 from shampoo_core.groups import CHANGEABLE, OWNER, state_dtype
@@ -65,7 +71,8 @@ class GroupEngines:
         self._arrivals = dict(arrivals)
         self._known = {index for indices in arrivals for index in indices}
         self.engines = [engine for engines in arrivals.values() for engine in engines]
-        self.group[ARRIVALS] = [list(indices) for indices in arrivals]
+        number_of = {index: number for number, some in enumerate(arrivals) for index in some}
+        self.group[ARRIVALS] = [number_of.get(i, -1) for i in range(len(self._parameters))]
 
     def allocate(self, indices: Sequence[int]) -> None:
         """Allocate this rank's share of the state of some more parameters, by index in the group."""
@@ -123,9 +130,9 @@ class GroupEngines:
         self,
         number: int,
         states: Sequence[Mapping[str, Tensor]],
-        arrivals: Sequence[Sequence[int]],
+        arrivals: Sequence[int],
         *,
-        is_complete: bool,
+        is_complete: bool | None,
     ) -> Fitted:
         """Engines that a saved state fits: of parameters that had state then, allocated together as then.
 
@@ -136,20 +143,32 @@ class GroupEngines:
             number: Of the group, for messages.
             states: Saved state by parameter.
             arrivals: Saved with the group; the same on all ranks, which need the same engines.
-            is_complete: Whether the state is that of all ranks.
+            is_complete: Whether the state is that of all ranks; None if nobody knows, as of torch's
+                helpers, which leave out what is frozen here.
 
         Raises:
             ValueError: It does not fit; the message names the parameter and the entry.
         """
-        together = [tuple(indices) for indices in arrivals]
-        fitting = {
-            indices: self._arrivals[indices] if indices in self._arrivals else self._make(indices)
-            for indices in together
-        }
+        left_out = set()
+        if is_complete is None:
+            left_out = {i for i, p in enumerate(self._parameters) if not p.requires_grad}
+        arrived = {i for i, number in enumerate(arrivals) if number >= 0} - left_out
+        # What ranks read each for itself is of the blocks that they own here.
+        is_of_ranks = not is_complete and self._exchanges.group is not None
+        if is_of_ranks and self._known - left_out == arrived:
+            fitting = self._arrivals
+        else:
+            together = (
+                tuple(i for i in sorted(arrived) if arrivals[i] == number)
+                for number in sorted({arrivals[i] for i in arrived})
+            )
+            fitting = {some: self._arrivals.get(some) or self._make(some) for some in together}
         engines = [engine for some in fitting.values() for engine in some]
         views = views_of(engines)
         pairs = []
         for index, state in enumerate(states):
+            if index in left_out and not without_training_weights(state):
+                continue
             pairs += matching_entries(
                 f"{OWNER}: group {number}, parameter {index}",
                 views.get(index, {}),

@@ -78,7 +78,10 @@ class MovingAverage:
     def absorb(self, gradients: StackedGradients) -> None:
         """Average in the gradients themselves."""
         average = self.average
-        if self._decaying(gradients) is None and self.decay < 1.0:
+        if not self._corrects and self.decay < 1.0:
+            gains = self._stack_set.split(self.gain * gradients.is_open)
+            torch._foreach_lerp_(average, gradients.stacks, gains)
+        elif self._decaying(gradients) is None and self.decay < 1.0:
             torch._foreach_lerp_(average, gradients.stacks, self.gain)
         else:
             self._decay(average, gradients)

@@ -86,7 +86,7 @@ def test_a_resumed_run_keeps_the_schedules_of_parameters_that_came_late(is_froze
         parameter.requires_grad_(not is_frozen)
     other = optimizer_for(resumed, **options)
     other.load_state_dict(state)
-    assert state["param_groups"][0]["arrivals"] == [[0], [1], [2]]
+    assert state["param_groups"][0]["arrivals"] == [0, 1, 2]
     for parameter in resumed:
         parameter.requires_grad_(True)
     run(optimizer, params, range(4, 14))

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,7 +27,7 @@ from shampoo_core import DistributedShampoo, FixedRefresh, WeightEMA
 # fully_shard of older torch needs a GPU.
 SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 KINDS = ("plain", "replicated", "sharded") if SHARDS else ("plain", "replicated")
-FLOWS = ("full", "by rank", "by rank, saved", "by rank, flat")
+FLOWS = ("full", "by rank", "by rank, saved", "by rank, flat", "stateful")
 STOP, STEPS = 4, 7
 
 
@@ -71,18 +72,28 @@ def take_weights(model: nn.Module, other: nn.Module) -> None:
             own.copy_(weight)
 
 
-def through_torch(folder: str) -> dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]]:
-    """By kind and flow: weights of a run, and of one that torch's helpers resumed."""
+def through_torch(
+    folder: str, comes_late: bool
+) -> dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]]:
+    """By kind and flow: weights of a run, and of one that torch's helpers resumed.
+
+    With ``comes_late`` a layer is unfrozen on the way, and trainable from the beginning where it is
+    resumed, so that blocks have other owners; what each rank has in memory is of no use then.
+    """
     found = {}
-    for kind, flow in itertools.product(KINDS, FLOWS):
-        model = model_of(kind)
+    flows = [flow for flow in FLOWS if not comes_late or flow not in ("by rank", "by rank, flat")]
+    for kind, flow in itertools.product(KINDS, flows):
+        model = model_of(kind, frozen=comes_late)
         optimizer = optimizer_of(model, averaging=WeightEMA(0.9))
-        train(model, optimizer, range(1, STOP))
+        train(model, optimizer, range(1, STOP - 1))
+        model.requires_grad_(True)
+        train(model, optimizer, range(STOP - 1, STOP))
         resumed = model_of(kind)
         take_weights(resumed, model)
         other = optimizer_of(resumed, averaging=WeightEMA(0.9))
         _hand_over(flow, model, optimizer, resumed, other, f"{folder}/{kind}, {flow}")
-        assert optimizer.param_groups[0]["arrivals"] == other.param_groups[0]["arrivals"]
+        numbers = [o.param_groups[0]["arrivals"] for o in (optimizer, other)]
+        assert max(numbers[0]) == comes_late and max(numbers[1]) == 0
         for own, trained in ((model, optimizer), (resumed, other)):
             train(own, trained, range(STOP, STEPS))
             trained.eval()
@@ -99,6 +110,10 @@ def _hand_over(
     other: DistributedShampoo,
     folder: str,
 ) -> None:
+    if flow == "stateful":
+        dcp.save({"optimizer": optimizer}, checkpoint_id=folder)
+        dcp.load({"optimizer": other}, checkpoint_id=folder)
+        return
     if flow == "full":
         optimizer.gather_state()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -114,11 +129,12 @@ def _hand_over(
     set_optimizer_state_dict(resumed, other, state, options=options)
 
 
-def test_helpers_of_torch_bring_all_ranks_the_same_state(tmp_path: Path) -> None:
-    for found in on_ranks(2, tmp_path / "ranks", through_torch, str(tmp_path)):
-        for case, (expected, resumed) in found.items():
-            for a, b in zip(expected, resumed, strict=True):
-                assert torch.equal(a, b), case
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_helpers_of_torch_bring_all_ranks_the_same_state(comes_late: bool, tmp_path: Path) -> None:
+    ranks = on_ranks(2, tmp_path / "ranks", through_torch, str(tmp_path), comes_late)
+    for case, (expected, resumed) in (item for found in ranks for item in found.items()):
+        for a, b in zip(expected, resumed, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.0, atol=1e-12 * comes_late, msg=str(case))
 
 
 def loaded_by_two(folder: str) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from runner_calls import Runner
 from tiny_runner import SUBMISSION, write_submission
 
 from workloads_smoke import run_flags
+from workloads_smoke.errors import UserError
 from workloads_smoke.locks import sole_user
+from workloads_smoke.plan import make_folders
 
 
 @pytest.fixture
@@ -185,6 +188,18 @@ def test_a_trial_that_another_process_trains_is_left_alone(
         assert f"error: another process is training in {runner.trial()}; " in errors
     assert {path: path.read_bytes() for path in runner.trial().iterdir()} == before
     assert runner.call(max_global_steps=1, **{flag: True}) == 0
+
+
+def test_nothing_is_deleted_where_anything_is_in_use(runner: Runner) -> None:
+    folders = [runner.trial().parent, runner.trial().parent.with_name("tiny_too_pytorch")]
+    for folder in folders:
+        (folder / "trial_1").mkdir(parents=True)
+    requests: list[Any] = [SimpleNamespace(folder=folder / "trial_1") for folder in folders]
+    with sole_user(folders[1] / "trial_1"), pytest.raises(UserError, match="another process"):
+        make_folders(requests, overwrite=True)
+    assert all((folder / "trial_1").is_dir() for folder in folders)
+    make_folders(requests, overwrite=True)
+    assert not any((folder / "trial_1").exists() for folder in folders)
 
 
 def test_the_same_files_by_other_paths_are_resumed(

@@ -50,6 +50,12 @@ def test_flags_that_differ_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_flags_that_a_log_does_not_have_differ_from_none(tmp_path: Path) -> None:
+    trial(tmp_path, "ours", flags=OWN, metadata={})
+    trial(tmp_path, "official", ended=False, flags={"framework": "pytorch"}, metadata={})
+    assert notes(tmp_path) == []
+
+
 def test_data_of_several_pythons_are_named(tmp_path: Path) -> None:
     first = {"workload.text_fingerprint": "a", "python_version": "3.11.7"}
     trial(tmp_path, "ours", flags=OWN, metadata=first | {"workload.caveat": "rough"})

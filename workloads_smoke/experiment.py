@@ -1,6 +1,5 @@
 """The folder of an experiment: may it be used, and what is already in it."""
 
-import contextlib
 import datetime
 import re
 import shutil
@@ -10,7 +9,6 @@ from typing import Any
 
 from workloads_smoke.errors import UserError
 from workloads_smoke.folders import check_folder
-from workloads_smoke.locks import sole_user
 from workloads_smoke.logs import OUTCOME, read_json_object
 
 # Flags that decide what a trial's numbers mean: a folder holds trials of one value each. Those of
@@ -59,15 +57,8 @@ def check_folders(folders: list[Path], overwrite: bool, resume: bool) -> None:
 
 
 def make_folder(folder: Path, overwrite: bool) -> None:
-    """Make a workload's folder, deleting what is in it if told so.
-
-    Raises:
-        UserError: A process is training in what should be deleted.
-    """
+    """Make a workload's folder, deleting what is in it if told so."""
     if overwrite and folder.exists():
-        with contextlib.ExitStack() as stack:
-            for trial in folder.glob("trial_*"):
-                stack.enter_context(sole_user(trial))
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
 

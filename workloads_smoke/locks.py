@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from absl import logging
+
 from workloads_smoke.errors import UserError
 
 
@@ -26,6 +28,9 @@ def sole_user(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is training in {folder}; wait until it has ended, or start elsewhere"
             ) from None
+        except OSError as error:
+            # Such as NFS, which locks no folders.
+            logging.warning("%s cannot be locked (%s): start nothing else in it", folder, error)
         yield
     finally:
         os.close(descriptor)

@@ -15,6 +15,8 @@ WAVES_OF_LARGEST_STACK = 2
 SMALLEST_BLOCK_SIZE = 128
 LEAST_SAVING = 0.01
 """Of the memory, for a change to be worth a line."""
+FEWER_SHARING = (1, 2, 4, 8, 16)
+"""Parts of the ranks that are tried as those that share."""
 LEAST_SPEED_UP = 0.1
 """Of a mean step, for fewer ranks that share to be worth a line."""
 
@@ -63,7 +65,7 @@ def alternatives(request: Request, plan: Plan) -> list[Change]:
 
 
 def quickest_sharing(request: Request, plan: Plan) -> Change | None:
-    """How many ranks should share the work for the shortest mean step; None if no number does much better.
+    """How many ranks should share the work for a shorter mean step; None if no number does much better.
 
     More ranks compute less each, but what is sent to all of them does not get less with their number, is as
     long as the longest message of any, and leaves a machine. Fewer keep more state each.
@@ -71,9 +73,10 @@ def quickest_sharing(request: Request, plan: Plan) -> Change | None:
     placement = request.placement
     request = dataclasses.replace(request, step_ms=None)
     changes = [
-        _changed(request, [_sharing(sharing)])
-        for sharing in range(placement.num_shards, placement.world_size + 1, placement.num_shards)
-        if placement.world_size % sharing == 0 and sharing != placement.num_owners
+        _changed(request, [_sharing(placement.world_size // fewer)])
+        for fewer in FEWER_SHARING
+        if placement.world_size % (fewer * placement.num_shards) == 0
+        and placement.world_size // fewer != placement.num_owners
     ]
     better = [
         change

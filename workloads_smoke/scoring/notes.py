@@ -109,7 +109,8 @@ def notes_on_flags(trials: Sequence[Trial]) -> list[str]:
         for flag in _COMPARED_FLAGS:
             values: dict[str, set[str]] = {}
             for trial in own:
-                values.setdefault(str(trial.flags.get(flag)), set()).add(trial.submission)
+                if flag in trial.flags:  # the official harness has others, so have older logs
+                    values.setdefault(str(trial.flags[flag]), set()).add(trial.submission)
             if len(values) > 1:
                 who = [f"{value} ({', '.join(sorted(names))})" for value, names in values.items()]
                 notes.append(f"{workload} was run with different --{flag}: {', '.join(who)}")
