@@ -168,7 +168,8 @@ class StaggeredRefresh:
         """See `RefreshPolicy`."""
         if step < self.first_step:
             return []
-        return list(_stagger(sizes, self.interval)[(step - self.first_step) % self.interval])
+        phase = (step - self.first_step) % self.interval
+        return list(_stagger(sizes, self.interval).get(phase, ()))
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,8 @@ each other. On a small graph network 210 and 240 steps (two seeds) where three s
 @functools.cache
 def _stagger(
     sizes: tuple[FactorStackSize, ...], interval: int
-) -> tuple[tuple[FactorSlice, ...], ...]:
-    """Spread factors over the interval's phases, largest first onto the least loaded phase.
+) -> dict[int, tuple[FactorSlice, ...]]:
+    """Spread factors over the interval's phases, largest first onto the least loaded; those that have any.
 
     Of the ``interval`` phases as many are used, evenly spaced, as keep a share of `SMALLEST_SHARE`:
     a small model's factors would otherwise be solved one by one, at the price of a batch each.
@@ -282,12 +283,10 @@ def _stagger(
             load, phase = heapq.heappop(loads)
             shares[stack, phase] = shares.get((stack, phase), 0) + 1
             heapq.heappush(loads, (load + float(sizes[stack].dimension) ** 3, phase))
-    phases: list[list[FactorSlice]] = [[] for _ in range(interval)]
-    for stack in range(len(sizes)):
-        start = 0
-        for phase in range(interval):
-            count = shares.get((stack, phase), 0)
-            if count:
-                phases[phase].append(FactorSlice(stack, start, start + count))
-                start += count
-    return tuple(tuple(phase) for phase in phases)
+    phases: dict[int, list[FactorSlice]] = {}
+    starts = [0] * len(sizes)
+    for (stack, phase), count in sorted(shares.items()):
+        slices = phases.setdefault(phase, [])
+        slices.append(FactorSlice(stack, starts[stack], starts[stack] + count))
+        starts[stack] += count
+    return {phase: tuple(slices) for phase, slices in phases.items()}

@@ -389,6 +389,7 @@ def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None
         (lambda: Placement(8, "fsdp2", ranks_per_group=4), "multiple of the 8 ranks"),
         (lambda: Placement(2, "zero"), "sharding"),  # type: ignore[arg-type]
         (lambda: Request(SMALL, memory_gib=0.0), "memory_gib"),
+        (lambda: Request(SMALL, refresh_interval=10**9), "refresh_interval must lie in"),
         (lambda: Request([NamedShape("w", (0, 3))]), "at least one element"),
         (lambda: named_model("unknown"), "workload must be one of"),
     ],

@@ -286,3 +286,10 @@ def test_first_direction_after_an_early_basis_is_finite() -> None:
     optimizer.step()
     moved = (params[0].detach() - before).norm().item()
     assert 0 < moved <= 0.011 * math.sqrt(60)
+
+
+def test_an_interval_that_never_ends_costs_nothing() -> None:
+    sizes = (FactorStackSize(3, 1024), FactorStackSize(5, 512))
+    policy = StaggeredRefresh(10**9)
+    due = policy.due(1, sizes)
+    assert due and policy.due(2, sizes) == []

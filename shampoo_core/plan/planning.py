@@ -14,7 +14,7 @@ from shampoo_core.averaging import AveragingConfig
 from shampoo_core.config import check_count, check_flags, check_range
 from shampoo_core.model_shapes import NamedShape, num_elements
 from shampoo_core.plan.devices import DEVICES, Device
-from shampoo_core.plan.intervals import Times, reason, shortest_interval
+from shampoo_core.plan.intervals import LONGEST_INTERVAL, Times, reason, shortest_interval
 from shampoo_core.plan.layout import (
     TABLE_ROWS,
     MethodBlocks,
@@ -55,7 +55,7 @@ class Request:
         max_block_size: Longest side of a block.
         max_wave_numel: As of the optimizer: most numbers stepped at once; None is all, ``"auto"`` all or
             2^27, see `DistributedShampoo`.
-        refresh_interval: Steps from one refresh of a factor to its next.
+        refresh_interval: Steps from one refresh of a factor to its next, at most 10,000.
         table_rows: A parameter with a side of as many or more is a lookup table, in a group of its own and
             stepped by Adam, as the submission has it; None takes none for one.
         gradient_as_bucket_view: As of torch's DDP: whether gradients lie in the buckets that it averages
@@ -100,6 +100,9 @@ class Request:
         if self.max_wave_numel != "auto":
             check_count("Request", "max_wave_numel", self.max_wave_numel, optional=True)
         check_count("Request", "refresh_interval", self.refresh_interval)
+        check_range(
+            "Request", "refresh_interval", self.refresh_interval, low=1, high=LONGEST_INTERVAL
+        )
         check_count("Request", "table_rows", self.table_rows, optional=True)
         check_range("Request", "weight_decay", self.weight_decay, low=0.0)
         if self.step_ms is not None:
