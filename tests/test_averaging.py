@@ -12,6 +12,7 @@ from quadratic import assert_same, gradient, optimizer_for, parameters, run
 from test_state import saved
 
 from shampoo_core import (
+    AdamConfig,
     FixedRefresh,
     HeavyBall,
     LatestWeightAverage,
@@ -182,3 +183,62 @@ def test_weights_too_coarse_to_be_extrapolated_are_warned_of(
         optimizer_for(parameters([(4, 4)], dtype=dtype), averaging=averaging, betas=(0.0, 0.9))
         is_warned = dtype == torch.bfloat16 and not isinstance(averaging, WeightEMA)
         assert ("torch.bfloat16" in caplog.text) == is_warned
+
+
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        HeavyBall(0.9),
+        HeavyBall(0.8, dampening=0.5, nesterov=True),
+        ScheduleFree(step_power=1.0),
+        ScheduleFree(decay_at="z_holding_y"),
+        PrimalAveraging(),
+    ],
+)
+def test_steps_without_a_gradient_do_not_count(averaging: Any) -> None:
+    """Rates of these, the largest of all, neither: as in an optimizer that is not called then."""
+    options: dict[str, Any] = {"averaging": averaging, "betas": (0.0, 0.9), "weight_decay": 0.1}
+    params, alone = parameters([(6, 4), (3,)]), parameters([(6, 4)])
+    options["preconditioner"] = AdamConfig()
+    optimizer, other = optimizer_for(params, **options), optimizer_for(alone, **options)
+    for step in range(1, 10):
+        is_missing = step in (3, 4, 7)
+        rate = 0.5 if is_missing else 0.05 / step
+        optimizer.param_groups[0]["lr"] = other.param_groups[0]["lr"] = rate
+        grad = gradient(params[0], step, 0)
+        params[0].grad = None if is_missing else grad
+        params[1].grad = gradient(params[1], step, 1)
+        optimizer.step()
+        if not is_missing:
+            alone[0].grad = grad.clone()
+            other.step()
+        assert_same(params[:1], alone, 1e-13)
+    optimizer.eval()
+    other.eval()
+    assert_same(params[:1], alone, 1e-13)
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_a_parameter_that_was_never_stepped_is_evaluated_as_it_is(name: str) -> None:
+    params = parameters([(6, 4), (3,)])
+    optimizer = optimizer_for(params, averaging=AVERAGING[name], betas=(0.0, 0.9))
+    before = params[1].detach().clone()
+    run(optimizer, params[:1], range(1, 5))
+    optimizer.eval()
+    assert_same(params[1:], [before])
+
+
+def test_all_of_a_schedule_free_average_is_saved() -> None:
+    """Weights of steps hang on their number and on the largest rate of all."""
+    options: dict[str, Any] = {"averaging": ScheduleFree(step_power=1.0), "betas": (0.0, 0.9)}
+    params, resumed = parameters([(6, 4)]), parameters([(6, 4)])
+    optimizer, other = optimizer_for(params, **options), optimizer_for(resumed, **options)
+    optimizer.param_groups[0]["lr"] = 0.5
+    run(optimizer, params, range(1, 5))
+    other.load_state_dict(saved(optimizer))
+    resumed[0].data.copy_(params[0])
+    for own, weights in ((optimizer, params), (other, resumed)):
+        own.param_groups[0]["lr"] = 0.01
+        run(own, weights, range(5, 8))
+        own.eval()
+    assert_same(params, resumed)
