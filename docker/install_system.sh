@@ -30,6 +30,7 @@ else
     ./configure --enable-optimizations
     make -j"$(nproc)"
     make altinstall
+    cd /  # pip needs a working directory that is there
     rm -rf /tmp/Python-*
 fi
 rm -rf /var/lib/apt/lists/*
