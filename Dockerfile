@@ -11,7 +11,7 @@
 #   docker build -t algoperf-shampoo-cpu --build-arg BASE_IMAGE=debian:bookworm-slim \
 #       --build-arg HARNESS_EXTRAS=pytorch_cpu,jax_cpu,full .
 #
-# With a local checkout of the harness: put it into docker/harness/ (see the README there).
+# With a local checkout of the harness: put it into docker/harness/ (see ABOUT.md there).
 # The defaults are the official image's: base, Python, torch and the harness at v0.6.
 
 ARG BASE_IMAGE=nvidia/cuda:12.9.0-cudnn-devel-ubuntu20.04

@@ -184,7 +184,8 @@ if [[ -e $experiment_dir/${option[experiment_name]}/${option[workload]}_pytorch 
     fail "there is an experiment '${option[experiment_name]}' of ${option[workload]} in" \
         "$experiment_dir: --resume_last_run true, --overwrite true or another --experiment_name"
 fi
-if [[ ${option[offline_data]} == true && $dataset == mnist && ! -d $data_dir/mnist ]]; then
+if [[ ${option[offline_data]} == true && $dataset == mnist && \
+    ! -f $data_dir/mnist/3.0.1/dataset_info.json ]]; then
     python -m workloads_smoke.harness_data "--data_dir=$data_dir"
 fi
 

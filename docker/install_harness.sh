@@ -11,7 +11,7 @@ if [ -f submission_runner.py ]; then
     echo "harness: the local checkout in docker/harness"
 else
     echo "harness: $HARNESS_REPOSITORY at $HARNESS_REVISION"
-    rm -f README.md .gitignore
+    rm -f ABOUT.md
     git init --quiet
     git remote add origin "$HARNESS_REPOSITORY"
     git fetch --quiet --depth 1 origin "$HARNESS_REVISION"

@@ -1,5 +1,6 @@
 """What the runner says to mistakes, and that they cost nothing; its flags and their help."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,22 @@ def test_an_error_inside_the_submission_keeps_its_traceback(runner: Runner) -> N
     with pytest.raises(KeyError) as caught:
         runner.call(submission_path=path)
     assert str(caught.traceback[-1].path) == str(path)
+
+
+def test_a_point_that_the_submission_refuses_can_be_mended(runner: Runner) -> None:
+    """hparams.json of a trial that never started would win over the mended file."""
+    text = SUBMISSION.replace(
+        "    optimizer = ", "    float(hyperparameters.learning_rate)\n    optimizer = ", 1
+    )
+    assert text != SUBMISSION
+    write_submission(runner.folder / "entry", text)
+    runner.space.write_text('[{"learning_rate": "much"}]')
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        runner.call()
+    assert not runner.trial().parent.exists()
+    runner.space.write_text('[{"learning_rate": 0.1}]')
+    assert runner.call(max_global_steps=1, resume_last_run=True) == 0
+    assert json.loads((runner.trial() / "hparams.json").read_text()) == {"learning_rate": 0.1}
 
 
 def test_help_explains_every_flag() -> None:
@@ -210,6 +227,23 @@ def test_the_same_files_by_other_paths_are_resumed(
     given = {"submission_path": "entry/entry.py", "tuning_search_space": "space.json"}
     assert Path(given["submission_path"]).samefile(runner.submission)
     assert runner.call(max_global_steps=1, resume_last_run=True, **given) == 0
+
+
+def test_files_named_from_one_folder_are_the_same_from_another(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was typed means something else elsewhere."""
+    monkeypatch.chdir(runner.folder)
+    relative = {"submission_path": "entry/entry.py", "tuning_search_space": "space.json"}
+    assert runner.call(max_global_steps=1, **relative) == 0
+    elsewhere = runner.folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert runner.call(max_global_steps=1, resume_last_run=True) == 0
+    write_submission(elsewhere / "entry")
+    (elsewhere / "space.json").write_text(runner.space.read_text())
+    assert runner.call(max_global_steps=1, resume_last_run=True, **relative) == 1
+    assert f"was run with --submission_path={runner.submission}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["{}", '{"stopped_by": "step limit", "other": 1}'])

@@ -87,6 +87,52 @@ def test_finished_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert len(trained) == len(set(trained))
 
 
+def test_runs_on_another_text_are_not_taken_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained: list[Run] = []
+    counts = []
+    for text in ("one", "one", "other"):
+        setter = made_up(lambda run: trained.append(run) or 0.5, monkeypatch, tmp_path, "wmt")
+        monkeypatch.setattr(type(setter.workload), "text_fingerprint", text)
+        setter.find(recipe.Effort(1, 1, 1))
+        counts.append(len(trained))
+    assert counts[0] == counts[1] == counts[2] / 2 > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output=words.json"], "--output: words.json is no file of targets: Expecting value"),
+        (["--output=list.json"], "list.json is no file of targets, it has no object 'workloads'"),
+        (["--output=folder"], "--output: folder is no file of targets: "),
+        (["--output=list.json/targets.json"], "--output: list.json is no folder; "),
+        (["--runs_dir=list.json"], "--runs_dir: list.json is no folder; "),
+        (["--points=0"], "--points: expected a whole number >= 1, got '0'"),
+        (["--finalists=0"], "--finalists: expected a whole number >= 1, got '0'"),
+        (["--seeds=-1"], "--seeds: expected a whole number >= 1, got '-1'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(set_targets, "TargetSetter")
+    Path("words.json").write_text("words")
+    Path("list.json").write_text("[]")
+    Path("folder").mkdir()
+    try:
+        status = set_targets.main(["--workload=mnist", *arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err
+
+
 def test_the_file_of_targets_keeps_other_entries(tmp_path: Path) -> None:
     file = tmp_path / "targets.json"
     set_targets.write_entry(file, "wmt", {"validation_target_value": 1.0})

@@ -16,6 +16,7 @@ from hand_made_logs import write_missing, write_reaching
 from workloads_smoke import smoke, smoke_flags
 from workloads_smoke.contenders import known_contenders, read_contenders
 from workloads_smoke.errors import UserError
+from workloads_smoke.locks import sole_user
 from workloads_smoke.registry import load_workload
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -139,13 +140,33 @@ def test_a_named_run_is_never_overwritten_silently(
     assert smoke.main(arguments) == 1
     assert "results/mine exists; --resume_last_run goes on with it" in capsys.readouterr().err
     assert len(runner.commands) == 1
-    assert "--overwrite" not in runner.commands[0]
     run_folder = smoke.run_folder(options(*arguments, "--overwrite"))
     (job,) = smoke.plan(options(*arguments))
-    assert "--overwrite" in job.command(run_folder, options(*arguments, "--overwrite"))
     assert "--resume_last_run" in job.command(run_folder, options(*arguments, "--resume_last_run"))
     with pytest.raises(UserError, match="need --run_name"):
         smoke.run_folder(options("--overwrite"))
+
+
+@pytest.mark.usefixtures("no_report")
+def test_overwriting_deletes_all_before_it_runs_any(
+    runner: StandInRunner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted and then resumed, an old trial would be taken for a new one."""
+    arguments = ["--workloads=mnist", "--run_name=mine"]
+    assert smoke.main(arguments) == 0
+    logs = Path("results/mine/logs")
+    theirs = logs / "theirs/study_0/mnist_pytorch/trial_1"
+    theirs.mkdir(parents=True)
+    old = sorted(path for path in logs.glob("*/*/*/trial_1") if path != theirs)
+    with sole_user(old[1]):
+        assert smoke.main([*arguments, "--overwrite"]) == 1
+    assert "another process is training in" in capsys.readouterr().err
+    assert all(path.exists() for path in old) and len(old) == len(runner.commands) == 2
+    runner.interrupted_on = "shampoo"
+    assert smoke.main([*arguments, "--overwrite"]) == 130
+    assert sorted(logs.glob("*/*/*/trial_1")) == [theirs]
+    assert smoke.main([*arguments, "--overwrite", "--resume_last_run"]) == 1
+    assert "give one of them" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_report")

@@ -96,8 +96,8 @@ def write_mnist(
             f"{target} is not empty, and may be a real MNIST: choose another --data_dir, "
             "or replace it with --overwrite"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     splits = offline_digits(seed, num_examples)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
         new.mkdir()
@@ -199,7 +199,13 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "data_dir", None, "Folder to write into, the harness's --data_dir.", required=True
     )
-    flags.DEFINE_integer("seed", 0, "Seed of distortions and order.")
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "Seed of distortions and order.",
+        lower_bound=-(2**63),
+        upper_bound=2**63 - 1,  # what torch's generators take
+    )
     flags.DEFINE_boolean("overwrite", False, "Replace a data set that is already there.")
 
 

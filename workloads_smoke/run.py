@@ -52,9 +52,10 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         _exit_with(f"error: {error}", 1)
     except KeyboardInterrupt:
-        _exit_with(
-            "interrupted; --resume_last_run goes on from the latest checkpoint", _INTERRUPTED
-        )
+        how = "goes on from the latest checkpoint"
+        if not FLAGS.save_checkpoints:
+            how = "keeps the trials that have ended; there are no checkpoints of this one"
+        _exit_with(f"interrupted; --resume_last_run {how}", _INTERRUPTED)
 
 
 def _run() -> None:
@@ -81,10 +82,10 @@ def _run() -> None:
         else:
             for request in waiting:
                 run_trial(request, settings, submission)
-    except UserError:
+    finally:
+        # A trial that has logged nothing would hold the next command to its setting.
         if rank == 0:
             discard_unused([request.folder for request in waiting])
-        raise
     if rank == 0:
         _print_summary(plan)
     if use_pytorch_ddp:

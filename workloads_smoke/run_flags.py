@@ -5,12 +5,15 @@ Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `submission_runner.p
 
 import math
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from workloads_smoke.errors import UserError
 from workloads_smoke.registry import WORKLOADS
 from workloads_smoke.settings import RunSettings
+
+_SEEDS = -(2**63), 2**63 - 1  # what every generator takes
 
 _REQUIRED = ("workload", "submission_path", "experiment_dir", "experiment_name")
 
@@ -62,6 +65,8 @@ def _define_what_to_run(values: flags.FlagValues) -> None:
         "Seed of data order, initial weights and whatever the submission derives from its keys. "
         "None draws one and records it in meta_data_0.json. 0 is a seed like any other (the "
         "official runner takes it for None).",
+        lower_bound=_SEEDS[0],
+        upper_bound=_SEEDS[1],
         flag_values=values,
     )
 
@@ -296,8 +301,17 @@ def read_settings(values: flags.FlagValues) -> RunSettings:
         use_submission_batch_size=values.use_submission_batch_size,
         torch_compile=values.torch_compile,
         profile=values.profile,
-        flags=values.flag_values_dict(),
+        flags=_recorded(values),
     )
+
+
+def _recorded(values: flags.FlagValues) -> dict[str, Any]:
+    """Every flag, for the logs: files absolute, so that they are the same from any folder."""
+    recorded = values.flag_values_dict()
+    for name in ("submission_path", "tuning_search_space"):
+        if recorded[name] is not None:
+            recorded[name] = str(Path(recorded[name]).expanduser().absolute())
+    return recorded
 
 
 def read_workloads(values: flags.FlagValues) -> list[str]:

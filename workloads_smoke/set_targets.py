@@ -16,6 +16,8 @@ import torch
 
 from workloads_smoke.atomic_files import write_text
 from workloads_smoke.data.python_text import fingerprint
+from workloads_smoke.errors import UserError
+from workloads_smoke.folders import check_folder
 from workloads_smoke.registry import WORKLOADS
 from workloads_smoke.target_setting.recipe import HORIZON, Effort, TargetSetter
 from workloads_smoke.targets import TARGETS_FILE
@@ -27,9 +29,16 @@ RECIPE = (
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
     options = _parse(arguments)
+    try:
+        check_folder(options.runs_dir, "--runs_dir")
+        check_folder(options.output.parent, "--output")
+        known_entries(options.output)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     torch.set_num_threads(options.threads)
     effort = Effort(options.points, options.finalists, options.seeds)
     for name in options.workload or WORKLOADS:
@@ -40,14 +49,33 @@ def main(arguments: list[str] | None = None) -> None:
             f"{name}: validation {entry['validation_target_value']:.5g}, "
             f"test {entry['test_target_value']:.5g}, by {entry['algorithm']}; {entry['check']}"
         )
+    return 0
 
 
 def write_entry(file: Path, name: str, entry: dict[str, Any]) -> None:
     """Put one workload's entry into the file of targets, leaving the others as they are."""
-    content = json.loads(file.read_text()) if file.exists() else {}
-    workloads = content.get("workloads", {}) | {name: entry}
+    workloads = known_entries(file) | {name: entry}
     ordered = {key: workloads[key] for key in WORKLOADS if key in workloads}
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({"recipe": RECIPE, "workloads": ordered}, indent=1) + "\n")
+
+
+def known_entries(file: Path) -> dict[str, Any]:
+    """Entries of a file of targets by workload; none where there is no file.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output: {file} is no file of targets: {error}") from error
+    workloads = content.get("workloads") if isinstance(content, dict) else None
+    if not isinstance(workloads, dict):
+        raise UserError(f"--output: {file} is no file of targets, it has no object 'workloads'")
+    return workloads
 
 
 def _provenance() -> dict[str, Any]:
@@ -71,19 +99,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workload", action="append", choices=sorted(WORKLOADS), help="repeatable; default: all"
     )
-    parser.add_argument("--points", type=int, default=6, help="points per algorithm")
-    parser.add_argument("--finalists", type=int, default=2, help="best points to repeat")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds of each finalist")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--points", type=_positive, default=6, help="points per algorithm")
+    parser.add_argument("--finalists", type=_positive, default=2, help="best points to repeat")
+    parser.add_argument("--seeds", type=_positive, default=5, help="seeds of each finalist")
+    parser.add_argument("--threads", type=_positive, default=1, help="torch threads")
     parser.add_argument("--output", type=Path, default=TARGETS_FILE, help="file of targets")
     parser.add_argument(
         "--runs_dir",
         type=Path,
         default=Path("results/set_targets"),
-        help="where finished runs are kept; they are not run again",
+        help="where finished runs are kept; they are not run again: name another, or delete it, after"
+        " a change of a model or of data (default: %(default)s)",
     )
     return parser.parse_args(arguments)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -107,7 +107,7 @@ def read_outcome(folder: Path) -> TrialOutcome | None:
 
 
 def discard_unused(folders: Sequence[Path]) -> None:
-    """Remove trials that a mistake ended before their first log, so that the command can be mended.
+    """Remove trials that ended before their first log, so that the command can be mended.
 
     Args:
         folders: Of trials, none of which is running: one that starts would not find its folder's parent.

@@ -8,8 +8,10 @@ module only decides the order, says how long it will take, and scores.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from workloads_smoke.contenders import (
 from workloads_smoke.errors import UserError
 from workloads_smoke.experiment import check_flags
 from workloads_smoke.folders import check_folder
+from workloads_smoke.locks import sole_user
 from workloads_smoke.registry import WORKLOADS, load_workload
 from workloads_smoke.report import write_report
 from workloads_smoke.scoring.console import say
@@ -86,8 +89,6 @@ class Job:
             command.append(f"--tuning_search_space={self.contender.search_space}")
         if options.resume_last_run:
             command.append("--resume_last_run")
-        elif options.overwrite:
-            command.append("--overwrite")
         return command
 
 
@@ -116,6 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = plan(options)
         folder = run_folder(options)
         check_kept(jobs, folder / "logs", options)
+        if options.overwrite:
+            delete_logs(jobs, folder / "logs")
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -159,8 +162,10 @@ def run_folder(options: argparse.Namespace) -> Path:
 
     Raises:
         UserError: if it exists and neither ``--resume_last_run`` nor ``--overwrite`` was given,
-            or is to be resumed and does not exist, or cannot be a folder.
+            or both were, or is to be resumed and does not exist, or cannot be a folder.
     """
+    if options.resume_last_run and options.overwrite:
+        raise UserError("--overwrite deletes what --resume_last_run goes on with; give one of them")
     if options.run_name is None:
         if options.resume_last_run or options.overwrite:
             raise UserError("--resume_last_run and --overwrite need --run_name: which comparison?")
@@ -196,6 +201,21 @@ def check_kept(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> 
         for folder in sorted(set(logs.glob(f"*/*/{job.workload}_pytorch")) - deleted):
             own = folder == job.folder(logs)
             check_flags(folder, values.flag_values_dict(), same_submission=own)
+
+
+def delete_logs(jobs: Sequence[Job], logs: Path) -> None:
+    """Delete earlier logs of all jobs, before the first: resumed later, none may pass for a new one.
+
+    Raises:
+        UserError: if a process is training in one; nothing is deleted then.
+    """
+    folders = [job.folder(logs) for job in jobs]
+    with contextlib.ExitStack() as stack:
+        for trial in (trial for folder in folders for trial in folder.glob("trial_*")):
+            stack.enter_context(sole_user(trial))
+        for folder in folders:
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> list[Job]:

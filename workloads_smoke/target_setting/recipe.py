@@ -60,7 +60,8 @@ class Result:
 class TargetSetter:
     """Finds one workload's targets; finished runs are kept in a folder and not run again.
 
-    Delete the folder after a change of a model or data generator, which the runs' keys do not see.
+    Runs are known by setting, workload and the text its data are made of. Delete the folder after a
+    change of a model or data generator, which these do not tell.
     """
 
     def __init__(self, name: str, runs_dir: Path, report: Callable[[str], None]) -> None:
@@ -159,7 +160,11 @@ class TargetSetter:
 
     def _key(self, run: Run) -> str:
         """Return a hash of the run and of the workload's facts, the same in every process."""
-        facts = {"facts": str(self.workload.facts), "batch": self.workload.smoke_batch_size}
+        facts = {
+            "facts": str(self.workload.facts),
+            "batch": self.workload.smoke_batch_size,
+            "text": self.workload.text_fingerprint,
+        }
         text = json.dumps(asdict(run) | facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
