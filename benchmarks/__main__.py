@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import counts, measured, memory, methods, scaling, share, timing
-from benchmarks.flags import parser_of
+from benchmarks.flags import out_folder, parser_of
 
 
 class Section(NamedTuple):
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown sections {unknown}; known are {sorted(SECTIONS)}")
     written: list[Path] = []
     for name in options.sections or SECTIONS:
-        written += SECTIONS[name].run(options.workload, options.out)
+        written += SECTIONS[name].run(options.workload, out_folder(options))
     files = ", ".join(str(path) for path in written)
     sys.stdout.write(f"\nwritten: {files}\n" if files else "\nnothing was written\n")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.flags import chosen, parser_of
+from benchmarks.flags import chosen, out_folder, parser_of
 from benchmarks.models import has_table, state_bytes, workload_groups, workload_parameters
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
@@ -185,7 +185,7 @@ def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -
 def main() -> None:
     """Command line."""
     options = parser_of(__doc__, TAKES).parse_args()
-    run(options.workload, options.out)
+    run(options.workload, out_folder(options))
 
 
 if __name__ == "__main__":

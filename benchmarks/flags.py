@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.tables import DEFAULT_FOLDER
 from shampoo_core.model_shapes import official_workloads
+from workloads_smoke.errors import UserError
+from workloads_smoke.folders import check_folder
 
 
 def count(text: str) -> int:
@@ -44,8 +46,35 @@ def parser_of(description: str | None, workloads: str) -> argparse.ArgumentParse
         choices=official_workloads(),
         help=f"can be repeated; {workloads}",
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="default %(default)s")
+    add_out(parser)
     return parser
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The flag `--out`; `out_folder` reads it."""
+    parser.add_argument(
+        "--out",
+        type=_folder,
+        help="folder of the JSON, earlier files of the same name there are replaced; default "
+        f"{DEFAULT_FOLDER}, or with --workload a folder below it of the workloads' names",
+    )
+
+
+def out_folder(options: argparse.Namespace) -> Path:
+    """Where files go: one workload's do not replace those of all, unless asked to."""
+    chosen_folder: Path | None = options.out
+    if chosen_folder is not None:
+        return chosen_folder
+    names = dict.fromkeys(options.workload or ())
+    return DEFAULT_FOLDER / "+".join(names) if names else DEFAULT_FOLDER
+
+
+def _folder(text: str) -> Path:
+    try:
+        check_folder(Path(text), "--out")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def chosen(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.flags import chosen, parser_of
+from benchmarks.flags import chosen, out_folder, parser_of
 from benchmarks.methods import Method, methods
 from benchmarks.models import workload_parameters
 from benchmarks.phases import PARTS, phases
@@ -168,7 +168,7 @@ def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -
 def main() -> None:
     """Command line."""
     options = parser_of(__doc__, TAKES).parse_args()
-    run(options.workload, options.out)
+    run(options.workload, out_folder(options))
 
 
 if __name__ == "__main__":

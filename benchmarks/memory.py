@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.counts import MIB
-from benchmarks.flags import chosen, count, parser_of
+from benchmarks.flags import chosen, count, out_folder, parser_of
 from benchmarks.methods import measure, methods
 from benchmarks.models import state_bytes, workload_groups
 from benchmarks.tables import DEFAULT_FOLDER, publish
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     configs = {m.name: m.config for m in methods()} if options.every_method else METHODS
-    run(options.workload, options.out, configs, options.waves_of_largest_stack)
+    run(options.workload, out_folder(options), configs, options.waves_of_largest_stack)
 
 
 if __name__ == "__main__":

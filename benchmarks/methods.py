@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.counts import MIB
-from benchmarks.flags import chosen, parser_of
+from benchmarks.flags import chosen, out_folder, parser_of
 from benchmarks.models import state_bytes, workload_groups
 from benchmarks.tables import DEFAULT_FOLDER, of_several, publish
 from shampoo_core import (
@@ -195,7 +195,7 @@ def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -
 def main() -> None:
     """Command line."""
     options = parser_of(__doc__, TAKES).parse_args()
-    run(options.workload, options.out)
+    run(options.workload, out_folder(options))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.counts import MIB
-from benchmarks.flags import chosen, parser_of
+from benchmarks.flags import chosen, out_folder, parser_of
 from benchmarks.tables import DEFAULT_FOLDER, of_several, publish
 from shampoo_core import EigenvalueCorrectedConfig, KLShampooConfig, ShampooConfig, SpectralConfig
 from shampoo_core.model_shapes import NamedShape, named_model
@@ -141,7 +141,7 @@ def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -
 def main() -> None:
     """Command line."""
     options = parser_of(__doc__, TAKES).parse_args()
-    run(options.workload, options.out)
+    run(options.workload, out_folder(options))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.flags import chosen
+from benchmarks.flags import chosen, out_folder, parser_of
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core.model_shapes import official_workloads
 from submission import submission
@@ -132,3 +132,13 @@ def run(workloads: Sequence[str] | None = None, folder: Path = DEFAULT_FOLDER) -
         COLUMNS,
         folder,
     )
+
+
+def main() -> None:
+    """Command line."""
+    options = parser_of(__doc__, TAKES).parse_args()
+    run(options.workload, out_folder(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.flags import chosen, count, parser_of
+from benchmarks.flags import chosen, count, out_folder, parser_of
 from benchmarks.models import workload_parameters
 from benchmarks.peers import PEERS, MakePeer, available
 from benchmarks.tables import DEFAULT_FOLDER, publish
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     run(
         options.workload,
-        options.out,
+        out_folder(options),
         cycles=options.cycles,
         refresh=options.refresh,
         peers=options.peers,

@@ -12,14 +12,13 @@ import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from benchmarks import pairs
 from benchmarks.courses import BETAS, BLOCK_SIZE, LEARNING_RATE, Course, Variant, train
-from benchmarks.flags import count, positive
+from benchmarks.flags import add_out, count, out_folder, positive
 from benchmarks.parts import Part
-from benchmarks.tables import DEFAULT_FOLDER, publish
+from benchmarks.tables import publish
 from shampoo_core import (
     AdaptiveRefresh,
     EigenvalueCorrectedConfig,
@@ -208,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=positive, default=LEARNING_RATE, help="of all variants")
     parser.add_argument("--steps", type=count, default=300)
     parser.add_argument("--seeds", type=count, default=2)
-    parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER)
+    add_out(parser)
     options = parser.parse_args(arguments)
     study = STUDIES[options.study]
     variants = [
@@ -227,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         for kind in dict.fromkeys(type(variant.config) for variant in variants):
             own = [variant for variant in variants if type(variant.config) is kind]
             rows += study.compare(workload, own, options.steps, range(options.seeds))
-    publish(f"Training-{options.study}: steps to target", rows, study.columns, options.out)
+    publish(f"Training-{options.study}: steps to target", rows, study.columns, out_folder(options))
 
 
 if __name__ == "__main__":

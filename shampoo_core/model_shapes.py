@@ -17,6 +17,9 @@ from shampoo_core.blocking import Shape
 
 _OFFICIAL = Path(__file__).with_name("official_shapes.json")
 
+LARGEST_PARAMETER = 2**40
+"""Numbers of one parameter in a file of shapes: a terabyte in 8 bits; more is a mistake."""
+
 REFERENCE_STEP_MS = {
     "criteo1tb": 722.0,
     "fastmri": 245.0,
@@ -171,5 +174,10 @@ def _checked(path: Path, name: str, shape: object) -> Shape:
     ):
         raise ValueError(
             f"{path}: the shape of {name!r} must be a list of whole numbers, got {shape!r}"
+        )
+    if math.prod(shape) > LARGEST_PARAMETER:
+        raise ValueError(
+            f"{path}: {name!r} with shape {shape} has {math.prod(shape):.3g} numbers; a parameter has "
+            f"{LARGEST_PARAMETER:.3g} at most"
         )
     return tuple(shape)

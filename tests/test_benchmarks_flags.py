@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import counts, memory, methods, scaling, timing, training
 from benchmarks.__main__ import SECTIONS, main
+from benchmarks.flags import out_folder, parser_of
 from benchmarks.tables import publish
 from shampoo_core import ShampooConfig
 from shampoo_core.counting import OperationCounter
@@ -88,6 +89,19 @@ def test_a_section_takes_the_models_it_is_asked_for(
                 assert not any(row["limit"] for row in rows)
 
 
+def test_some_workloads_do_not_replace_what_was_measured_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    main(["memory", "--workload", "mnist"])
+    assert "\nwritten: results/bench/mnist/memory.json\n" in capsys.readouterr().out
+    parsed = parser_of("", "").parse_args
+    assert out_folder(parsed([])) == Path("results/bench")
+    assert out_folder(parsed(["--workload=wmt", "--workload=ogbg"])).name == "wmt+ogbg"
+    assert out_folder(parsed(["--workload=wmt", "--out=here"])) == Path("here")
+
+
 def test_help_says_which_workloads_a_section_takes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -119,6 +133,8 @@ WHOLE = "must be a whole number, at least 1, got"
     [
         (timing.main, ["--cycles", "0"], f"argument --cycles: {WHOLE} '0'"),
         (timing.main, ["--cycles", "2.5"], f"argument --cycles: {WHOLE} '2.5'"),
+        (timing.main, ["--out", __file__], "argument --out: --out: "),
+        (training.main, ["storage", "--out", "/proc/none"], "nothing can be written in /proc ("),
         (timing.main, ["--refresh", "--peers", "nonesuch"], "argument --peers: must be part of"),
         (timing.main, ["--refresh", "--peers", "nonesuch"], "'heavyball SOAP'"),
         (memory.main, ["--waves_of_largest_stack", "0"], f"{WHOLE} '0'"),

@@ -181,7 +181,9 @@ def test_the_system_script_installs_python_whatever_the_base_has(
         "python3.11": "",
     }
     if python != "of the base":
-        install = f'case "$*" in *python3.11-venv*|altinstall) cp {stubs}/pip {stubs}/python3.11;; esac\n'
+        install = (
+            f'case "$*" in *python3.11-venv*|altinstall) cp {stubs}/pip {stubs}/python3.11;; esac\n'
+        )
         bodies["make"] = bodies["apt-get"] = install
         del bodies["python3.11"]
     for name, body in {**bodies, "pip": ""}.items():

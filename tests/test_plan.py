@@ -334,8 +334,8 @@ def test_lookup_tables_are_named_or_not_made(
     assert "65,536 or more, in a group of their own stepped by Adam: 1\n" in capsys.readouterr().out
     main([*flags, "--table_rows", "0"])
     assert "Adam" not in capsys.readouterr().out
-    request = Request(shapes_from_file(file), table_rows=None)
-    assert make_plan(request).state_bytes_per_rank == [measured(request, 0)[0]]
+    whole = Request(shapes_from_file(file), table_rows=None)
+    assert make_plan(whole).state_bytes_per_rank == [measured(whole, 0)[0]]
 
 
 @pytest.mark.parametrize(("storage", "with_diagonal"), [("packed", True), ("4bit", False)])
@@ -370,6 +370,7 @@ def test_shapes_from_a_file_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("{", "not JSON"),
         ("[]", "at least one"),
         ('{"w": 3}', "'w'"),
+        ('{"w": [99999999999, 99999999]}', r"has 1e\+19 numbers; a parameter has 1.1e\+12 at most"),
         ('{"w": [3], "w": [4]}', "'w' is there twice"),
     ],
 )
@@ -384,6 +385,7 @@ def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None
     ("make", "message"),
     [
         (lambda: Placement(0), "world_size"),
+        (lambda: Placement(10**6), "world_size must be at most 65536"),
         (lambda: Placement(6, "hsdp", 4), "group_size must divide"),
         (lambda: Placement(8, "hsdp", 4, 2), "ranks_per_group must be a multiple of the 4 ranks"),
         (lambda: Placement(8, "fsdp2", ranks_per_group=4), "multiple of the 8 ranks"),

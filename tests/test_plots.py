@@ -64,6 +64,18 @@ def test_training_curves_show_every_trial_the_target_and_where_it_is_met(
     assert low < 0.8 < 0.95 < high
 
 
+def test_a_submission_below_the_drawn_range_is_named(tmp_path: Path) -> None:
+    """The range is that of what nears the target."""
+    for study in range(4):
+        ours = tmp_path / f"ours/study_{study}/mnist_pytorch/trial_1"
+        write_trial(ours, [1, 100, 200], [0.1, 3.0, 6.0], [0.8, 0.85, 0.95])
+    hopeless = tmp_path / "hopeless/study_0/mnist_pytorch/trial_1"
+    write_trial(hopeless, [1, 200], [0.1, 6.0], [0.1, 0.1])
+    figure = plots.training_curves(Scoreboard.of(read_results([tmp_path])), "steps")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["worse than shown: hopeless"]
+    figure.draw_without_rendering()
+
+
 def test_a_diverged_or_empty_trial_does_not_break_a_plot(tmp_path: Path) -> None:
     study = tmp_path / "ours" / "study_0" / "mnist_pytorch"
     write_trial(study / "trial_1", [1, 2], [1.0, 2.0], [float("nan"), float("inf")])

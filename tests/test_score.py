@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -200,8 +201,16 @@ def test_default_output_is_a_new_folder_each_time(
             "no logs of submission(s) sgd; there are those of nadamw, shampoo",
         ),
         (["--reference", "sgd"], "reference 'sgd' has no logs; there are those of shampoo, nadamw"),
-        (["--r_max", "1"], "r_max > 1 is needed, got r_max=1.0"),
-        (["--targets", "none.json"], "none.json"),
+        (["--r_max", "1"], "a finite r_max > 1 is needed, got r_max=1.0"),
+        (["--r_max", "nan"], "a finite r_max > 1 is needed, got r_max=nan"),
+        (["--r_max", "inf"], "a finite r_max > 1 is needed, got r_max=inf"),
+        (["--targets", "none.json"], "targets file none.json must be JSON with an object"),
+        (["--targets", "logs"], "targets file logs must be JSON with an object"),
+        (["--targets", "list.json"], "list.json must be JSON with an object 'workloads', got"),
+        (["--targets", "number.json"], "number.json: 'mnist' must be an object, got 3"),
+        (["--targets", "word.json"], "word.json: workload 'mnist': could not convert string"),
+        (["cut.csv.gz"], "cut.csv.gz is not a readable CSV file: "),
+        (["--output_dir", "/proc/none/of/it"], "--output_dir: nothing can be written in /proc ("),
         (
             ["--output_dir", "file/scores"],
             "--output_dir: file is no folder; move it away or name an",
@@ -218,6 +227,11 @@ def test_mistakes_are_named_in_one_line(
     logs = comparison(tmp_path / "logs")
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
+    Path("list.json").write_text('{"workloads": []}')
+    Path("number.json").write_text('{"workloads": {"mnist": 3}}')
+    bad = {"target_metric_name": "accuracy", "validation_target_value": "high"}
+    Path("word.json").write_text(json.dumps({"workloads": {"mnist": bad}}))
+    Path("cut.csv.gz").write_bytes(gzip.compress(b"submission,study\n" * 999)[:40])
     assert score.main([str(logs), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

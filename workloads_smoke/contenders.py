@@ -68,7 +68,7 @@ def check_same_number_of_trials(contenders: Sequence[Contender], num_trials: int
             raise ValueError(f"{contender.name} has no search space")
         try:
             space = json.loads(contender.search_space.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # nor UTF-8
             raise UserError(f"{contender.search_space} is not JSON: {error}") from error
         # Ranges, unlike lists, give any number of points.
         if isinstance(space, list) and len(space) < num_trials:

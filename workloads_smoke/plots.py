@@ -94,7 +94,7 @@ def training_curves(board: Scoreboard, unit: str) -> Figure:
     studies = sorted({trial.study for trial in board.trials})
     for axes, workload in zip(panels, board.workloads, strict=True):
         target = board.targets[workload]
-        shown: list[tuple[Array, Array]] = []
+        shown: list[tuple[str, Array]] = []
         for trial in board.trials:
             if trial.workload != workload or target.column not in trial.evaluations:
                 continue
@@ -103,7 +103,7 @@ def training_curves(board: Scoreboard, unit: str) -> Figure:
             marker = MARKERS[studies.index(trial.study) % len(MARKERS)]
             _draw_curve(axes, *curve, target, colours[trial.submission], marker, is_best)
             if is_best:
-                shown.append(curve)
+                shown.append((trial.submission, curve[1]))
         _finish_curves(axes, workload, target, unit, shown)
     _curve_legend(figure, board, colours, studies)
     return figure
@@ -143,7 +143,7 @@ def _draw_curve(
 
 
 def _finish_curves(
-    axes: Axes, workload: str, target: Target, unit: str, shown: Sequence[tuple[Array, Array]]
+    axes: Axes, workload: str, target: Target, unit: str, shown: Sequence[tuple[str, Array]]
 ) -> None:
     axes.axhline(target.value, color="black", linewidth=1.1, linestyle=TARGET_DASH, zorder=4)
     axes.set_title(workload, loc="left")
@@ -156,6 +156,25 @@ def _finish_curves(
     limits = _interesting_range([y for _, y in shown], target)
     if limits is not None:
         axes.set_ylim(*limits)
+        _name_the_unseen(axes, shown, limits)
+
+
+def _name_the_unseen(
+    axes: Axes, shown: Sequence[tuple[str, Array]], limits: tuple[float, float]
+) -> None:
+    """A panel that cuts the worst values may cut all of a submission's."""
+    seen = {name for name, y in shown if ((limits[0] <= y) & (y <= limits[1])).any()}
+    unseen = sorted({name for name, _ in shown} - seen)
+    if unseen:
+        axes.text(
+            0.02,
+            0.04,
+            f"worse than shown: {', '.join(unseen)}",
+            transform=axes.transAxes,
+            fontsize=8,
+            color=GREY,
+            zorder=6,
+        )
 
 
 def _interesting_range(curves: Sequence[Array], target: Target) -> tuple[float, float] | None:

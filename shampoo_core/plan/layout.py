@@ -24,6 +24,7 @@ Sharding = Literal["ddp", "fsdp2", "hsdp"]
 TABLE_ROWS = 65_536
 """A parameter with a side this long is taken for a lookup table, by default."""
 DIAGONAL_BLOCK_SIZE = 2**20
+MOST_RANKS = 65_536
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Placement:
     """How parameters lie on ranks.
 
     Args:
-        world_size: Number of ranks, at least 1.
+        world_size: Number of ranks, at least 1 and at most 65536.
         sharding: ``"ddp"`` every rank holds all parameters; ``"fsdp2"`` each holds a slice of the rows
             of every parameter; ``"hsdp"`` the ranks of a group do, and groups are replicas, which share
             the work.
@@ -51,6 +52,11 @@ class Placement:
 
     def __post_init__(self) -> None:
         check_count("Placement", "world_size", self.world_size)
+        if self.world_size > MOST_RANKS:
+            raise ValueError(
+                f"Placement: world_size must be at most {MOST_RANKS}, for a plan goes through all ranks, "
+                f"got {self.world_size}"
+            )
         check_count("Placement", "group_size", self.group_size)
         check_choice("Placement", "sharding", self.sharding, get_args(Sharding))
         if self.sharding == "hsdp" and self.world_size % self.group_size:

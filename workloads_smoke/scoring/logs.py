@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,7 +192,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}")
@@ -201,10 +202,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_evaluations(path: Path) -> pd.DataFrame:
     if not path.exists() or path.stat().st_size == 0:
         return pd.DataFrame(columns=[STEP, SECONDS])
-    try:
-        evaluations = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable CSV file: {error}") from error
+    evaluations = _read_csv(path)
     # The harness writes the same time twice; its scorer reads `score`.
     if SECONDS not in evaluations and "score" in evaluations:
         evaluations[SECONDS] = evaluations["score"]
@@ -212,6 +210,14 @@ def _read_evaluations(path: Path) -> pd.DataFrame:
     if missing:
         raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}")
     return evaluations
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """A table; pandas unpacks what is called .gz, and raises another error for each way to fail."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path} is not a readable CSV file: {error}") from error
 
 
 def _ruleset(name: object) -> str | None:
@@ -229,9 +235,9 @@ def read_evaluation_file(path: Path) -> list[Trial]:
             others are ignored. Rows of a trial are in the order of training.
 
     Raises:
-        ValueError: if a column is missing.
+        ValueError: if a column is missing, or it cannot be read.
     """
-    rows = pd.read_csv(path)
+    rows = _read_csv(path)
     missing = [column for column in _EVALUATION_FILE_COLUMNS if column not in rows]
     if missing:
         raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}")

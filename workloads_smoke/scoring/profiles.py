@@ -26,8 +26,8 @@ def performance_ratios(times: pd.DataFrame, r_max: float = R_MAX) -> pd.DataFram
     Returns:
         Ratios >= 1 of the same shape, infinite where not reached.
     """
-    if r_max <= 1:
-        raise ValueError(f"r_max > 1 is needed, got r_max={r_max}")
+    if not 1 < r_max < np.inf:
+        raise ValueError(f"a finite r_max > 1 is needed, got r_max={r_max}")
     known = times.astype(float).fillna(np.inf)
     fastest = known.min(axis=0)
     # A workload that nobody reached has no ratio; inf / inf would be NaN.

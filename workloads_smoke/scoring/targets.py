@@ -106,17 +106,22 @@ def read_targets(path: Path) -> dict[str, Target]:
         Targets by workload name, without a framework suffix.
 
     Raises:
-        ValueError: if the file is not of that form.
+        ValueError: if the file is not of that form, or cannot be read.
     """
     try:
-        entries = json.loads(path.read_text())["workloads"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        entries = json.loads(path.read_text())["workloads"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"targets file {path} must be JSON with an object 'workloads', got {error!r}"
         ) from error
     targets = {}
-    for workload, fields in entries.items():
-        target = Target.from_mapping(fields)
+    for workload, fields in entries:
+        if not isinstance(fields, dict):
+            raise ValueError(f"targets file {path}: {workload!r} must be an object, got {fields!r}")
+        try:
+            target = Target.from_mapping(fields)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"targets file {path}: workload {workload!r}: {error}") from error
         if target is None:
             raise ValueError(
                 f"targets file {path}: workload {workload!r} lacks 'target_metric_name'"
