@@ -72,9 +72,11 @@ def version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text))
 
 
-def entry(*flags: str, harness: str = "/harness") -> subprocess.CompletedProcess[str]:
-    """Run the entry script as in an image whose `python` is this one."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+def entry(
+    *flags: str, harness: str = "/harness", programs: Path = Path(sys.executable).parent
+) -> subprocess.CompletedProcess[str]:
+    """Run the entry script as in an image whose `python` is this one, or one in a folder."""
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
     return subprocess.run(
         ["bash", str(DOCKER / "entrypoint.sh"), *flags],
         env=os.environ | {"ALGOPERF_HARNESS_DIR": harness, "PATH": path},
@@ -349,6 +351,22 @@ def test_the_entry_script_does_not_let_the_runner_ask_on_a_terminal(tmp_path: Pa
     done = entry(f"--home_dir={tmp_path}", "--num_gpus=0")
     assert done.returncode == 2
     assert "there is an experiment 'shampoo' of mnist" in done.stderr
+
+
+def test_the_entry_script_takes_an_empty_folder_for_no_data_set(tmp_path: Path) -> None:
+    """A stand-in that was not written to its end leaves one."""
+    python = tmp_path / "programs/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "python $1 $2 $3"\n')
+    python.chmod(0o755)
+    data = tmp_path / "data/mnist"
+    writing = f"python -m workloads_smoke.harness_data --data_dir={data}\n"
+    flags = (f"--home_dir={tmp_path}", "--num_gpus=0", "--overwrite=true")
+    (data / "mnist/3.0.1").mkdir(parents=True)
+    assert writing not in entry(*flags, programs=python.parent).stdout
+    assert writing in entry(*flags, "--offline_data=true", programs=python.parent).stdout
+    (data / "mnist/3.0.1/dataset_info.json").touch()
+    assert writing not in entry(*flags, "--offline_data=true", programs=python.parent).stdout
 
 
 def test_the_entry_script_runs_commands_and_returns_the_runner_s_status(tmp_path: Path) -> None:
