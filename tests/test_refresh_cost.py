@@ -16,6 +16,7 @@ from submission.pace import REFRESHES_PER_RUN
 from submission.refresh_cost import (
     IDLE_STEPS,
     SHARE,
+    WARM_UP_STEPS,
     MeasuredRefresh,
     RefreshCost,
     chosen_interval,
@@ -121,6 +122,15 @@ def test_a_slow_step_now_and_then_changes_nothing(monkeypatch: pytest.MonkeyPatc
         forward = 30.0 if step in (12, 20, 28) else 0.9
         clock.run(cost, range(step, step + 1), forward, share=5.0 if step == 14 else 0.1)
     assert cost.policy.interval == 8
+
+
+def test_what_the_first_steps_take_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They allocate and compile; both rounds of so short an interval would lie among them."""
+    clock, cost = Clock(monkeypatch), RefreshCost(2, 10_000, CPU)
+    for step in range(1, 60):
+        clock.run(cost, range(step, step + 1), 0.9, share=50.0 if step <= WARM_UP_STEPS else 0.1)
+    assert WARM_UP_STEPS >= 10
+    assert cost.policy.interval == 2
 
 
 def test_noise_of_steps_without_work_does_not_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

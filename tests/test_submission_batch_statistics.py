@@ -47,6 +47,14 @@ def test_statistics_are_those_of_the_evaluated_weights(rate: float | None) -> No
     torch.testing.assert_close(var, (weights * variances).sum(0), rtol=1e-3, atol=1e-4)
 
 
+def test_statistics_are_taken_under_the_dropout_of_training() -> None:
+    run = Run(namespace(averaging="schedule_free", dropout_rate=0.4))
+    run.train(2)
+    run.workload.calls.clear()
+    run.prepare_for_eval()
+    assert [call["dropout_rate"] for call in run.workload.calls] == [0.4, 0.4]
+
+
 def test_without_averaging_statistics_are_left_alone() -> None:
     run = Run(namespace(averaging="none"))
     run.train(3)

@@ -22,8 +22,10 @@ from shampoo_core import (
     SpectralConfig,
     WeightEMA,
 )
+from submission.construction import route_options
 from submission.hyperparameters import SELF_TUNING, Hyperparameters
 from submission.pace import SELF_TUNING_BUDGET, pace
+from submission.routing import Kind, Route
 from submission.schedule import Schedule
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,32 @@ def test_weights_are_averaged_as_the_setting_says(changes: dict[str, Any], expec
         assert averaging.decay == pytest.approx(expected.decay)
     else:
         assert averaging == expected
+
+
+@pytest.mark.parametrize("averaging", ["weight_ema", "schedule_free"])
+def test_a_lookup_table_is_not_averaged(averaging: str) -> None:
+    options = route_options(Route(Kind.TABLE), setting(averaging=averaging))
+    assert options["preconditioner"] == AdamConfig()
+    # Schedule-Free is where its steps lead, not a copy beside it.
+    assert ("averaging" in options) == (averaging == "weight_ema")
+    assert options.get("averaging") is None
+    assert "averaging" not in route_options(Route(Kind.MATRIX), setting(averaging=averaging))
+
+
+def test_a_step_is_timed_from_its_forward_pass_and_an_update_from_its_own_beginning() -> None:
+    run = Run(namespace())
+    calls: list[str] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> Any:
+            return lambda step: calls.append(f"{name} {step}")
+
+    run.state["refresh_cost"] = Recorder()
+    run.model.register_forward_pre_hook(lambda *_: calls.append("forward"))
+    run.state["optimizer"].register_step_pre_hook(lambda *_: calls.append("update"))
+    run.train(2)
+    expected = ["begin {}", "forward", "begin_update {}", "update", "end {}"]
+    assert calls == [call.format(step) for step in (1, 2) for call in expected]
 
 
 def test_time_scales_of_short_and_long_runs() -> None:
