@@ -131,6 +131,29 @@ def test_blocks_agree_with_the_published_method(
     )
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_factors_have_a_decay_and_a_first_eigenvalue_of_their_own(name: str) -> None:
+    config, plain = METHODS[name]
+    assert_follows(
+        lambda block: plain(
+            block, interval=4, factor_beta=0.8, initial_eigenvalue=0.3, **PUBLISHED
+        ),
+        (14, 9),
+        max_block_size=5,
+        refresh=FixedRefresh(4),
+        preconditioner=config(
+            solver=UnsortedIterationSolver(),
+            second_moments="keep",
+            lagged=True,
+            factor_decay=0.8,
+            initial_eigenvalue=0.3,
+        ),
+        weight_decay_kind="decoupled_after",
+        bias_correction=False,
+        **PUBLISHED,
+    )
+
+
 @pytest.mark.parametrize("cut", ["balanced", "greedy"])
 @pytest.mark.parametrize(("interval", "start"), [(1, 5), (4, 6)])
 @pytest.mark.parametrize("shape", [(20, 30), (35, 9), (18, 6, 5)])
