@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -57,6 +58,30 @@ def test_every_number_belongs_to_one_rank(shapes: list[Shape], block: int, num_r
         if own.num_blocks:
             own.add_to(tensors, [torch.ones_like(stack) for stack in own.zeros()])
     assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in tensors)
+
+
+def test_what_comes_later_goes_to_who_has_least() -> None:
+    """Groups, and parameters that come late, are divided one after the other."""
+    whole = whole_of([(4, 4)], 4)
+    cost_of = partial(ShampooConfig().block_flops, refresh_interval=10)
+    loads = [0.0] * 3
+    owners = []
+    for _ in range(6):
+        division = divide(whole, cost_of, loads, rank=0)
+        owners += [rank for rank, own in enumerate(division.by_rank) if own.num_blocks]
+    assert sorted(owners[:3]) == sorted(owners[3:]) == [0, 1, 2]
+    assert loads == [2 * cost_of((4, 4))] * 3
+
+
+def test_ranks_compare_every_choice_of_how_they_share() -> None:
+    usual = Distribution()
+    for field in dataclasses.fields(Distribution):
+        if field.name == "process_group":
+            continue  # each rank has its own
+        value = {"communication_dtype": torch.bfloat16, "ranks_per_group": 2}.get(
+            field.name, not getattr(usual, field.name)
+        )
+        assert Distribution(**{field.name: value}).facts() != usual.facts(), field.name
 
 
 @given(shapes=SHAPES, num_ranks=st.integers(2, 4), step=st.integers(1, 12))

@@ -20,7 +20,7 @@ from shampoo_core import (
     ShampooConfig,
     log_health,
 )
-from shampoo_core.gradients import GradientGuard
+from shampoo_core.gradients import GradientGuard, largest_gradient
 
 
 def poison(params: list[torch.nn.Parameter], value: float) -> None:
@@ -166,6 +166,13 @@ def test_what_was_counted_is_reported_once(caplog: pytest.LogCaptureFixture) -> 
     assert "sat out 1 steps" in caplog.text
     log_health(optimizer, second)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_squares_of_what_passes_can_be_summed(dtype: torch.dtype) -> None:
+    largest = torch.tensor(largest_gradient(dtype), dtype=torch.float64)
+    assert 1e6 * largest.square() < torch.finfo(dtype).max
+    assert largest > 1e15
 
 
 def test_a_gradient_too_large_to_be_squared_is_as_bad_as_infinity() -> None:

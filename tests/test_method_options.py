@@ -10,8 +10,8 @@ import torch
 from quadratic import gradient, optimizer_for, parameters, run
 
 from shampoo_core import (
-    EighSolver,
     EigenvalueCorrectedConfig,
+    EighSolver,
     FixedRefresh,
     KLShampooConfig,
     KLSOAPConfig,

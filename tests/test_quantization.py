@@ -22,6 +22,7 @@ from shampoo_core import (
     ShampooConfig,
 )
 from shampoo_core.model_shapes import workload_shapes
+from shampoo_core.preconditioners.turns import turn_of, turn_of_rounded
 from shampoo_core.refresh import FactorSlice, FactorStackSize
 from shampoo_core.stacks import StackSet
 from shampoo_core.storage.coded import CodedBases, CodedBlocks, CodedSymmetric
@@ -257,6 +258,22 @@ def test_state_at_four_bits_is_a_third(workload: str, config: Any) -> None:
         )
     assert sizes["4bit"] <= 0.35 * sizes["dense"]
     assert sizes["4bit"] < sizes["8bit"] <= 0.42 * sizes["dense"]
+
+
+def test_a_rounded_basis_turns_moments_without_stretching_them() -> None:
+    torch.manual_seed(0)
+    old, new = (
+        torch.linalg.qr(torch.randn(3, 12, 12))[0] + 0.03 * torch.randn(3, 12, 12) for _ in range(2)
+    )
+    new[1] = old[1]
+    turn = turn_of_rounded(old, new)
+    assert torch.equal(turn[1], torch.eye(12))
+    values = torch.linalg.svdvals(turn)
+    assert (torch.linalg.svdvals(turn_of(old, new)) - 1).abs().max() > 0.2
+    assert (values - 1).abs().max() < 0.05
+    # The nearest orthogonal matrix.
+    u, _, v = torch.linalg.svd(turn_of(old, new)[::2])
+    torch.testing.assert_close(turn[::2], u @ v, atol=0.05, rtol=0.0)
 
 
 def test_moments_of_a_block_without_gradients_do_not_grow_at_refreshes() -> None:

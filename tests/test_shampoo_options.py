@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,12 @@ from shampoo_core import (
     ShampooConfig,
 )
 from shampoo_core.blocking import tiles_of
-from shampoo_core.preconditioners.axes import SIDES, inverse_exponents, preconditioned_axes
+from shampoo_core.preconditioners.axes import (
+    SIDES,
+    inverse_exponents,
+    preconditioned_axes,
+    root_limits,
+)
 from shampoo_core.stacks import StackSet
 
 SHAPE = (12, 9)
@@ -150,6 +156,19 @@ def test_roots_are_limited_in_whatever_basis_they_are_made(options: Any, graftin
     for length, wanted in zip(steps(**options), expected, strict=True):
         assert 0.5 * wanted <= length <= 2.0 * wanted
     assert min(expected) > (1e-5 if grafting else 0.0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 4, 4)])
+def test_roots_at_their_limits_together_make_no_number_infinite(shape: tuple[int, ...]) -> None:
+    """1.8e19, the root of float32's largest number, times as many roots as there are axes."""
+    whole = StackSet(tiles_of(0, shape, 4), dtype=torch.float32, device=torch.device("cpu"))
+    axes = preconditioned_axes(whole, precondition_vectors=True)
+    largest = torch.finfo(torch.float32).max
+    limits = root_limits(whole, axes, [1.0] * len(axes))
+    assert len(limits) == len(shape)
+    assert largest**0.5 * math.prod(limits) == pytest.approx(largest)
+    by_themselves = root_limits(whole, axes, [0.5 / len(shape)] * len(axes))
+    assert set(by_themselves) == {math.inf}
 
 
 def test_one_side_has_its_own_exponent_in_blocks_with_axes_of_length_one() -> None:

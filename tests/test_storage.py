@@ -105,6 +105,22 @@ def test_matrices_of_many_stacks_are_those_of_each(kind: str, storage: str, limi
     assert all(map(torch.equal, untouched, [identities[0][2:3], identities[2][:1]]))
 
 
+@pytest.mark.parametrize(("storage", "error"), [("8bit", 0.02), ("4bit", 0.1)])
+def test_a_correlation_that_is_none_does_not_set_the_scale(storage: Any, error: float) -> None:
+    """Rounding leaves off-diagonal numbers where the diagonal has next to nothing."""
+    (size,) = sizes = (FactorStackSize(1, 16),)
+    store = factor_store(stacks_of(16**2), sizes, storage)
+    torch.manual_seed(0)
+    matrix = torch.corrcoef(torch.randn(15, 40))
+    whole = torch.zeros(1, 16, 16)
+    whole[0, :15, :15] = matrix
+    whole[0, 15, 15] = 1e-20
+    whole[0, 0, 15] = whole[0, 15, 0] = 1e-6  # a "correlation" of 1e4
+    store.blend([FactorSlice(0, 0, size.num_factors)], [whole], [torch.ones(1)])
+    (read,) = store.read([FactorSlice(0, 0, 1)])
+    assert (read[0, :15, :15] - matrix).abs().max() < error
+
+
 @given(st.lists(st.integers(1, 50), max_size=12), st.integers(1, 60))
 def test_batches_hold_every_stack_once_and_no_more_than_the_limit(
     numels: list[int], limit: int
