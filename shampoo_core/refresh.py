@@ -10,7 +10,7 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from shampoo_core.config import check_count, check_range
@@ -137,6 +137,10 @@ class StaggeredRefresh:
     Args:
         interval: Steps from one refresh of a factor to its next.
         start: First step at which a refresh may happen; None means 1.
+        ranks: Give it the number of ranks that share the work. What is due at a step is then made of as
+            many neighbouring factors, which have as many owners; of single ones, all ranks would wait for
+            one at nearly every step. Results depend on it, as on the interval, whatever number of ranks
+            there is.
 
     Raises:
         ValueError: An argument is smaller than 1.
@@ -144,10 +148,13 @@ class StaggeredRefresh:
 
     interval: int = 100
     start: int | None = None
+    ranks: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_count("StaggeredRefresh", "interval", self.interval)
-        check_count("StaggeredRefresh", "start", self.start, optional=True)
+        owner = type(self).__name__
+        check_count(owner, "interval", self.interval)
+        check_count(owner, "start", self.start, optional=True)
+        check_count(owner, "ranks", self.ranks)
 
     @property
     def first_step(self) -> int:
@@ -169,7 +176,7 @@ class StaggeredRefresh:
         if step < self.first_step:
             return []
         phase = (step - self.first_step) % self.interval
-        return list(_stagger(sizes, self.interval).get(phase, ()))
+        return list(_stagger(sizes, self.interval, self.ranks).get(phase, ()))
 
 
 @dataclass(frozen=True)
@@ -183,6 +190,7 @@ class StaggeredAdaptiveRefresh(StaggeredRefresh):
         interval: Steps from one test of a factor to its next.
         start: First step at which a test may happen; None means 1.
         threshold: As of `AdaptiveRefresh`.
+        ranks: As of `StaggeredRefresh`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -263,26 +271,32 @@ each other. On a small graph network 210 and 240 steps (two seeds) where three s
 
 @functools.cache
 def _stagger(
-    sizes: tuple[FactorStackSize, ...], interval: int
+    sizes: tuple[FactorStackSize, ...], interval: int, ranks: int
 ) -> dict[int, tuple[FactorSlice, ...]]:
     """Spread factors over the interval's phases, largest first onto the least loaded; those that have any.
 
-    Of the ``interval`` phases as many are used, evenly spaced, as keep a share of `SMALLEST_SHARE`:
-    a small model's factors would otherwise be solved one by one, at the price of a batch each.
+    Of the ``interval`` phases as many are used, evenly spaced, as keep a share of `SMALLEST_SHARE` for
+    each of the ranks: a small model's factors would otherwise be solved one by one, at the price of a
+    batch each.
+
+    Ranks solve as many factors in the time of one. Blocks are dealt out to them in turn, dearest first
+    (`shampoo_core.exchange.assignment`), so that this many neighbours have different owners, but at the
+    ends of stacks.
 
     Factors of one stack cost the same and are interchangeable, so that only *how many* of a stack fall
     into a phase is decided by load; which ones is chosen to make every share one contiguous slice.
     """
     work = sum(size.num_factors * float(size.dimension) ** 3 for size in sizes)
-    num_shares = min(interval, max(1, math.ceil(work / SMALLEST_SHARE)))
+    num_shares = min(interval, max(1, math.ceil(work / (ranks * SMALLEST_SHARE))))
     loads = [(0.0, share * interval // num_shares) for share in range(num_shares)]
     shares: dict[tuple[int, int], int] = {}
     by_cost = sorted(range(len(sizes)), key=lambda stack: -sizes[stack].dimension)
-    for stack in by_cost:
-        for _ in range(sizes[stack].num_factors):
-            load, phase = heapq.heappop(loads)
+    in_turn = [stack for stack in by_cost for _ in range(sizes[stack].num_factors)]
+    for first in range(0, len(in_turn), ranks):
+        load, phase = heapq.heappop(loads)
+        for stack in in_turn[first : first + ranks]:
             shares[stack, phase] = shares.get((stack, phase), 0) + 1
-            heapq.heappush(loads, (load + float(sizes[stack].dimension) ** 3, phase))
+        heapq.heappush(loads, (load + float(sizes[in_turn[first]].dimension) ** 3, phase))
     phases: dict[int, list[FactorSlice]] = {}
     starts = [0] * len(sizes)
     for (stack, phase), count in sorted(shares.items()):

@@ -72,10 +72,12 @@ class MeasuredRefresh:
 
     Args:
         interval: Steps from one refresh of a factor to its next until the change.
+        ranks: That share the work, as of `StaggeredRefresh`.
     """
 
-    def __init__(self, interval: int) -> None:
-        self._plans = [StaggeredRefresh(interval=interval)]
+    def __init__(self, interval: int, ranks: int = 1) -> None:
+        self._ranks = ranks
+        self._plans = [StaggeredRefresh(interval=interval, ranks=ranks)]
         #: While true nothing is due.
         self.is_idle = False
         #: Whether anything was due since this was last set to false.
@@ -116,7 +118,7 @@ class MeasuredRefresh:
         """Begin a new round at step `start`, which must lie behind `settled_step`."""
         if start <= self.settled_step:
             raise ValueError(f"start must be above {self.settled_step}, got {start}")
-        self._plans[1:] = [StaggeredRefresh(interval=interval, start=start)]
+        self._plans[1:] = [StaggeredRefresh(interval=interval, start=start, ranks=self._ranks)]
 
     def __repr__(self) -> str:
         """What a checkpoint compares: the setting, not what was measured."""
@@ -137,7 +139,7 @@ class RefreshCost:
     """
 
     def __init__(self, interval: int, total_steps: int, device: torch.device) -> None:
-        self.policy = MeasuredRefresh(interval)
+        self.policy = MeasuredRefresh(interval, world_size())
         self._device = device
         self._bounds = interval_bounds(interval, total_steps)
         first = max(self.policy.settled_step, WARM_UP_STEPS) + 1

@@ -84,11 +84,11 @@ def test_ranks_compare_every_choice_of_how_they_share() -> None:
         assert Distribution(**{field.name: value}).facts() != usual.facts(), field.name
 
 
-@given(shapes=SHAPES, num_ranks=st.integers(2, 4), step=st.integers(1, 12))
+@given(shapes=SHAPES, num_ranks=st.integers(2, 4), step=st.integers(1, 12), ranks=st.integers(1, 4))
 def test_ranks_refresh_what_one_process_would(
-    shapes: list[Shape], num_ranks: int, step: int
+    shapes: list[Shape], num_ranks: int, step: int, ranks: int
 ) -> None:
-    policy = StaggeredRefresh(interval=4, start=2)
+    policy = StaggeredRefresh(interval=4, start=2, ranks=ranks)
     whole = whole_of(shapes, 3)
     expected = due_blocks(whole, policy, step)
     found = [
@@ -97,6 +97,46 @@ def test_ranks_refresh_what_one_process_would(
         for block in due_blocks(own, policy, step)
     ]
     assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8])
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("wmt", 1.01),
+        ("imagenet_vit", 1.25),
+        ("ogbg", 1.2),
+        ("librispeech_conformer", 1.4),
+        ("imagenet_resnet", 2.0),
+    ],
+)
+def test_ranks_have_work_at_the_same_steps(name: str, bound: float, num_ranks: int) -> None:
+    """All wait for the slowest one, so that work of single ranks in turn is no faster than one rank's."""
+    shapes = [tuple(shape) for _, shape, _ in MODELS[name]["params"] if max(shape) < 65536]
+    division = divided(whole_of(shapes, 1024, "meta"), num_ranks)
+    interval = 100
+
+    def waited_for(policy: StaggeredRefresh) -> float:
+        """Of the slowest rank at every step, in units of the busiest rank's work."""
+        work = []
+        for own in division.by_rank:
+            axes, all_axes = (
+                preconditioned_axes(some, precondition_vectors=False) for some in (own, own.whole)
+            )
+            due = DueFactors(own, axes, all_axes)
+            work.append(
+                [
+                    sum(
+                        (item.stop - item.start) * float(axes[item.stack].dimension) ** 3
+                        for item in due.at(policy, step)
+                    )
+                    for step in range(interval + 1, 2 * interval + 1)
+                ]
+            )
+        return sum(map(max, zip(*work, strict=True))) / max(map(sum, work))
+
+    assert waited_for(StaggeredRefresh(interval, ranks=num_ranks)) < bound
+    assert waited_for(StaggeredRefresh(interval)) > 1.5 * bound
 
 
 def due_blocks(

@@ -70,11 +70,11 @@ def _singly(due: list[FactorSlice]) -> list[FactorSlice]:
     return [FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)]
 
 
-@given(sizes_strategy, st.integers(1, 20), st.integers(1, 30))
+@given(sizes_strategy, st.integers(1, 20), st.integers(1, 30), st.integers(1, 9))
 def test_staggered_refreshes_every_factor_once_per_interval(
-    sizes: tuple[FactorStackSize, ...], interval: int, start: int
+    sizes: tuple[FactorStackSize, ...], interval: int, start: int, ranks: int
 ) -> None:
-    policy = StaggeredRefresh(interval, start)
+    policy = StaggeredRefresh(interval, start, ranks=ranks)
     everything = {(i, j) for i, size in enumerate(sizes) for j in range(size.num_factors)}
     assert not covered(policy, sizes, range(1, policy.first_step))
     for first in (policy.first_step, policy.first_step + 3):
@@ -95,6 +95,17 @@ def test_staggered_solves_small_factors_together_at_evenly_spaced_steps() -> Non
         for due in (policy.due(step, sizes) for step in busy)
     ]
     assert max(work) < 1.2 * min(work)
+
+
+def test_several_ranks_are_given_as_many_factors_at_fewer_steps() -> None:
+    sizes = (FactorStackSize(20, 1024), FactorStackSize(20, 1024))
+    policy = StaggeredRefresh(10, ranks=8)
+    due = [policy.due(step, sizes) for step in range(1, 11)]
+    counts = [sum(item.stop - item.start for item in some) for some in due]
+    assert [count for count in counts if count] == [8] * 5
+    assert all(len({item.stack for item in some}) == len(some) for some in due)
+    with pytest.raises(ValueError, match="StaggeredRefresh: ranks must be at least 1, got 0"):
+        StaggeredRefresh(ranks=0)
 
 
 @given(sizes_strategy, st.integers(1, 20), st.integers(1, 30))

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_workload import Run, ToyWorkload, namespace
 
 from shampoo_core.refresh import FactorStackSize
-from submission.objective import averaged_over_ranks, in_step_with_others, mean_loss
+from submission.objective import averaged_over_ranks, in_step_with_others, mean_loss, world_size
 from submission.refresh_cost import RefreshCost
 from workloads_smoke.distributed import leave_process_group
 
@@ -39,7 +39,7 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 
 def measured_interval(refresh_seconds: float) -> int:
     """What a rank decides on that sees each of eight shares of a refresh take so long."""
-    now, sizes = 0.0, (FactorStackSize(8, 600),)
+    now, sizes = 0.0, (FactorStackSize(8 * world_size(), 600),)
     cost = RefreshCost(8, 10_000, torch.device("cpu"))
     with mock.patch("submission.refresh_cost.time.perf_counter", lambda: now):
         for step in range(1, 60):

@@ -2,8 +2,8 @@
 
 Every step ends when the slowest rank does, so that the largest load is made as small as possible:
 dearest blocks first, each to the rank with the least load (Graham 1969: at most 4/3 of the best).
-Blocks of equal cost are thereby dealt out in turn, and a slice of neighbouring blocks, which is what a
-staggered refresh makes due at one step, is spread over the ranks as well.
+Blocks of equal cost are thereby dealt out in turn, and a slice of neighbouring blocks, one for each rank,
+is spread over the ranks as well: a staggered refresh that knows their number makes such due at a step.
 """
 
 from __future__ import annotations
