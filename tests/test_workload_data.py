@@ -140,10 +140,33 @@ def test_translations_share_no_source_and_no_target() -> None:
 
 
 def test_language_splits_share_no_sequence() -> None:
-    every = [rows(sequences) for sequences in language.load_language().values()]
-    # A module may repeat a passage of another one, but hardly 64 tokens from the same place.
+    splits = language.load_language()
+    every = [rows(sequences) for sequences in splits.values()]
     shared = [len(a & b) for a, b in itertools.combinations(every, 2)]
     assert max(shared) <= 2
+
+
+def test_training_text_holds_no_passage_of_the_other_splits() -> None:
+    """Wherever it begins: topics of the reference contain each other word for word."""
+    streams = {
+        split: [*sequences[:, :-1].flatten().tolist(), int(sequences[-1, -1])]
+        for split, sequences in language.load_language().items()
+    }
+    known = set(language.passages(streams["train"]))
+    assert len(known) > 300_000
+    for split in ("validation", "test"):
+        kept = language.without_passages(streams[split], known)
+        # But where what was left out has brought two ends together.
+        assert len(kept) > 0.995 * len(streams[split]), split
+
+
+def test_passages_are_left_out_whole() -> None:
+    length = language.PASSAGE_LENGTH
+    known = set(language.passages(list(range(100, 100 + length + 1))))
+    assert len(known) == 2
+    tokens = [7, *range(100, 100 + length + 1), 8, *range(100, 100 + length - 1), 9]
+    assert language.without_passages(tokens, known) == [7, 8, *range(100, 100 + length - 1), 9]
+    assert language.passages([1, 2]) == []
 
 
 @pytest.mark.parametrize(
