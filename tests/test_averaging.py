@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,33 @@ def test_a_checkpoint_taken_in_evaluation_resumes_from_the_training_weights(name
         each.train()
         run(each, weights, range(6, 10))
     assert_same(params, resumed)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", AVERAGING)
+def test_a_resumed_run_evaluates_the_same_weights(name: str, late: bool) -> None:
+    """All that an average consists of is saved, at whichever of its copies it is."""
+    options = {"averaging": AVERAGING[name], "refresh": FixedRefresh(3)}
+    params = parameters([(20, 30), (7,)])
+    params[1].requires_grad_(not late)
+    optimizer = optimizer_for(params, **options)
+    for step in range(1, 9):
+        if step == 3:
+            params[1].requires_grad_(True)
+        used = [parameter for parameter in params if parameter.requires_grad]
+        run(optimizer, used, range(step, step + 1))
+        resumed = [torch.nn.Parameter(parameter.detach().clone()) for parameter in params]
+        other = optimizer_for(resumed, **options)
+        if step < 3 and late:
+            continue
+        other.load_state_dict(saved(optimizer))
+        for more in (0, 2):
+            here, there = copy.deepcopy((params, optimizer)), (resumed, other)
+            for weights, one in (here, there):
+                one.train()
+                run(one, weights, range(step + 1, step + 1 + more))
+                one.eval()
+            assert_same(here[0], there[0])
 
 
 def test_a_step_on_evaluated_weights_is_refused() -> None:
