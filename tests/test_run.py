@@ -118,6 +118,11 @@ def test_resuming_keeps_complete_trials_and_starts_those_that_lack(
     # The second trial keeps the setting that it was started with, which is the first one's.
     assert "going on with the setting that is saved there" in caplog.text
     assert_same_trial(whole_trial, runner.trial(2))
+    # Complete trials are kept whatever the search space has become.
+    assert "trial_1/hparams.json" not in caplog.text
+    runner.space.write_text('[{"learning_rate": 0.5}]')
+    assert runner.call(resume_last_run=True) == 0
+    assert "trial_1/hparams.json: complete at this setting, not at the one of now" in caplog.text
 
 
 def test_a_kill_after_the_last_checkpoint_writes_no_row_twice(
@@ -191,8 +196,9 @@ def test_only_the_latest_checkpoint_is_kept_if_asked_for(runner: Runner) -> None
     assert [path.name for path in runner.trial().glob("checkpoint_*")] == ["checkpoint_30"]
 
 
-def test_a_slice_of_the_settings(runner: Runner) -> None:
+def test_a_slice_of_the_settings(runner: Runner, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.call(num_tuning_trials=2, hparam_start_index=1, max_global_steps=1) == 0
+    assert "tiny trial 2/2" in "".join(capsys.readouterr())
     assert not runner.trial(1).exists()
     assert json.loads((runner.trial(2) / "hparams.json").read_text()) == {"learning_rate": 0.02}
 

@@ -42,6 +42,17 @@ def test_trials_that_did_not_end_are_named(tmp_path: Path) -> None:
     assert note.endswith(": theirs study_0 mnist trial_1 (step 1000)")
 
 
+def test_trials_that_logged_no_evaluation_are_named(tmp_path: Path) -> None:
+    """A copy that lost its tables scores as misses do."""
+    for submission in ("ours", "theirs"):
+        for study in range(2):
+            write_reaching(tmp_path / f"{submission}/study_{study}/mnist_pytorch/trial_1", 200, 6.0)
+    assert notes(tmp_path) == []
+    for path in (tmp_path / "theirs").glob("*/*/*/eval_measurements.csv"):
+        path.unlink()
+    assert notes(tmp_path) == ["without any evaluation, so that a miss may be none: theirs 2"]
+
+
 def test_flags_that_differ_are_named(tmp_path: Path) -> None:
     trial(tmp_path, "ours", flags=OWN, metadata={})
     trial(tmp_path, "theirs", flags=OWN | {"step_budget": 0.2, "rng_seed": 3}, metadata={})

@@ -12,7 +12,8 @@ class TrialOutcome:
     """The end of a trial; `outcome.json` in its folder holds the same and marks it as complete.
 
     Attributes:
-        stopped_by: Why it ended: "targets reached", "time budget", "step limit" or "submission".
+        stopped_by: Why it ended: "targets reached", "time budget used up", "step limit" or
+            "submission ended training".
         global_step: Steps taken.
         submission_time: Seconds on the submission's clock.
         best_metric: Best value of the target metric on the validation split; None without one.

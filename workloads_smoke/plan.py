@@ -36,7 +36,7 @@ def plan_trials(
     Raises:
         UserError: The search space, the slice of settings, or a folder that exists.
     """
-    numbered = _numbered_hyperparameters(values, settings)
+    numbered, num_trials = _numbered_hyperparameters(values, settings)
     experiment = experiment_folder(
         values.experiment_dir, values.experiment_name, values.append_timestamp
     )
@@ -56,7 +56,7 @@ def plan_trials(
                 TrialRequest(
                     name,
                     number,
-                    len(numbered),
+                    num_trials,
                     hyperparameters,
                     seed,
                     folder / f"trial_{number}",
@@ -83,10 +83,10 @@ def make_folders(plan: list[TrialRequest], overwrite: bool) -> None:
 
 def _numbered_hyperparameters(
     values: flags.FlagValues, settings: RunSettings
-) -> list[tuple[int, dict[str, object] | None]]:
-    """Trial numbers, from 1, with their settings."""
+) -> tuple[list[tuple[int, dict[str, object] | None]], int]:
+    """Trial numbers, from 1, with their settings, of those asked for; and how many there are in all."""
     if settings.tuning_search_space is None:
-        return [(1, None)]
+        return [(1, None)], 1
     points = read_hyperparameters(settings.tuning_search_space, values.num_tuning_trials)
     start, end = values.hparam_start_index or 0, values.hparam_end_index
     if start < 0 or (end is not None and end <= start):
@@ -100,7 +100,7 @@ def _numbered_hyperparameters(
             f"--hparam_start_index={start}: {settings.tuning_search_space} gives "
             f"{len(points)} trials under --num_tuning_trials={values.num_tuning_trials}"
         )
-    return [(number, point._asdict()) for number, point in chosen]
+    return [(number, point._asdict()) for number, point in chosen], len(points)
 
 
 def _seed(folder: Path, values: flags.FlagValues, fresh: int) -> int:

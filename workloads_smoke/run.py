@@ -30,7 +30,12 @@ from workloads_smoke.parallel import run_in_parallel
 from workloads_smoke.plan import make_folders, plan_trials
 from workloads_smoke.registry import load_workload
 from workloads_smoke.settings import TrialRequest
-from workloads_smoke.single_trial import discard_unused, read_outcome, run_trial
+from workloads_smoke.single_trial import (
+    discard_unused,
+    read_outcome,
+    run_trial,
+    warn_of_other_settings,
+)
 from workloads_smoke.submissions import load_submission
 
 FLAGS = flags.FLAGS
@@ -75,6 +80,7 @@ def _run() -> None:
     }
     plan = on_rank_zero(lambda: plan_trials(FLAGS, settings, sizes))
     on_rank_zero(lambda: make_folders(plan, FLAGS.overwrite))
+    warn_of_other_settings([request for request in plan if read_outcome(request.folder)])
     waiting = [request for request in plan if read_outcome(request.folder) is None]
     try:
         if FLAGS.parallel_trials > 1:

@@ -52,7 +52,7 @@ class TrialRequest:
     Attributes:
         workload: Official name.
         number: From 1, as in `trial_<number>`.
-        num_trials: Trials of the run, for display.
+        num_trials: Trials of the study, of which a run may do some; for display.
         hyperparameters: Values by name, or None under self-tuning.
         rng_seed: Seed of the run.
         folder: Where the trial's logs go.

@@ -136,3 +136,11 @@ def _keep_hyperparameters(request: TrialRequest) -> dict[str, Any] | None:
     if saved != request.hyperparameters:
         logging.warning("%s: going on with the setting that is saved there", path)
     return saved
+
+
+def warn_of_other_settings(complete: Sequence[TrialRequest]) -> None:
+    """Say which trials that are kept were run at another setting than the search space has now."""
+    for request in complete:
+        path = request.folder / _HPARAMS
+        if path.exists() and read_json_object(path) != request.hyperparameters:
+            logging.warning("%s: complete at this setting, not at the one of now; it is kept", path)

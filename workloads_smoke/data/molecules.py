@@ -2,8 +2,8 @@
 
 A molecule is a random tree of atoms with a few rings closed; atoms and bonds have integer
 features as in ogbg-molpcba (9 and 3). A property holds where a molecule contains a certain path of
-three atom kinds, or a certain kind on a ring; a few labels are wrong, and many are missing, as in
-the real data. Molecules are drawn independently, so splits share nothing.
+three atom kinds; a few labels are wrong, and many are missing, as in the real data. Molecules are
+drawn independently, so splits share nothing.
 """
 
 import functools

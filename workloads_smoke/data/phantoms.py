@@ -2,9 +2,9 @@
 
 Phantoms are drawn in the manner of Shepp and Logan: a bright skull, tissue, and inclusions of
 random place, size, tilt and brightness, with a smooth shading and fine texture. Of the spectrum's
-columns the central ones and a random quarter of the rest are kept, the others set to zero; the
-input is the magnitude of what the inverse transform makes of that. As in fastMRI, input and target
-are normalised by the input's mean and deviation.
+columns the central ones and some of the rest by chance are kept, a quarter in all, the others set to
+zero; the input is the magnitude of what the inverse transform makes of that. As in fastMRI, input and
+target are normalised by the input's mean and deviation.
 """
 
 import functools

@@ -97,6 +97,18 @@ def notes_on_ends(trials: Sequence[Trial]) -> list[str]:
     return [f"did not end, so that a miss may be none: {', '.join(named)}{more}"]
 
 
+def notes_on_evaluations(trials: Sequence[Trial]) -> list[str]:
+    """Name submissions with trials that logged no evaluation: files that were lost, or none were made."""
+    counts: dict[str, int] = {}
+    for trial in trials:
+        if not len(trial.evaluations) and trial.ended is not False:  # else named as cut off
+            counts[trial.submission] = counts.get(trial.submission, 0) + 1
+    listed_counts = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    return (
+        [f"without any evaluation, so that a miss may be none: {listed_counts}"] if counts else []
+    )
+
+
 def _last_step(trial: Trial) -> int:
     return int(trial.evaluations[STEP].max()) if len(trial.evaluations) else 0
 

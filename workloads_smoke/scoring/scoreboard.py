@@ -12,6 +12,7 @@ from workloads_smoke.scoring.logs import Trial
 from workloads_smoke.scoring.notes import (
     notes_on_counts,
     notes_on_ends,
+    notes_on_evaluations,
     notes_on_files,
     notes_on_flags,
     notes_on_rulesets,
@@ -192,6 +193,7 @@ class Scoreboard:
             *notes_on_files(self.trials),
             *notes_on_rulesets(self.trials),
             *notes_on_ends(self.trials),
+            *notes_on_evaluations(self.trials),
             *notes_on_flags(self.trials),
             *notes_on_texts(self.trials),
         ]

@@ -80,7 +80,7 @@ class ResNet(nn.Module):
 
 
 class ImagenetResNetWorkload(ClassificationWorkload):
-    """9970 images of ten digits over photographs, shifted at random, 5 % wrong labels."""
+    """9970 images of ten digits over photographs, shifted at random, 5 % random labels."""
 
     name = "imagenet_resnet"
     facts = WorkloadFacts(
