@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from quadratic import assert_same, gradient, optimizer_for, parameters
+from quadratic import assert_same, gradient, optimizer_for, parameters, run
 from trajectories import assert_follows
 
 from shampoo_core import (
@@ -181,3 +181,28 @@ def test_a_look_ahead_without_momentum_knows_the_last_gradient(bias_correction: 
         optimizer.step()
         expected -= step
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-6, atol=0.0)
+
+
+def test_rows_have_a_decay_and_eps_of_their_own() -> None:
+    """Of the configuration where it names them, of the group where it does not."""
+    ours, theirs = parameters(), parameters()
+    own = RowWiseAdaGradConfig(decay=0.8, eps=1e-2)
+    first = optimizer_for(ours, preconditioner=own, betas=(0.9, 0.5), eps=1e-8)
+    of_group = RowWiseAdaGradConfig(decay=None)
+    second = optimizer_for(theirs, preconditioner=of_group, betas=(0.9, 0.8), eps=1e-2)
+    run(first, ours, range(1, 11))
+    run(second, theirs, range(1, 11))
+    assert_same(ours, theirs)
+
+
+def test_averages_of_rows_are_corrected_where_asked_for() -> None:
+    for bias_correction, size in ((True, 1.0), (False, 0.2**-0.5)):
+        (weight,) = parameters([(3, 4)])
+        optimizer = optimizer_for(
+            [weight], lr=1.0, betas=(0.0, 0.9), weight_decay=0.0, bias_correction=bias_correction,
+            preconditioner=RowWiseAdaGradConfig(decay=0.8, eps=1e-12),
+        )  # fmt: skip
+        before, weight.grad = weight.detach().clone(), gradient(weight, 1, 0)
+        optimizer.step()
+        rows = weight.grad.square().mean(1, keepdim=True).sqrt()
+        torch.testing.assert_close(before - weight.detach(), size * weight.grad / rows)

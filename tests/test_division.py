@@ -23,6 +23,7 @@ from shampoo_core import (
 from shampoo_core.blocking import Shape, merge_dimensions, tiles_of
 from shampoo_core.config import GroupOptions
 from shampoo_core.engine import Engine
+from shampoo_core.exchange.distribution import neighbours, sharing_replicas
 from shampoo_core.exchange.division import Division, divide
 from shampoo_core.exchange.local import LocalExchange
 from shampoo_core.exchange.pieces import held_rows, pieces_of
@@ -233,3 +234,22 @@ def test_distribution_is_checked() -> None:
         Distribution(communication_dtype=torch.float64)
     with pytest.raises(ValueError, match="ranks_per_group must be at least 1"):
         Distribution(ranks_per_group=0)
+
+
+@pytest.mark.parametrize(
+    ("find", "sides", "asked", "message"),
+    [
+        (neighbours, (2, 4), 3, r"that 4 ranks of a mesh hold in full: give a divisor of 4"),
+        (sharing_replicas, (3, 2), 3, r"2 ranks hold together, in 3 replicas: give 2 times a div"),
+        (sharing_replicas, (3, 2), 4, r"2 ranks hold together, in 3 replicas: give 2 times a div"),
+    ],
+)
+def test_groups_that_do_not_fit_a_mesh_are_named(
+    find: Any, sides: tuple[int, int], asked: int, message: str
+) -> None:
+    """Though they may divide the number of all ranks."""
+    mesh = SimpleNamespace(ndim=2, size=lambda axis: sides[axis])
+    with pytest.raises(
+        ValueError, match=rf"owner: .*ranks_per_group={asked}\) does not .*{message}"
+    ):
+        find("owner", Distribution(ranks_per_group=asked), mesh, 1)

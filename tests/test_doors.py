@@ -19,10 +19,13 @@ from shampoo_core import (
     EigenvalueCorrectedConfig,
     EighSolver,
     FixedRefresh,
+    HeavyBall,
     KLShampooConfig,
     LatestWeightAverage,
     NewtonDBSolver,
     PerFactorCorrectedConfig,
+    PrimalAveraging,
+    ScheduleFree,
     ShampooConfig,
     SpectralConfig,
     StaggeredRefresh,
@@ -170,3 +173,44 @@ def test_decay_in_units_of_the_peak_rate_needs_one(kind: Any) -> None:
     optimizer.param_groups[0]["weight_decay"] = 0.01
     with pytest.raises(ValueError, match=message):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"betas": (0.9, 1.5)}, ValueError, r"betas\[1\] must lie in \[0.0, 1.0\], got 1.5"),
+        ({"beta3": 1.0}, ValueError, r"beta3 must lie in \[0.0, 1.0\), got 1.0"),
+        ({"target_order": 0}, ValueError, "target_order must be at least 1, got 0"),
+        ({"merge_direction": "up"}, ValueError, "merge_direction must be one of .* got 'up'"),
+        ({"momentum_normaliser": "v05"}, ValueError, "momentum_normaliser must be one of .*'v05'"),
+        ({"lr": True}, TypeError, "lr must be a number, got True"),
+        ({"max_block_size": True}, TypeError, "max_block_size must be a whole number .* got True"),
+    ],
+)
+def test_options_out_of_range(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"DistributedShampoo: {message}"):
+        optimizer_for(parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (HeavyBall, {"dampening": 1.5}, r"dampening must lie in \[0.0, 1.0\], got 1.5"),
+        (ScheduleFree, {"interpolation": 1.0}, r"interpolation must lie in \(0.0, 1.0\), got 1.0"),
+        (PrimalAveraging, {"interpolation": 0.0}, r"interpolation must lie in \(0.0, 1.0\], got 0"),
+        (PrimalAveraging, {"evaluation_decay": 1.0}, r"evaluation_decay must lie in \[0.0, 1.0\)"),
+    ],
+)
+def test_averagings_out_of_range(rule: Any, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{rule.__name__}: {message}"):
+        rule(**options)
+
+
+def test_whole_numbers_cannot_be_optimized() -> None:
+    counts = torch.nn.Parameter(torch.ones(3, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(
+        TypeError, match=r"parameter 1 of the group has dtype torch\.int64; only float"
+    ):
+        optimizer_for([*parameters([(3, 3)]), counts])

@@ -13,6 +13,8 @@ from shampoo_core import (
     AdamConfig,
     EighSolver,
     FixedRefresh,
+    KLShampooConfig,
+    KLSOAPConfig,
     OrthogonalIterationSolver,
     RMSpropConfig,
     RMSpropGrafting,
@@ -223,3 +225,14 @@ def test_hundreds_of_bad_steps_in_a_row_leave_a_usable_state() -> None:
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
     run(optimizer, params, range(3, 6))
     assert all(torch.isfinite(parameter).all() for parameter in params)
+
+
+@pytest.mark.parametrize("config", [KLShampooConfig(), KLSOAPConfig()])
+def test_matrices_that_are_never_used_are_no_failures_beside_vectors(config: Any) -> None:
+    """Which are stepped by Adam, apart from them."""
+    params = parameters([(5,), (8, 8), (8, 8)])
+    optimizer = optimizer_for(params, preconditioner=config, refresh=FixedRefresh(2))
+    run(optimizer, params[:2], range(1, 9))
+    health = log_health(optimizer)
+    assert health.failed_refreshes == 0
+    assert health.refreshes == 2 * 4

@@ -378,3 +378,18 @@ def test_grafting_is_refused() -> None:
         DistributedShampoo(
             parameters(), preconditioner=KLSOAPConfig(), grafting=AdamGrafting(eps=1e-3)
         )
+
+
+@pytest.mark.parametrize("largest", [3.0, 50.0])
+def test_the_clamp_can_be_set(largest: float) -> None:
+    weight = torch.nn.Parameter(torch.zeros(12, 16, dtype=torch.float64))
+    config = KLShampooConfig(largest_scale=largest)
+    optimizer = optimizer_for(
+        [weight], lr=1.0, betas=(0.0, 0.5), weight_decay=0.0, eps=1e-12,
+        preconditioner=config, refresh=FixedRefresh(10**6),
+    )  # fmt: skip
+    for step in range(1, 60):
+        before = weight.detach().clone()
+        weight.grad = 1e-8 * gradient(torch.zeros_like(weight), step, 0)
+        optimizer.step()
+    torch.testing.assert_close(before - weight.detach(), weight.grad * largest**2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_cases import Divided
 from quadratic import assert_same, gradient, optimizer_for, parameters
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from shampoo_core import (
     KLSOAPConfig,
     OrthogonalIterationSolver,
     PerFactorCorrectedConfig,
+    SGDConfig,
     ShampooConfig,
 )
 from shampoo_core.counting import OperationCounter
@@ -218,3 +220,47 @@ def test_what_is_known_to_be_ready_costs_nothing() -> None:
     assert waits == (1, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1)
     assert operations[1] == operations[4] + 1
     assert set(operations[4:7]) == set(operations[8:11]) == {operations[4]}
+
+
+@pytest.mark.parametrize("config", [ShampooConfig(), PerFactorCorrectedConfig()])
+@pytest.mark.parametrize(("grafting", "alone"), [(None, SGDConfig()), ("auto", AdamConfig())])
+def test_blocks_follow_the_graft_until_all_their_factors_have_been_refreshed(
+    config: Any, grafting: Any, alone: Any
+) -> None:
+    """A staggered refresh comes to the sides of a block one after the other."""
+    shapes, options = [(12, 9)] * 4, {"betas": (0.0, 0.9), "weight_decay": 0.0}
+    params, expected = parameters(shapes), parameters(shapes)
+    optimizer = optimizer_for(
+        params, preconditioner=config, grafting=grafting, refresh=Divided(9), **options
+    )
+    plain = optimizer_for(expected, preconditioner=alone, **options)
+    half = 0
+    for step in range(1, 9):
+        for index, (left, right) in enumerate(zip(params, expected, strict=True)):
+            left.grad, right.grad = (gradient(parameters(shapes)[index], step, index),) * 2
+        optimizer.step()
+        plain.step()
+        for left, right in zip(params, expected, strict=True):
+            state = optimizer.state[left]
+            counts = [int(state[f"block.0.0.refreshes.axis{axis}"]) for axis in (0, 1)]
+            if min(counts) == 0:
+                assert_same([left], [right], 1e-12)
+                half += max(counts)
+    assert half > 0
+
+
+@pytest.mark.parametrize("config", [KLShampooConfig, KLSOAPConfig])
+def test_a_late_matrix_beside_vectors_counts_between_steps_that_do(config: Any) -> None:
+    """Vectors are stepped by Adam, apart from it."""
+    late, vector = params = parameters([(8, 6), (7,)])
+    optimizer = optimizer_for(
+        params, preconditioner=config(statistics_interval=10), refresh=FixedRefresh(5)
+    )
+    for step in range(1, 6):
+        late.grad = gradient(late, step, 0) if step >= 4 else None
+        vector.grad = gradient(vector, step, 1)
+        optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    for axis in ("axis0", "axis1"):
+        assert state[f"block.0.0.refreshes.{axis}"] == 1
+        assert torch.count_nonzero(state[f"block.0.0.factors.{axis}"]) > 0

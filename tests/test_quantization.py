@@ -13,12 +13,15 @@ from quadratic import optimizer_for, parameters, run
 from torch import Tensor
 
 from shampoo_core import (
+    AdaGradGrafting,
+    AdamGrafting,
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
     KLShampooConfig,
     KLSOAPConfig,
     PerFactorCorrectedConfig,
+    RMSpropGrafting,
     ShampooConfig,
 )
 from shampoo_core.model_shapes import workload_shapes
@@ -327,3 +330,43 @@ def test_a_direction_in_which_nothing_was_seen_does_not_spoil_the_others() -> No
         error = (read[0] - matrix)[keep][:, keep].abs().max()
         assert error < 0.1
         assert torch.isfinite(read).all()
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.95])
+@pytest.mark.parametrize("storage", ["8bit", "4bit"])
+def test_codes_and_errors_have_the_bits_of_the_table(storage: Any, beta1: float) -> None:
+    """That of `shampoo_core.storage`: an average without its error would stand still."""
+    runs: list[tuple[Any, Any, str]] = [
+        (ShampooConfig, AdamGrafting(), "grafting.average"),
+        (ShampooConfig, AdaGradGrafting(), "grafting.average"),
+        (ShampooConfig, RMSpropGrafting(), "grafting.average"),
+        (EigenvalueCorrectedConfig, None, "second_moment.average"),
+        (KLSOAPConfig, None, "second_moment.average"),
+    ]
+    first = "8 + 8" if storage == "8bit" else "8" if beta1 == 0.9 else "4 + 8"
+    factors = "8 + 8" if storage == "8bit" else "4 + 8"
+    for config, grafting, second in runs:
+        (parameter,) = params = parameters([(16, 16)])
+        optimizer = optimizer_for(
+            params, preconditioner=config(storage=storage), grafting=grafting, betas=(beta1, 0.99)
+        )
+        state = optimizer.state[parameter]
+        matrices = "roots" if config is ShampooConfig else "bases"
+        expected = {"factors.axis0": factors, f"{matrices}.axis0": "8"}
+        for name, wanted in {**expected, "filter.average": first, second: "8 + 8"}.items():
+            codes = state[f"block.0.0.{name}.codes"]
+            # A triangle, or all of 16 x 16, in groups of 64.
+            numbers = 128 if name.startswith(("factors", "roots")) else 256
+            found = [str(8 * codes.numel() // numbers)]
+            found += ["8"] * (f"block.0.0.{name}.errors" in state)
+            assert " + ".join(found) == wanted, (config.__name__, name)
+
+
+def test_turns_of_rounded_bases_neither_lengthen_nor_shorten() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.linalg.qr(torch.randn(2, 3, 24, 24, generator=generator)).Q
+    sizes = torch.tensor([0.9, 1.0, 1.05]).view(3, 1, 1)  # farther than eight bits are off
+    lengths = torch.linalg.svdvals(turn_of_rounded(old, sizes * new))
+    assert (lengths - 1.0).abs().max() < 1e-3
+    still = turn_of_rounded(sizes * old, sizes * old)
+    assert torch.equal(still, torch.eye(24).expand(3, -1, -1))

@@ -304,3 +304,14 @@ def test_an_interval_that_never_ends_costs_nothing() -> None:
     policy = StaggeredRefresh(10**9)
     due = policy.due(1, sizes)
     assert due and policy.due(2, sizes) == []
+
+
+def test_staggered_weighs_a_large_factor_against_many_small_ones() -> None:
+    """One of twice the side is as much work as eight."""
+    small, large = FactorStackSize(8, 512), FactorStackSize(1, 1024)
+    for sizes in ((small, large), (large, small)):
+        policy = StaggeredRefresh(2)
+        shares = [policy.due(step, sizes) for step in (1, 2)]
+        assert sorted([(sizes[i.stack].dimension, i.stop - i.start) for i in due] for due in shares) == [
+            [(512, 8)], [(1024, 1)],
+        ]  # fmt: skip

@@ -90,3 +90,31 @@ def test_a_borrowed_length_does_without_the_size_of_roots(config: Any, exponent:
         assert health_report(optimizer).failed_refreshes == 0
         ends.append(weight)
     torch.testing.assert_close(*ends, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [ShampooConfig, PerFactorCorrectedConfig])
+def test_where_roots_are_too_large_the_gradient_is_followed_as_it_is(config: Any) -> None:
+    """Of a block whose length is its own; it does not stand still."""
+    weight = torch.nn.Parameter(torch.zeros(8, 6))
+    optimizer = DistributedShampoo(
+        [weight], lr=1.0, betas=(0.0, 0.9), weight_decay=0.0, grafting=None,
+        preconditioner=config(exponent=1.0), refresh=FixedRefresh(1, 1),
+    )  # fmt: skip
+    weight.grad = 1e-15 * torch.randn(8, 6)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), -weight.grad, rtol=1e-4, atol=0.0)
+
+
+def test_roots_of_blocks_with_more_axes_have_the_lower_limit() -> None:
+    """Also in one batch with those of matrices: three of 1e8 are too many for a late gradient."""
+    weights = [torch.nn.Parameter(torch.ones(8, 8)), torch.nn.Parameter(torch.ones(8, 8, 8))]
+    optimizer = DistributedShampoo(
+        weights, lr=0.1, betas=(0.0, 0.9), target_order=None, grafting=None,
+        preconditioner=ShampooConfig(exponent=1.0), refresh=FixedRefresh(100, 1),
+    )  # fmt: skip
+    for scale in (1e-4, 5e15):
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+            weight.grad[(torch.arange(8),) * weight.dim()] = scale
+        optimizer.step()
+    assert all(torch.isfinite(weight).all() for weight in weights)

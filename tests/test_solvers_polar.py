@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shampoo_core.counting import OperationCounter
 from shampoo_core.solvers import orthogonalize
-from shampoo_core.solvers.polar import COEFFICIENTS, POLAR_EXPRESS
+from shampoo_core.solvers.polar import COEFFICIENTS, POLAR_EXPRESS, SAFETY
 
 
 def with_singular_values(values: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
@@ -133,3 +133,14 @@ def test_tall_matrices_cost_what_wide_ones_do() -> None:
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         orthogonalize(**({"matrices": torch.eye(2)[None]} | arguments))  # type: ignore[arg-type]
+
+
+def test_all_steps_of_polar_express_but_the_last_are_damped() -> None:
+    """A singular value that rounding leaves above 1 is not thrown out by the next step."""
+    values = torch.tensor([1.0, 0.5, 0.1, 0.01], dtype=torch.float64)
+    expected = values / (SAFETY * values.norm())
+    for step, (a, b, c) in enumerate(POLAR_EXPRESS[:3]):
+        x = expected / (SAFETY if step < 2 else 1.0)
+        expected = a * x + b * x**3 + c * x**5
+    found = orthogonalize(torch.diag(values)[None], "polar_express", 3)[0].diagonal()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)

@@ -262,3 +262,52 @@ def test_roots_in_a_basis_that_could_not_be_found_are_not_accepted(
     result = solver.inverse_root(matrix, 0.25, warm_start=vectors[1:] if has_start else None)
     assert result.accepted.tolist() == [False]
     assert torch.isfinite(result.roots).all()
+
+
+def returns_one_eigenvalue_that_is_hardly_off(bad: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = REAL_EIGH(bad)
+    values[..., 5] += 1e-4 * values.abs().amax()
+    return values, vectors
+
+
+def test_an_error_of_a_few_hundred_epsilons_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = marked_batch()
+    fake = FakeEigh(returns_one_eigenvalue_that_is_hardly_off, (torch.float32,))
+    monkeypatch.setattr(torch.linalg, "eigh", fake)
+    assert EighSolver().basis(matrices).accepted.all()
+    assert fake.calls == [(torch.float32, 5), (torch.float64, 1)]
+
+
+def test_a_first_basis_without_fallback_is_not_solved_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeEigh(returns_nan, (torch.float32,))
+    monkeypatch.setattr(torch.linalg, "eigh", fake)
+    for solver in (OrthogonalIterationSolver(eigh_fallback=False), OrthogonalIterationSolver()):
+        fake.calls.clear()
+        basis = solver.basis(marked_batch())
+        assert basis.accepted.tolist() == [True, True, solver.eigh_fallback, True, True]
+        assert (torch.float64, 1) in fake.calls or not solver.eigh_fallback
+
+
+def test_a_ridge_too_small_for_a_number_leaves_a_finite_root() -> None:
+    matrices = torch.diag(torch.tensor([1.0, 0.0]))[None]
+    result = EighSolver().inverse_root(matrices, 0.25, relative_ridge=1e-50)
+    assert result.accepted.all()
+    assert result.roots.isfinite().all()
+    assert result.roots[0, 0, 0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_roots_in_an_old_basis_are_judged_whatever_their_scale(scale: float) -> None:
+    """One basis is as good as exact, the other turned where eigenvalues are far apart."""
+    values = torch.logspace(0, -3, 6)
+    matrices = scale * torch.diag(values).expand(2, -1, -1)
+    starts = torch.eye(6).repeat(2, 1, 1)
+    angle = torch.tensor(0.3)
+    starts[1, :2, :2] = torch.stack(
+        [torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])]
+    )
+    solver = OrthogonalIterationSolver(eigh_fallback=False)
+    result = solver.inverse_root(matrices, 0.25, warm_start=starts)
+    assert result.accepted.tolist() == [True, False]

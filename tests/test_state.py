@@ -256,3 +256,28 @@ def test_state_tensors_are_the_live_ones_and_few_bytes_are_spent_on_them() -> No
     # two weights (float32), four refresh counters and one guard counter (int64) per block
     scalars = blocks * (2 * 4 + 5 * 8)
     assert sum(storages.values()) == matrices + scalars
+
+
+def test_a_state_loaded_in_evaluation_forgets_the_training_weights_of_before() -> None:
+    """Those of the checkpoint are in the parameters; nothing is put back over them."""
+    params = parameters()
+    optimizer = optimizer_for(params, averaging=WeightEMA(0.9))
+    run(optimizer, params, range(1, 4))
+    state, weights = saved(optimizer), [p.detach().clone() for p in params]
+    run(optimizer, params, range(4, 8))
+    optimizer.eval()
+    optimizer.load_state_dict(state)
+    for parameter, weight in zip(params, weights, strict=True):
+        parameter.data.copy_(weight)
+    optimizer.train()
+    assert_same(params, weights)
+    assert not any("training_weights" in entries for entries in optimizer.state.values())
+
+
+def test_a_state_of_a_longer_parameter_is_refused() -> None:
+    """Its first blocks are of the same shapes as those here."""
+    (longer,), (own,) = parameters([(32, 16)]), parameters([(16, 16)])
+    optimizer = optimizer_for([longer])
+    run(optimizer, [longer], range(1, 3))
+    with pytest.raises(ValueError, match=r"does not fit: missing \[\], unknown \['block\.1\.0\."):
+        optimizer_for([own]).load_state_dict(saved(optimizer))

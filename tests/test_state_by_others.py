@@ -353,3 +353,29 @@ def test_a_refused_state_allocates_nothing() -> None:
         other.load_state_dict(saved(optimizer))
     assert saved(other)["state"].keys() == before["state"].keys()
     assert frozen[0] not in other.state
+
+
+def test_a_replaced_parameter_is_neither_evaluated_nor_loaded() -> None:
+    params = parameters([(4, 4), (3, 3)])
+    optimizer = optimizer_for(params, averaging=WeightEMA(0.9))
+    run(optimizer, params, range(1, 3))
+    state = saved(optimizer)
+    new = torch.nn.Parameter(params[0].detach().clone())
+    optimizer.param_groups[0]["params"][0] = new
+    before = [p.detach().clone() for p in (new, params[1])]
+    with pytest.raises(RuntimeError, match="was removed or replaced"):
+        optimizer.eval()
+    with pytest.raises(RuntimeError, match="was removed or replaced"):
+        optimizer.load_state_dict(state)
+    assert_same([new, params[1]], before)
+
+
+def test_objects_without_a_name_of_their_own_are_not_compared_by_address() -> None:
+    """Ranks hold the same one at different places in memory."""
+
+    class Kept:
+        pass
+
+    first, second = Kept(), Kept()
+    assert repr(first) != repr(second)
+    assert facts([{"params": [], "refresh": first}]) == facts([{"params": [], "refresh": second}])

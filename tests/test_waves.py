@@ -27,6 +27,8 @@ from shampoo_core import (
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
+    KLShampooConfig,
+    KLSOAPConfig,
     OrthogonalIterationSolver,
     PerFactorCorrectedConfig,
     SGDConfig,
@@ -369,3 +371,10 @@ def test_waves_test_bases_by_themselves() -> None:
     run(optimizer_for(whole, **options), whole, range(1, 8))
     run(optimizer_for(params, max_wave_numel=1, **options), params, range(1, 8))
     assert_same(params, whole, 1e-12)
+
+
+@pytest.mark.parametrize("config", [KLShampooConfig(), KLSOAPConfig()])
+def test_a_refresh_of_kl_shampoo_comes_in_portions(config: Any) -> None:
+    """All of its factors at once would take three times as much."""
+    (peak,) = peaks("ogbg", config, FixedRefresh(4, 1), 2, range(8, 9))
+    assert peak <= 6.0

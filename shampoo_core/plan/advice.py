@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ SMALLEST_BLOCK_SIZE = 128
 LEAST_SAVING = 0.01
 """Of the memory, for a change to be worth a line."""
 FEWER_SHARING = (1, 2, 4, 8, 16)
-"""Parts of the ranks that are tried as those that share."""
+"""Parts of the ranks that are tried as those that share, or what divides them and is nearest."""
 LEAST_SPEED_UP = 0.1
 """Of a mean step, for fewer ranks that share to be worth a line."""
 
@@ -72,11 +73,18 @@ def quickest_sharing(request: Request, plan: Plan) -> Change | None:
     """
     placement = request.placement
     request = dataclasses.replace(request, step_ms=None)
-    changes = [
-        _changed(request, [_sharing(placement.world_size // fewer)])
+    possible = [
+        ranks
+        for ranks in range(placement.num_shards, placement.world_size + 1, placement.num_shards)
+        if placement.world_size % ranks == 0
+    ]
+    nearest = {
+        min(possible, key=lambda ranks: abs(math.log(ranks * fewer / placement.world_size)))
         for fewer in FEWER_SHARING
-        if placement.world_size % (fewer * placement.num_shards) == 0
-        and placement.world_size // fewer != placement.num_owners
+    }
+    changes = [
+        _changed(request, [_sharing(ranks)])
+        for ranks in sorted(nearest - {placement.num_owners}, reverse=True)
     ]
     better = [
         change
@@ -134,16 +142,17 @@ def _others(request: Request) -> Iterator[_Edit]:
             lambda before: dataclasses.replace(before, max_block_size=half),
         )
     placement = request.placement
+    all_share = "" if placement.num_owners == placement.world_size else ", all of which share"
     if placement.sharding == "ddp" and placement.world_size > 1:
         sharded = dataclasses.replace(placement, sharding="fsdp2", ranks_per_group=None)
         yield (
-            "parameters sharded (FSDP2)",
+            f"parameters sharded (FSDP2){all_share}",
             lambda before: dataclasses.replace(before, placement=sharded),
         )
     if placement.num_owners < placement.world_size:
         yield _sharing(placement.world_size)
     more = dataclasses.replace(placement, world_size=2 * placement.world_size, ranks_per_group=None)
     yield (
-        f"{more.world_size} ranks",
+        f"{more.world_size} ranks{all_share}",
         lambda before: dataclasses.replace(before, placement=more),
     )

@@ -54,8 +54,12 @@ class Device:
             for item in operations
         )
 
+    def traffic_seconds(self, num_bytes: float) -> float:
+        """Estimated time in which some bytes go to or from memory in elementwise operations."""
+        return num_bytes / (self.bandwidth * MEMORY_EFFICIENCY)
+
     def _seconds(self, operation: Operation) -> float:
-        traffic = operation.bytes_moved / (self.bandwidth * MEMORY_EFFICIENCY)
+        traffic = self.traffic_seconds(operation.bytes_moved)
         if operation.side is None:
             return max(operation.flops / (self.flops * PRODUCT_EFFICIENCY), traffic)
         # Below the reference side a decomposition is bound by its sequential steps: quadratic.

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from shampoo_core.plan.times import Times
 
 LONGEST_INTERVAL = 10_000
 ROUNDS_OF_ESTIMATES = 8
 """So often the next interval is estimated from the last one's times; then brackets are halved."""
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds of the steps of one plan."""
-
-    plain: float
-    refresh: float
-    """All of a step that refreshes everything."""
-    send: float
-
-    def mean(self, interval: int) -> float:
-        """An average step, communication included."""
-        return self.plain + self.send + (self.refresh - self.plain) / interval
-
-    def estimated_interval(self, allowed: float) -> float:
-        """Shortest that would keep a mean, if times were the same for every interval; may be infinite."""
-        left = allowed - self.plain - self.send
-        if left <= 0.0:
-            return math.inf
-        return max(1, math.ceil((self.refresh - self.plain) / left))
 
 
 def shortest_interval(

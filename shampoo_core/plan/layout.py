@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,7 +14,7 @@ import torch
 from shampoo_core.blocking import Shape, Tile, merge_dimensions, tiles_of
 from shampoo_core.config import check_choice, check_count
 from shampoo_core.exchange.assignment import imbalance
-from shampoo_core.exchange.division import divide
+from shampoo_core.exchange.division import Division, divide
 from shampoo_core.groups import wave_limit
 from shampoo_core.model_shapes import NamedShape
 from shampoo_core.preconditioners.base import PreconditionerConfig
@@ -113,6 +114,8 @@ class MethodBlocks:
     """One tile for each block."""
     owners: list[int]
     costs: list[float]
+    stacks: list[tuple[Shape, list[int]]]
+    """The blocks of all ranks as they are stacked for the schedule of refreshes: a shape, and owners."""
     max_wave_numel: int | None = None
     """Most numbers that a rank steps and sends at once; None is all, together with other methods."""
 
@@ -194,7 +197,20 @@ def _divided(
     messages = placement.num_messages
     limit = wave_limit(max_wave_numel, whole.device, num_messages=messages, numel=most)
     blocks, owners = [block for block, _ in owned], [owner for _, owner in owned]
-    return MethodBlocks(config, blocks, owners, costs, limit)
+    return MethodBlocks(config, blocks, owners, costs, _owners_of_stacks(division), limit)
+
+
+def _owners_of_stacks(division: Division) -> list[tuple[Shape, list[int]]]:
+    owner_of = {
+        block: rank
+        for rank, own in enumerate(division.by_rank)
+        for layout in own.layouts
+        for block in layout.blocks()
+    }
+    return [
+        (layout.block_shape, [owner_of[block] for block in layout.blocks()])
+        for layout in division.whole.layouts
+    ]
 
 
 def _single_blocks(tile: Tile) -> list[Tile]:
@@ -208,6 +224,30 @@ def _single_blocks(tile: Tile) -> list[Tile]:
         Tile(tile.parameter, tile.merged_shape, starts, tile.sizes, ones, position)
         for position, starts in zip(tile.grid_indices(), itertools.product(*per_axis), strict=True)
     ]
+
+
+def stack_sizes(methods: Sequence[MethodBlocks]) -> dict[str, int]:
+    """Block shape -> number of blocks of all ranks, most numbers first."""
+    by_size = sorted(_counts(methods).items(), key=lambda item: -item[1] * math.prod(item[0]))
+    return {"x".join(map(str, shape)): count for shape, count in by_size}
+
+
+def largest_stack(methods: Sequence[MethodBlocks]) -> int:
+    """Numbers in the blocks of one shape that have most, of all ranks."""
+    return max(count * math.prod(shape) for shape, count in _counts(methods).items())
+
+
+def _counts(methods: Sequence[MethodBlocks]) -> Counter[Shape]:
+    return Counter(tile.sizes for method in methods for tile in method.tiles)
+
+
+def held_numbers(parameters: Sequence[NamedShape], placement: Placement) -> int:
+    """Of one rank: all, or slices of the rows, each as long as the longest."""
+    numbers = 0
+    for parameter in parameters:
+        rows = parameter.shape[0] if parameter.shape else 1
+        numbers += -(-rows // placement.num_shards) * math.prod(parameter.shape[1:])
+    return numbers
 
 
 def balance(methods: Sequence[MethodBlocks], placement: Placement) -> float:

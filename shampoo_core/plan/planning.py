@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,25 +12,31 @@ from shampoo_core.averaging import AveragingConfig
 from shampoo_core.config import check_count, check_flags, check_range
 from shampoo_core.model_shapes import NamedShape, num_elements
 from shampoo_core.plan.devices import DEVICES, Device
-from shampoo_core.plan.intervals import LONGEST_INTERVAL, Times, reason, shortest_interval
+from shampoo_core.plan.intervals import LONGEST_INTERVAL, reason, shortest_interval
 from shampoo_core.plan.layout import (
     TABLE_ROWS,
     MethodBlocks,
     Placement,
     balance,
     blocks_by_method,
+    held_numbers,
+    largest_stack,
     loads,
+    stack_sizes,
     tables_of,
 )
+from shampoo_core.plan.schedule import Schedule
 from shampoo_core.plan.simulation import (
     RankSteps,
     Step,
     UpdateRule,
+    factor_sides,
     first_alike,
     plain_and_refresh,
     simulate,
     state_bytes,
 )
+from shampoo_core.plan.times import Messages, Times, times_of
 from shampoo_core.plan.travel import FLOAT32, Travel, travel
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
@@ -180,9 +184,15 @@ class Plan:
     plain_operations: int
     refresh_operations: int
     plain_ms: float
+    """On average: the others are of steps with statistics, which can come at some steps only."""
     refresh_ms: float
     staggered_ms: float
     send_ms: float
+    """With adding what comes from others to the weights."""
+    mean_ms: float
+    """An average step under a refresh staggered for these ranks, communication included."""
+    mean_at_once_ms: float
+    """The same where everything is refreshed in one step of an interval."""
     memory_gib: float
     """Available: of the device, less what is reserved."""
     refresh_interval: int
@@ -198,11 +208,6 @@ class Plan:
     def state_bytes(self) -> int:
         """Of the rank with most."""
         return max(self.state_bytes_per_rank)
-
-    @property
-    def mean_ms(self) -> float:
-        """An average step, communication included."""
-        return Times(self.plain_ms, self.refresh_ms, self.send_ms).mean(self.refresh_interval)
 
     @property
     def peak_gib(self) -> float:
@@ -230,7 +235,6 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         derived = {
-            "mean_ms": self.mean_ms,
             "peak_gib": self.peak_gib,
             "refresh_peak_gib": self.refresh_peak_gib,
             "fits": self.fits,
@@ -243,43 +247,52 @@ def make_plan(request: Request) -> Plan:
     """Work out what a model needs."""
     placement = request.placement
     methods = _methods(request, request.refresh_interval)
+    schedule = _schedule(request, methods, request.refresh_interval)
     alike = first_alike(methods, placement.num_owners)
+    members: dict[int, list[int]] = {}
+    for rank, first in enumerate(alike):
+        members.setdefault(first, []).append(rank)
     steps_of = {
-        rank: simulate(methods, rank, request.refresh_interval, request.rule)
-        for rank in dict.fromkeys(alike)
+        first: simulate(methods, *schedule.busiest(ranks), request.rule)
+        for first, ranks in members.items()
     }
-    steps = steps_of[alike[_heaviest(methods, placement)]]
-    travelling = _travel(request, methods)
-    times = _times(request, steps.plain, steps.refresh, travelling)
+    heaviest = _heaviest(methods, placement)
+    steps = steps_of[alike[heaviest]]
+    messages = _messages(request, methods)
+    of_heaviest = steps.plain, steps.bare, steps.refresh
+    times = _times(request, methods, of_heaviest, messages, schedule)
     states = state_bytes(methods, placement.num_owners, request.averaging)
     memory = [
-        _rank_memory(rank, states[rank], steps_of[first], travelling)
+        _rank_memory(rank, states[rank], steps_of[first], messages.most)
         for rank, first in enumerate(alike)
     ]
     interval, no_interval = _shortest_interval(request, times)
-    parameter_bytes = _parameter_bytes(request)
+    parameter_bytes = FLOAT32 * held_numbers(request.parameters, placement)
     has_buckets = placement.sharding == "ddp" and placement.world_size > 1
     return Plan(
         num_parameters=num_elements(request.parameters),
         num_tables=len(tables_of(request.parameters, request.table_rows)),
         num_blocks=sum(len(method.tiles) for method in methods),
-        stacks=_stacks(methods),
-        largest_stack=_largest_stack(methods),
+        stacks=stack_sizes(methods),
+        largest_stack=largest_stack(methods),
         parameter_bytes=parameter_bytes,
         state_bytes_per_rank=states,
         staggered_memory=max(memory, key=lambda of_rank: of_rank.most_staggered),
         at_once_memory=max(memory, key=lambda of_rank: of_rank.most_at_once),
         bucket_bytes=parameter_bytes if has_buckets and not request.gradient_as_bucket_view else 0,
-        sent_bytes_per_rank=list(map(operator.add, travelling.sent, travelling.passed_on)),
+        sent_bytes_per_rank=list(map(operator.add, messages.sent.sent, messages.sent.passed_on)),
         balance=balance(methods, placement),
         plain_flops=steps.plain.flops,
         refresh_flops=steps.refresh.flops,
         plain_operations=len(steps.plain.operations),
         refresh_operations=len(steps.refresh.operations),
         plain_ms=times.plain,
-        refresh_ms=times.refresh,
-        staggered_ms=1e3 * request.device.step_seconds(steps.staggered.operations),
+        refresh_ms=1e3 * request.device.step_seconds(steps.refresh.operations),
+        staggered_ms=1e3
+        * max(request.device.step_seconds(s.staggered.operations) for s in steps_of.values()),
         send_ms=times.send,
+        mean_ms=times.mean(request.refresh_interval),
+        mean_at_once_ms=dataclasses.replace(times, waiting=1.0).mean(request.refresh_interval),
         memory_gib=request.memory_gib - request.reserved_gib,
         refresh_interval=request.refresh_interval,
         overhead_percent=_overhead(request, times),
@@ -300,14 +313,22 @@ def _methods(request: Request, refresh_interval: int) -> list[MethodBlocks]:
     )
 
 
-def _travel(request: Request, methods: Sequence[MethodBlocks]) -> Travel:
-    return travel(
-        request.parameters,
-        methods,
-        request.placement,
-        reads_weights=request.rule.reads_weights,
-        holders_decay=request.rule.holders_decay,
+def _messages(request: Request, methods: Sequence[MethodBlocks]) -> Messages:
+    usual, reading = (
+        travel(
+            request.parameters,
+            methods,
+            request.placement,
+            reads_weights=reads,
+            holders_decay=request.rule.holders_decay,
+        )
+        for reads in (False, True)
     )
+    return Messages(usual, reading, request.rule.reading_share)
+
+
+def _schedule(request: Request, methods: Sequence[MethodBlocks], interval: int) -> Schedule:
+    return Schedule(methods, factor_sides(methods), interval, request.placement.num_owners)
 
 
 def _heaviest(methods: Sequence[MethodBlocks], placement: Placement) -> int:
@@ -328,39 +349,16 @@ def _rank_memory(rank: int, state: int, steps: RankSteps, travelling: Travel) ->
     )
 
 
-def _stacks(methods: Sequence[MethodBlocks]) -> dict[str, int]:
-    counts = Counter(tile.sizes for method in methods for tile in method.tiles)
-    by_size = sorted(counts.items(), key=lambda item: -item[1] * math.prod(item[0]))
-    return {"x".join(map(str, shape)): count for shape, count in by_size}
-
-
-def _largest_stack(methods: Sequence[MethodBlocks]) -> int:
-    counts = Counter(tile.sizes for method in methods for tile in method.tiles)
-    return max(count * math.prod(shape) for shape, count in counts.items())
-
-
-def _parameter_bytes(request: Request) -> int:
-    """Of one rank: all, or slices of the rows, each as long as the longest."""
-    shards = request.placement.num_shards
-    numbers = 0
-    for parameter in request.parameters:
-        rows = parameter.shape[0] if parameter.shape else 1
-        numbers += -(-rows // shards) * math.prod(parameter.shape[1:])
-    return numbers * FLOAT32
-
-
-def _times(request: Request, plain: Step, refresh: Step, travelling: Travel) -> Times:
-    device, placement = request.device, request.placement
-    together = placement.num_owners if placement.sharding == "ddp" else placement.num_shards
-    to_all = placement.sharding == "ddp"
-    send = device.send_seconds(max(travelling.sent), together, to_all=to_all)
-    # Every rank of a replica has a ring of its own through the others, by its own link to the network.
-    send += device.send_seconds(max(travelling.passed_on), placement.num_owners, to_all=False)
-    return Times(
-        plain=1e3 * device.step_seconds(plain.operations),
-        refresh=1e3 * device.step_seconds(refresh.operations),
-        send=1e3 * send,
-    )
+def _times(
+    request: Request,
+    methods: Sequence[MethodBlocks],
+    steps: tuple[Step, Step, Step],
+    messages: Messages,
+    schedule: Schedule,
+) -> Times:
+    placement = request.placement
+    rank = _heaviest(methods, placement)
+    return times_of(request.device, placement, methods, rank, steps, messages, schedule.waiting)
 
 
 def _overhead(request: Request, times: Times) -> float | None:
@@ -380,8 +378,9 @@ def _shortest_interval(request: Request, times: Times) -> tuple[int | None, str 
             return times
         methods = _methods(request, interval)
         rank = _heaviest(methods, placement)
-        plain, refresh = plain_and_refresh(methods, rank, request.rule)
-        return _times(request, plain, refresh, _travel(request, methods))
+        steps = plain_and_refresh(methods, rank, request.rule)
+        schedule = _schedule(request, methods, interval)
+        return _times(request, methods, steps, _messages(request, methods), schedule)
 
     allowed = request.step_ms * request.overhead_percent / 100.0
     interval, of_interval = shortest_interval(allowed, request.refresh_interval, times_at)

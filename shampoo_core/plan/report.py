@@ -34,7 +34,7 @@ def report(
             *_time(request, plan),
             *_quickest(quickest),
             "",
-            *_verdict(plan, changes),
+            *_verdict(request, plan, changes),
         ]
     )
 
@@ -113,7 +113,8 @@ def _lines(sizes: dict[str, int]) -> list[str]:
 def _time(request: Request, plan: Plan) -> list[str]:
     device = request.device.name
     lines = [
-        f"Time of a step on the rank with the largest load, estimated from the rates of {device}",
+        f"Time of a step on the rank with the largest load, estimated from the rates of {device};",
+        f"staggered by {_staggered(request)}, ranks wait for the slowest at every step",
         f"  plain            {plan.plain_ms:>10.2f} ms  {plan.plain_flops / 1e9:>12,.0f} GFLOP"
         f"  {plan.plain_operations:>6} operations",
         f"  dearest staggered{plan.staggered_ms:>10.2f} ms",
@@ -121,7 +122,8 @@ def _time(request: Request, plan: Plan) -> list[str]:
         f"  {plan.refresh_operations:>6} operations",
         f"  sending          {plan.send_ms:>10.2f} ms  "
         f"{max(plan.sent_bytes_per_rank) / MIB:>12,.1f} MiB sent",
-        f"  mean, refreshed every {plan.refresh_interval} steps: {plan.mean_ms:.2f} ms",
+        f"  mean, refreshed every {plan.refresh_interval} steps: {plan.mean_ms:.2f} ms staggered, "
+        f"{plan.mean_at_once_ms:.2f} ms if everything is refreshed at once",
     ]
     if plan.overhead_percent is not None:
         lines.append(
@@ -146,14 +148,20 @@ def _quickest(change: Change | None) -> list[str]:
     ]
 
 
-def _verdict(plan: Plan, changes: Sequence[Change]) -> list[str]:
+def _staggered(request: Request) -> str:
+    ranks = request.placement.num_owners
+    return f"StaggeredRefresh({f'ranks={ranks}' if ranks > 1 else ''})"
+
+
+def _verdict(request: Request, plan: Plan, changes: Sequence[Change]) -> list[str]:
     needed = (
         f"needs {plan.peak_gib:.3g} GiB staggered, {plan.refresh_peak_gib:.3g} GiB if everything is "
         f"refreshed at once, of {plan.memory_gib:.3g} GiB"
     )
     if plan.fits:
         spare = plan.memory_gib - plan.peak_gib
-        how = "" if plan.fits_at_once else " with refresh=StaggeredRefresh(), not with the default"
+        how = f" with refresh={_staggered(request)}, not with the default"
+        how = "" if plan.fits_at_once else how
         return [f"Fits{how}: {needed}; {spare:.3g} GiB to spare for activations"]
     lines = [
         f"Does not fit: {needed}. What would help{':' if changes else ' is more memory alone'}"

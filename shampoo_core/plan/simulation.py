@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,6 @@ from shampoo_core.refresh import (
     FactorStackSize,
     FixedRefresh,
     RefreshPolicy,
-    StaggeredRefresh,
 )
 from shampoo_core.storage.triangles import tables_apart
 
@@ -44,6 +44,9 @@ class RankSteps:
     """The kinds of steps that a rank takes."""
 
     plain: Step
+    """Without a refresh, with statistics."""
+    bare: Step
+    """Without either; the same where statistics come at every step."""
     refresh: Step
     """Everything refreshed at once."""
     staggered: Step
@@ -64,9 +67,28 @@ class UpdateRule:
         """Whether a step may need the weights of its blocks."""
         rule = self.averaging
         return rule is not None and (
-            (self.weight_decay != 0.0 and not rule.leaves_decay)
-            or any(rule.reads_weights(step, first=False) for step in range(2, 102))
+            (self.weight_decay != 0.0 and not rule.leaves_decay) or any(self._reads())
         )
+
+    @property
+    def reading_share(self) -> float:
+        """Of the steps, those that need the weights of their blocks."""
+        rule = self.averaging
+        if rule is None:
+            return 0.0
+        if self.weight_decay != 0.0 and not rule.leaves_decay:
+            return 1.0
+        reads = self._reads()
+        return sum(reads) / len(reads)
+
+    def _reads(self) -> list[bool]:
+        """Whether weights are read, at each step of a period."""
+        rule = self.averaging
+        period = getattr(rule, "interval", 1)
+        return [
+            rule is not None and rule.reads_weights(step, first=False)
+            for step in range(2, 2 + period)
+        ]
 
     @property
     def holders_decay(self) -> bool:
@@ -75,15 +97,16 @@ class UpdateRule:
 
 
 @dataclass(frozen=True)
-class _Remembering(FixedRefresh):
-    """Remembers which factors it was asked about."""
+class _Given(FixedRefresh):
+    """Makes due what it is told, and remembers which factors it was asked about."""
 
+    slices: Sequence[FactorSlice] = ()
     asked: list[tuple[FactorStackSize, ...]] = field(default_factory=list)
 
     def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
         """See `RefreshPolicy`."""
         self.asked.append(sizes)
-        return super().due(step, sizes)
+        return list(self.slices)
 
 
 class _RankOnMeta:
@@ -93,11 +116,11 @@ class _RankOnMeta:
         self,
         methods: Sequence[MethodBlocks],
         rank: int,
-        refresh: RefreshPolicy,
+        refreshes: Sequence[RefreshPolicy],
         rule: UpdateRule,
     ) -> None:
         groups: list[dict[str, Any]] = []
-        for method in methods:
+        for method, refresh in zip(methods, refreshes, strict=True):
             shapes = [tile.sizes for tile in method.of_rank(rank)]
             if shapes:
                 groups.append(
@@ -105,9 +128,10 @@ class _RankOnMeta:
                         "params": on_meta(shapes),
                         "preconditioner": method.config,
                         "max_wave_numel": method.max_wave_numel,
+                        "refresh": refresh,
                     }
                 )
-        self._optimizer = optimizer_of(groups, refresh, rule)
+        self._optimizer = optimizer_of(groups, rule)
 
     def step(self, number: int) -> Step:
         """Take the step of some number, measured."""
@@ -128,13 +152,10 @@ def on_meta(shapes: Sequence[Shape]) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def optimizer_of(
-    groups: Sequence[dict[str, Any]], refresh: RefreshPolicy, rule: UpdateRule
-) -> DistributedShampoo:
+def optimizer_of(groups: Sequence[dict[str, Any]], rule: UpdateRule) -> DistributedShampoo:
     """An optimizer whose parameters are blocks already."""
     return DistributedShampoo(
         groups,
-        refresh=refresh,
         averaging=rule.averaging,
         weight_decay=rule.weight_decay,
         max_block_size=None,
@@ -148,8 +169,23 @@ def block_state_bytes(
     """Bytes of state of one block, as in a checkpoint; that of many blocks is the sum."""
     (parameter,) = on_meta([block_shape])
     group = {"params": [parameter], "preconditioner": config}
-    state = optimizer_of([group], FixedRefresh(), UpdateRule(averaging)).state[parameter]
+    state = optimizer_of([group], UpdateRule(averaging)).state[parameter]
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def factor_sides(methods: Sequence[MethodBlocks]) -> list[dict[Shape, tuple[int, ...]]]:
+    """Per method, the sides of the factors that a block of some shape has, in order."""
+    found: list[dict[Shape, tuple[int, ...]]] = []
+    for method in methods:
+        sides: dict[Shape, tuple[int, ...]] = {}
+        for shape, _ in method.stacks:
+            nothing = _Given()
+            group = {"params": on_meta([shape]), "preconditioner": method.config}
+            optimizer_of([{**group, "refresh": nothing}], UpdateRule()).step()
+            sizes = nothing.asked[0] if nothing.asked else ()
+            sides[shape] = tuple(size.dimension for size in sizes)
+        found.append(sides)
+    return found
 
 
 def state_bytes(
@@ -168,7 +204,7 @@ def state_bytes(
 def simulate(
     methods: Sequence[MethodBlocks],
     rank: int,
-    interval: int,
+    staggered: Sequence[Sequence[FactorSlice]],
     rule: UpdateRule = UpdateRule(),
 ) -> RankSteps:
     """Take the steps of one rank.
@@ -176,41 +212,44 @@ def simulate(
     Args:
         methods: The blocks of the model.
         rank: Whose blocks to step.
-        interval: Steps from one refresh of a factor to its next.
+        staggered: Per method, what is due at the dearest step of a staggered refresh.
         rule: As of the optimizer.
     """
     if not _has_blocks(methods, rank):
         nothing = Step([], 0)
-        return RankSteps(nothing, nothing, nothing, 0)
-    remembering = _Remembering(interval=2, start=1)
-    policy = StaggeredRefresh(interval)
+        return RankSteps(nothing, nothing, nothing, nothing, 0)
     with tables_apart() as tables:
-        plain, refresh = _together(methods, rank, remembering, rule)
-        spread = _RankOnMeta(methods, rank, policy, rule)
-        staggered = spread.step(_busiest_step(policy, set(remembering.asked)))
+        plain, bare, refresh = plain_and_refresh(methods, rank, rule)
+        given = [_Given(start=1, slices=slices) for slices in staggered]
+        dearest = _RankOnMeta(methods, rank, given, rule).step(_with_statistics(methods, 1))
     table_bytes = sum(tensor.nbytes for pair in tables.values() for tensor in pair)
-    return RankSteps(plain, refresh, staggered, table_bytes)
+    return RankSteps(plain, bare, refresh, dearest, table_bytes)
 
 
 def plain_and_refresh(
     methods: Sequence[MethodBlocks],
     rank: int,
     rule: UpdateRule = UpdateRule(),
-) -> tuple[Step, Step]:
-    """Take a plain step of one rank that has blocks, and one that refreshes everything; see `simulate`."""
-    return _together(methods, rank, FixedRefresh(interval=2, start=1), rule)
-
-
-def _together(
-    methods: Sequence[MethodBlocks],
-    rank: int,
-    every_other: FixedRefresh,
-    rule: UpdateRule,
-) -> tuple[Step, Step]:
-    blocks = _RankOnMeta(methods, rank, every_other, rule)
+) -> tuple[Step, Step, Step]:
+    """Take three steps of one rank that has blocks: plain, without statistics, refreshing everything."""
+    second, third = (_with_statistics(methods, number) for number in (2, 3))
+    refresh = FixedRefresh(interval=second, start=1)
+    blocks = _RankOnMeta(methods, rank, [refresh] * len(methods), rule)
     blocks.step(1)
-    refresh, plain = blocks.step(2), blocks.step(3)
-    return plain, refresh
+    refreshed, plain = blocks.step(second), blocks.step(third)
+    bare = plain if third == 4 else blocks.step(third + 1)
+    return plain, bare, refreshed
+
+
+def _with_statistics(methods: Sequence[MethodBlocks], number: int) -> int:
+    """A later step at which all methods take statistics, so many of their intervals after the first."""
+    return 1 + number * math.lcm(*(statistics_interval(method.config) for method in methods))
+
+
+def statistics_interval(config: PreconditionerConfig) -> int:
+    """Steps from one update of a method's statistics to the next."""
+    interval: int = getattr(config, "statistics_interval", 1)
+    return interval
 
 
 def first_alike(methods: Sequence[MethodBlocks], num_owners: int) -> list[int]:
@@ -225,17 +264,3 @@ def first_alike(methods: Sequence[MethodBlocks], num_owners: int) -> list[int]:
 
 def _has_blocks(methods: Sequence[MethodBlocks], rank: int) -> bool:
     return any(rank in method.owners for method in methods)
-
-
-def _busiest_step(policy: StaggeredRefresh, asked: set[tuple[FactorStackSize, ...]]) -> int:
-    """The step of the second interval at which most cubic work is due."""
-
-    def work(step: int) -> float:
-        return sum(
-            (item.stop - item.start) * float(sizes[item.stack].dimension) ** 3
-            for sizes in asked
-            for item in policy.due(step, sizes)
-        )
-
-    second = policy.settled_step + 1
-    return max(range(second, second + policy.interval), key=work)
