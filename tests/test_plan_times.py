@@ -124,7 +124,7 @@ def test_a_mean_step_counts_statistics_as_often_as_they_come() -> None:
     }
     saved = plans[1].plain_ms - plans[2].plain_ms
     assert 0.05 * plans[1].plain_ms < saved
-    assert plans[1].plain_ms - plans[4].plain_ms == pytest.approx(1.5 * saved)
+    assert plans[1].plain_ms - plans[4].plain_ms == pytest.approx(1.5 * saved, rel=0.05)
     assert len({plan.plain_flops for plan in plans.values()}) == 1  # of a step that has them
     assert plans[4].refresh_ms == pytest.approx(plans[1].refresh_ms, rel=0.01)
 

@@ -28,9 +28,10 @@ INTRODUCTION = """# Plans
 
 Made by `python -m shampoo_core.plan.tables`; `python -m shampoo_core.plan` plans any other case.
 Shampoo with stored roots, Adam graft, blocks of 1024, float32, factors dense, every factor refreshed once
-in 100 steps, refreshes staggered. Bytes are of the rank that needs most, milliseconds of the one with the
-largest load. Bytes and operations are counted on the optimizer itself and exact; milliseconds are estimates
-from stated rates of the device (`shampoo_core/plan/devices.py`), good to a factor of two or so. Memory is
+in 100 steps, refreshes staggered for as many ranks as share them (`StaggeredRefresh(ranks=...)`). Bytes are
+of the rank that needs most, milliseconds of the one with the largest load, and of refreshes of the one that
+all wait for. Bytes are counted on the optimizer itself and exact; milliseconds are estimates from stated
+rates of the device (`shampoo_core/plan/devices.py`), good to a factor of two or so. Memory is
 parameters, gradients, DDP's buckets of gradients (which `gradient_as_bucket_view=True` would save), state,
 communication and temporary tensors, without activations; up to 2^27 numbers of a rank (under DDP 2^28 of
 all ranks) step at once, more in waves of as many, and smaller waves (`max_wave_numel`) would need less.
