@@ -22,7 +22,7 @@ class GroupOptions:
     momentum_normaliser: MomentumNormaliser
     storage: Storage = "dense"
     """How moments are kept; set by the preconditioner."""
-    max_wave_numel: int | None = None
+    portion_numel: int | None = None
     """Numbers in the factors that a refresh solves together, at most; None solves all that are due."""
 
 

@@ -188,20 +188,22 @@ def facts(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def constant_options(group: Mapping[str, Any], max_wave_numel: int | None) -> GroupOptions:
+def constant_options(group: Mapping[str, Any], limit: int | None) -> GroupOptions:
     """Options fixed when the group's state is allocated.
 
     Args:
         group: A parameter group.
-        max_wave_numel: From `wave_limit`.
+        limit: From `wave_limit`. Where all numbers are few enough to be stepped at once by default, those
+            of their factors can be many more: refreshes are solved in portions all the same.
     """
+    in_portions = limit is None and group["max_wave_numel"] == "auto"
     return GroupOptions(
         betas=(group["betas"][0], group["betas"][1]),
         beta3=group["beta3"],
         eps=group["eps"],
         bias_correction=group["bias_correction"],
         momentum_normaliser=group["momentum_normaliser"],
-        max_wave_numel=max_wave_numel,
+        portion_numel=LARGEST_WAVE_NUMEL if in_portions else limit,
     )
 
 

@@ -77,9 +77,9 @@ class DistributedShampoo(WithLoadHooks):
             factor), and everything temporary of one is freed before the next. Takes about 3 times the
             bytes of a wave, 3.5 at a refresh by `EighSolver`: half of the largest stack keeps a step below
             twice that. Costs some 40 operations and a message each way between ranks per wave, some 80
-            and a host synchronisation per portion. None steps all at once; so does ``"auto"`` up to 2^27
-            numbers of a group and rank (replicas: 2^28 of all ranks), beyond in waves of as many; on one
-            CPU in waves of a million, which are quicker. Changes results by rounding, no checkpoints.
+            and a host synchronisation per portion. None steps all at once; ``"auto"`` makes waves and
+            portions of 2^27 numbers (waves of replicas: 2^28 of all ranks) where a group and rank has more;
+            on one CPU of a million, which are quicker. Changes results by rounding, no checkpoints.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.

@@ -102,6 +102,16 @@ def test_flags_are_those_of_a_request(sharding: Any, tmp_path: Path) -> None:
     assert _request(_parser().parse_args(flags.split())) == expected
 
 
+def test_refreshes_come_in_portions_by_default_where_factors_are_many() -> None:
+    """Tall blocks are few numbers, all stepped at once; their factors are sixteen times as many."""
+    tall = [NamedShape(str(index), (1024, 64)) for index in range(500)]
+    portions, whole = (
+        make_plan(Request(tall, max_wave_numel=limit)).at_once_memory for limit in ("auto", None)
+    )
+    assert portions.plain == whole.plain
+    assert portions.refresh < 1.8 * GIB < 3.9 * GIB < whole.refresh
+
+
 def test_waves_are_as_long_as_those_of_the_optimizer() -> None:
     """The messages of all ranks together are no longer than two of the largest."""
     for ranks, expected in ((1, None), (8, 2 * LARGEST_WAVE_NUMEL // 8)):

@@ -118,6 +118,8 @@ class MethodBlocks:
     """The blocks of all ranks as they are stacked for the schedule of refreshes: a shape, and owners."""
     max_wave_numel: int | None = None
     """Most numbers that a rank steps and sends at once; None is all, together with other methods."""
+    option: int | Literal["auto"] | None = None
+    """What one rank with its own blocks is to be given as the optimizer's ``max_wave_numel``."""
 
     def of_rank(self, rank: int) -> list[Tile]:
         """The blocks of one rank."""
@@ -197,7 +199,8 @@ def _divided(
     messages = placement.num_messages
     limit = wave_limit(max_wave_numel, whole.device, num_messages=messages, numel=most)
     blocks, owners = [block for block, _ in owned], [owner for _, owner in owned]
-    return MethodBlocks(config, blocks, owners, costs, _owners_of_stacks(division), limit)
+    option = max_wave_numel if limit is None else limit
+    return MethodBlocks(config, blocks, owners, costs, _owners_of_stacks(division), limit, option)
 
 
 def _owners_of_stacks(division: Division) -> list[tuple[Shape, list[int]]]:

@@ -127,7 +127,7 @@ class _RankOnMeta:
                     {
                         "params": on_meta(shapes),
                         "preconditioner": method.config,
-                        "max_wave_numel": method.max_wave_numel,
+                        "max_wave_numel": method.option,
                         "refresh": refresh,
                     }
                 )

@@ -177,7 +177,7 @@ class EigenvalueCorrected:
             [1.0] * len(axes),
             kind="bases",
             storage=config.storage,
-            portion_numel=options.max_wave_numel,
+            portion_numel=options.portion_numel,
         )
         self.filter = GradientFilter(stack_set, replace(options, storage=config.storage))
         self.scaling = SecondMomentScaling(

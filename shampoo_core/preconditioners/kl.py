@@ -177,7 +177,7 @@ class KLShampoo:
             second_moments=config.second_moments,
             solver=config.solver,
             storage=config.storage,
-            portion_numel=options.max_wave_numel,
+            portion_numel=options.portion_numel,
         )
         self.filter = GradientFilter(stack_set, replace(options, storage=config.storage))
 

@@ -161,7 +161,7 @@ class PerFactorCorrected:
             [1.0] * len(axes),
             kind="bases",
             storage=config.storage,
-            portion_numel=options.max_wave_numel,
+            portion_numel=options.portion_numel,
         )
         exponents = inverse_exponents(stack_set, axes, config.exponent, "all")
         self._exponents = self._per_factor(exponents)

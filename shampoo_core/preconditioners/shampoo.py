@@ -218,7 +218,7 @@ class Shampoo:
             self.factors,
             exponents,
             storage=config.storage,
-            portion_numel=options.max_wave_numel,
+            portion_numel=options.portion_numel,
             limits=root_limits(stack_set, axes, exponents),
         )
         self.roots = create(kind="roots")
