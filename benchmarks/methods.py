@@ -128,7 +128,9 @@ def method_rows(workload: str) -> Iterator[dict[str, Any]]:
         (_, refresh, plain), optimizer = measure(
             workload, method.config, FixedRefresh(4, 1), [4, 8, 9]
         )
-        split = _milliseconds(plain.counter.operations)
+        split = _milliseconds(
+            plain.counter.operations, has_factors=hasattr(method.config, "storage")
+        )
         yield {
             "workload": workload,
             "method": method.name,
@@ -144,12 +146,12 @@ def method_rows(workload: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _milliseconds(operations: Sequence[Operation]) -> dict[str, float]:
-    """Estimated time by kind of operation."""
+def _milliseconds(operations: Sequence[Operation], *, has_factors: bool) -> dict[str, float]:
+    """Estimated time by kind of operation; what is added to a product is statistics, if there are any."""
     split = dict.fromkeys(("statistics_ms", "apply_ms", "rest_ms"), 0.0)
     for operation in operations:
         kind = "rest_ms"
-        if operation.name.startswith("aten::baddbmm"):
+        if has_factors and operation.name.startswith("aten::baddbmm"):
             kind = "statistics_ms"
         elif operation.flops:
             kind = "apply_ms"

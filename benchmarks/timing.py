@@ -85,7 +85,7 @@ def candidates(workload: str, floor: Step, *, refresh: bool, peers: str = "") ->
     optimizer = _ours(workload, ShampooConfig(), refresh=refresh)
     steps: dict[str, Step] = {"AdamW": adamw.step, FLOOR: floor, "ours": optimizer.step}
     if refresh:
-        # The peers precondition vectors too.
+        # As facebookresearch's; the other peers leave vectors to Adam, as "ours" does.
         everything = ShampooConfig(precondition_vectors=True)
         steps["ours, vectors too"] = _ours(workload, everything, refresh=True).step
         for name, make in available()[0].items():

@@ -49,6 +49,8 @@ def test_counts_of_a_workload_have_the_peers_beside_them() -> None:
 def test_every_row_of_methods_counts_something() -> None:
     rows = {row["method"]: row for row in methods.method_rows("mnist")}
     assert len(rows) == len(methods.methods())
+    has_statistics = {name for name, row in rows.items() if row["statistics_ms"] > 0.0}
+    assert has_statistics == set(rows) - {"Adam", "spectral"}
     assert rows["Adam"]["plain_gflop"] == 0.0
     assert rows["eigenvalue-corrected"]["plain_gflop"] > rows["Shampoo"]["plain_gflop"] > 0.0
     assert rows["Shampoo, one-sided"]["state_mib"] < rows["Shampoo"]["state_mib"]

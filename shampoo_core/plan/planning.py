@@ -149,7 +149,9 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model needs; bytes of state and of messages and counts are exact, milliseconds estimates.
+    """What a model needs; bytes of state and of messages are exact, operations but for a few copies.
+
+    Milliseconds are estimates.
 
     Temporary bytes are those that are alive at once, counted, but while blocks travel an upper bound.
 
