@@ -316,17 +316,18 @@ def _methods(request: Request, refresh_interval: int) -> list[MethodBlocks]:
 
 
 def _messages(request: Request, methods: Sequence[MethodBlocks]) -> Messages:
-    usual, reading = (
-        travel(
+    share = request.rule.reading_share
+    found = {
+        reads: travel(
             request.parameters,
             methods,
             request.placement,
             reads_weights=reads,
             holders_decay=request.rule.holders_decay,
         )
-        for reads in (False, True)
-    )
-    return Messages(usual, reading, request.rule.reading_share)
+        for reads in {share > 0.0, share == 1.0}
+    }
+    return Messages(found[share == 1.0], found[share > 0.0], share)
 
 
 def _schedule(request: Request, methods: Sequence[MethodBlocks], interval: int) -> Schedule:

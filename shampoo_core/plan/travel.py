@@ -185,8 +185,10 @@ class _Replica:
 def _held(tile: Tile, shape: Shape, num_shards: int) -> list[tuple[int, int]]:
     """Who holds how many numbers of a block, when rows are dealt out in equal runs."""
     rows = shape[0] if shape else 1
-    per_row = math.prod(shape[1:])
-    run = -(-rows // num_shards) * per_row
+    run_of_rows = -(-rows // num_shards)
+    if tile.merged_shape and tile.merged_shape[0] == rows:
+        return _held_rows(tile, run_of_rows)
+    run = run_of_rows * math.prod(shape[1:])
     last = [start + size - 1 for start, size in zip(tile.starts, tile.sizes, strict=True)]
     first_holder = _flat(tile.merged_shape, tile.starts) // run
     last_holder = _flat(tile.merged_shape, last) // run
@@ -196,6 +198,16 @@ def _held(tile: Tile, shape: Shape, num_shards: int) -> list[tuple[int, int]]:
         if numbers:
             held.append((holder, numbers))
     return held
+
+
+def _held_rows(tile: Tile, run: int) -> list[tuple[int, int]]:
+    """The same where rows of the parameter are rows of the block's matrix, as they nearly always are."""
+    start, stop = tile.starts[0], tile.starts[0] + tile.sizes[0]
+    per_row = math.prod(tile.sizes[1:])
+    return [
+        (holder, (min(stop, (holder + 1) * run) - max(start, holder * run)) * per_row)
+        for holder in range(start // run, (stop - 1) // run + 1)
+    ]
 
 
 def _flat(shape: Shape, position: Sequence[int]) -> int:
