@@ -68,7 +68,8 @@ def test_steps_dispatch_few_operations_and_only_a_refresh_waits(
     assert plain.num_operations <= PLAIN_LIMITS[workload][vectors]
     assert plain.num_kernels <= 2.5 * plain.num_operations
     assert plain.num_operations < PEERS[workload][THEIRS]["plain_step_ops"] / 10
-    assert refresh.num_synchronisations == 1
+    # Once for every 2^27 numbers of factors, of which all models but one have fewer.
+    assert refresh.num_synchronisations == (2 + vectors if workload == "wmt" else 1)
     assert refresh.num_operations <= PEERS[workload][THEIRS]["refresh_step_ops"] / REFRESH_SHARE
 
 
