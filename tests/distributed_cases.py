@@ -78,7 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adaptive": {"refresh": AdaptiveRefresh(2, 1, threshold=0.2)},
     "staggered and adaptive": {"refresh": StaggeredAdaptiveRefresh(2, 1, threshold=0.2)},
     "warm-started": {
-        "refresh": Divided(3),
+        "refresh": Divided(3, ranks=2),
         "preconditioner": ShampooConfig(solver=OrthogonalIterationSolver(max_iterations=3)),
     },
     "packed one-sided": {
