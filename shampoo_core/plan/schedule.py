@@ -22,19 +22,16 @@ class Stacks:
 
     def of_rank(self, rank: int, due: Sequence[FactorSlice]) -> list[FactorSlice]:
         """Slices of all stacks in the numbering of one rank's own."""
-        own = []
-        for owners in self.owners:
-            places = [place for place, owner in enumerate(owners) if owner == rank]
-            own.append(places)
-        numbers = {
-            stack: number
-            for number, stack in enumerate(s for s, places in enumerate(own) if places)
-        }
+        places = [
+            [place for place, owner in enumerate(owners) if owner == rank] for owners in self.owners
+        ]
+        own_stacks = [stack for stack, own in enumerate(places) if own]
         found = []
         for item in due:
-            start, stop = (bisect_left(own[item.stack], end) for end in (item.start, item.stop))
+            own = places[item.stack]
+            start, stop = bisect_left(own, item.start), bisect_left(own, item.stop)
             if start < stop:
-                found.append(FactorSlice(numbers[item.stack], start, stop))
+                found.append(FactorSlice(own_stacks.index(item.stack), start, stop))
         return found
 
 

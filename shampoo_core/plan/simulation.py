@@ -63,14 +63,6 @@ class UpdateRule:
     weight_decay: float = 1e-2
 
     @property
-    def reads_weights(self) -> bool:
-        """Whether a step may need the weights of its blocks."""
-        rule = self.averaging
-        return rule is not None and (
-            (self.weight_decay != 0.0 and not rule.leaves_decay) or any(self._reads())
-        )
-
-    @property
     def reading_share(self) -> float:
         """Of the steps, those that need the weights of their blocks."""
         rule = self.averaging
@@ -78,17 +70,8 @@ class UpdateRule:
             return 0.0
         if self.weight_decay != 0.0 and not rule.leaves_decay:
             return 1.0
-        reads = self._reads()
-        return sum(reads) / len(reads)
-
-    def _reads(self) -> list[bool]:
-        """Whether weights are read, at each step of a period."""
-        rule = self.averaging
-        period = getattr(rule, "interval", 1)
-        return [
-            rule is not None and rule.reads_weights(step, first=False)
-            for step in range(2, 2 + period)
-        ]
+        period = range(2, 2 + getattr(rule, "interval", 1))
+        return sum(rule.reads_weights(step, first=False) for step in period) / len(period)
 
     @property
     def holders_decay(self) -> bool:
