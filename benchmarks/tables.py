@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -89,10 +90,16 @@ def publish(
         sys.stdout.write(f"\n{notes}\n")
     sys.stdout.flush()
     name = title.split()[0].strip(":,").lower()
-    document = {"title": title, "environment": facts, "notes": notes, "rows": list(rows)}
+    known = [{key: _strict(value) for key, value in row.items()} for row in rows]
+    document = {"title": title, "environment": facts, "notes": notes, "rows": known}
     path = folder / f"{name}.json"
     write_json(path, document)
     return [path]
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no number for what is none."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, document: Any) -> None:

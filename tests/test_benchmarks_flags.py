@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def test_a_table_without_rows_is_none(tmp_path: Path, capsys: pytest.CaptureFixt
     assert publish("Things: none", [], {"x": "x"}, tmp_path) == []
     assert not capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_number_is_null(tmp_path: Path) -> None:
+    """Strict readers refuse JSON with NaN."""
+    (path,) = publish("Things: few", [{"x": math.nan, "y": 1.5}], {"x": "x", "y": "y"}, tmp_path)
+    assert "NaN" not in path.read_text()
+    assert json.loads(path.read_text())["rows"] == [{"x": None, "y": 1.5}]
 
 
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
