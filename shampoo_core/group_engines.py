@@ -20,6 +20,7 @@ from shampoo_core.checkpoint import (
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges
 from shampoo_core.groups import CHANGEABLE, OWNER, state_dtype
+from shampoo_core.refresh import SMALLEST_SHARE
 
 LOGGER = logging.getLogger("shampoo_core")
 
@@ -65,6 +66,7 @@ class GroupEngines:
         self._warn_of_coarse_weights()
         self.adopt({})
         self.allocate([i for i, p in enumerate(self._parameters) if p.requires_grad])
+        self._warn_of_waiting_ranks()
 
     def adopt(self, arrivals: Arrivals) -> None:
         """Step the group with these engines from now on."""
@@ -121,6 +123,25 @@ class GroupEngines:
                 "float32, under autocast if need be, or take WeightEMA",
                 *(OWNER, type(averaging).__name__, ", ".join(sorted(coarse))),
             )
+
+    def _warn_of_waiting_ranks(self) -> None:
+        """Warn, on the first rank, where ranks would wait for the few that have something to refresh."""
+        refresh = self.group["refresh"]
+        together = getattr(refresh, "ranks", None)
+        has_factors = hasattr(self.group["preconditioner"], "storage")
+        divisions = [engine.division for engine in self.engines]
+        num_owners = max((len(division.by_rank) for division in divisions), default=1)
+        if together is None or not has_factors or together >= num_owners or divisions[0].rank:
+            return
+        layouts = [layout for division in divisions for layout in division.whole.layouts]
+        work = sum(one.num_blocks * sum(float(d) ** 3 for d in one.block_shape) for one in layouts)
+        if work <= SMALLEST_SHARE:  # all at once, so that all have work
+            return
+        LOGGER.warning(
+            "%s: %s makes few factors due at a step, and all %d ranks that share the work wait for their "
+            "owners; give it ranks=%d",
+            *(OWNER, refresh, num_owners, num_owners),
+        )
 
     def described(self) -> dict[str, Any]:
         """The group with the options that its state was made with."""

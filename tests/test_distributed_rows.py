@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from shampoo_core import Distribution, KLShampooConfig, WeightEMA
+from shampoo_core import (
+    AdamConfig,
+    DistributedShampoo,
+    Distribution,
+    KLShampooConfig,
+    StaggeredRefresh,
+    WeightEMA,
+)
 
 # --- on each rank ---------------------------------------------------------------------------------
 
@@ -28,6 +36,7 @@ def others() -> dict[str, Any]:
         "layouts": in_layouts(),
         "first steps": first_steps(),
         "mistakes": other_mistakes(),
+        "warnings": warnings_of_waiting(),
     }
 
 
@@ -90,6 +99,25 @@ def other_mistakes() -> dict[str, str]:
     }
 
 
+def warnings_of_waiting() -> list[int]:
+    """How often a staggered refresh is warned of: for one rank, for two, of a small model, of Adam."""
+    counts = []
+    for side, options in (
+        (600, {"refresh": StaggeredRefresh()}),
+        (600, {"refresh": StaggeredRefresh(ranks=2)}),
+        (60, {"refresh": StaggeredRefresh()}),
+        (600, {"refresh": StaggeredRefresh(), "preconditioner": AdamConfig()}),
+    ):
+        messages: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, found=messages: found.append(record.getMessage())  # type: ignore
+        logging.getLogger("shampoo_core").addHandler(handler)
+        DistributedShampoo(parameters([(side, side)]), lr=0.1, **options)
+        logging.getLogger("shampoo_core").removeHandler(handler)
+        counts.append(sum("give it ranks=2" in message for message in messages))
+    return counts
+
+
 @pytest.fixture(scope="module")
 def others_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(2, tmp_path_factory.mktemp("two"), others)
@@ -121,6 +149,12 @@ def test_a_rank_without_a_matrix_sits_out_the_first_step_of_a_lagged_method(
     """The other one does, so that one of a vector alone would be ahead."""
     for found in others_on_two_ranks:
         assert found["first steps"] == [False, False, True, True]
+
+
+def test_ranks_that_would_wait_for_one_are_warned_of(
+    others_on_two_ranks: list[dict[str, Any]],
+) -> None:
+    assert [found["warnings"] for found in others_on_two_ranks] == [[1, 0, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
