@@ -10,7 +10,7 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from shampoo_core.config import check_count, check_range
@@ -156,11 +156,6 @@ class StaggeredRefresh:
         check_count(owner, "start", self.start, optional=True)
         check_count(owner, "ranks", self.ranks)
 
-    def __repr__(self) -> str:
-        """What checkpoints compare; those of before there were `ranks` are of one."""
-        names = [f.name for f in fields(self) if f.name != "ranks" or self.ranks != 1]
-        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
-
     @property
     def first_step(self) -> int:
         """See `RefreshPolicy`."""
@@ -184,7 +179,7 @@ class StaggeredRefresh:
         return list(_stagger(sizes, self.interval, self.ranks).get(phase, ()))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class StaggeredAdaptiveRefresh(StaggeredRefresh):
     """As `StaggeredRefresh`, but a factor that its old basis still diagonalises is left alone.
 

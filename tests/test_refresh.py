@@ -106,12 +106,6 @@ def test_several_ranks_are_given_as_many_factors_at_fewer_steps() -> None:
     assert all(len({item.stack for item in some}) == len(some) for some in due)
     with pytest.raises(ValueError, match="StaggeredRefresh: ranks must be at least 1, got 0"):
         StaggeredRefresh(ranks=0)
-    # As in checkpoints of before; another number of ranks is another configuration.
-    assert repr(StaggeredRefresh(10)) == "StaggeredRefresh(interval=10, start=None)"
-    assert repr(StaggeredAdaptiveRefresh(5, 2)) == (
-        "StaggeredAdaptiveRefresh(interval=5, start=2, threshold=0.1)"
-    )
-    assert repr(policy) == "StaggeredRefresh(interval=10, start=None, ranks=8)"
 
 
 @given(sizes_strategy, st.integers(1, 20), st.integers(1, 30))
