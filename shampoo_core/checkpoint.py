@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo_core.blocking import Shape
+from shampoo_core.config import ADDED_LATER
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.gathering import gather
 from shampoo_core.groups import CHANGEABLE, WITHOUT_MEANING
@@ -70,7 +71,11 @@ def _block_of(name: str) -> str:
 def describe(value: object) -> Any:
     """Turn an option into plain numbers, strings, lists and dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: describe(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (f.metadata == ADDED_LATER and getattr(value, f.name) == f.default)
+        }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return {key: describe(item) for key, item in value.items()}

@@ -11,6 +11,10 @@ Storage = Literal["dense", "packed", "8bit", "4bit"]
 STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
+ADDED_LATER = {"added later": True}
+"""Metadata of a field that checkpoints of before do not have: in these it has its default."""
+
+
 @dataclass(frozen=True)
 class GroupOptions:
     """Numbers shared by the preconditioner, the grafting and the filter of one parameter group."""

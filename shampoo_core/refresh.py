@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from shampoo_core.config import check_count, check_range
+from shampoo_core.config import ADDED_LATER, check_count, check_range
 
 
 class FactorStackSize(NamedTuple):
@@ -148,7 +148,7 @@ class StaggeredRefresh:
 
     interval: int = 100
     start: int | None = None
-    ranks: int = field(default=1, kw_only=True)
+    ranks: int = field(default=1, kw_only=True, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         owner = type(self).__name__

@@ -210,6 +210,20 @@ def test_another_configuration_is_refused_and_nothing_changes(
             assert torch.equal(after["state"][index][key], value)
 
 
+def test_the_number_of_ranks_of_a_refresh_is_not_in_checkpoints_of_before() -> None:
+    """An option that came later is described where it is not at its default."""
+    params, other_params = parameters(), parameters()
+    optimizer = optimizer_for(params, refresh=StaggeredRefresh(4))
+    run(optimizer, params, range(1, 3))
+    state = saved(optimizer)
+    described = {"type": "StaggeredRefresh", "interval": 4, "start": None}
+    assert state["param_groups"][0]["refresh"] == described
+    optimizer_for(other_params, refresh=StaggeredRefresh(4)).load_state_dict(state)
+    other = optimizer_for(parameters(), refresh=StaggeredRefresh(4, ranks=2))
+    with pytest.raises(ValueError, match=r"refresh is \{.*'ranks': 2\} here and "):
+        other.load_state_dict(state)
+
+
 def test_another_model_is_refused() -> None:
     params = parameters([(4, 4), (6,)])
     optimizer = optimizer_for(params)
