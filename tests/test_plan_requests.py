@@ -132,3 +132,8 @@ def test_other_ranks_that_are_tried_where_memory_is_short() -> None:
     assert tried["parameters sharded (FSDP2), all of which share"] == Placement(4, "fsdp2")
     alone = Request(SMALL, Placement(1), max_block_size=255)
     assert [name for name, _ in _others(alone)] == ["2 ranks"]
+
+
+def test_more_ranks_than_any_machine_has_are_refused() -> None:
+    with pytest.raises(ValueError, match="world_size must be at most 65536, for a plan goes"):
+        Placement(10**6)
