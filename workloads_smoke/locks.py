@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import logging
@@ -34,6 +34,20 @@ def sole_user(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sole_user_of_trials(folders: Iterable[Path]) -> Iterator[None]:
+    """Hold all trials in some workloads' folders, so that these can be deleted together.
+
+    Raises:
+        UserError: Another process holds one.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            for trial in folder.glob("trial_*"):
+                stack.enter_context(sole_user(trial))
+        yield
 
 
 def is_in_use(folder: Path) -> bool:

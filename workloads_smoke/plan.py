@@ -1,6 +1,5 @@
 """From flags to the list of trials to run, each with its setting, seed and folder."""
 
-import contextlib
 import struct
 from os import urandom
 from pathlib import Path
@@ -15,7 +14,7 @@ from workloads_smoke.experiment import (
     make_folder,
     recorded_seed,
 )
-from workloads_smoke.locks import sole_user
+from workloads_smoke.locks import sole_user_of_trials
 from workloads_smoke.settings import RunSettings, TrialRequest
 from workloads_smoke.tuning import read_hyperparameters
 
@@ -73,10 +72,7 @@ def make_folders(plan: list[TrialRequest], overwrite: bool) -> None:
         UserError: A process is training in what should be deleted; nothing is then.
     """
     folders = list(dict.fromkeys(request.folder.parent for request in plan))
-    with contextlib.ExitStack() as stack:
-        for trial in (trial for folder in folders for trial in folder.glob("trial_*")):
-            if overwrite:
-                stack.enter_context(sole_user(trial))
+    with sole_user_of_trials(folders if overwrite else ()):
         for folder in folders:
             make_folder(folder, overwrite)
 

@@ -8,7 +8,6 @@ module only decides the order, says how long it will take, and scores.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import shutil
@@ -32,7 +31,7 @@ from workloads_smoke.contenders import (
 from workloads_smoke.errors import UserError
 from workloads_smoke.experiment import check_flags
 from workloads_smoke.folders import check_folder
-from workloads_smoke.locks import sole_user
+from workloads_smoke.locks import sole_user_of_trials
 from workloads_smoke.registry import WORKLOADS, load_workload
 from workloads_smoke.report import write_report
 from workloads_smoke.scoring.console import say
@@ -210,9 +209,7 @@ def delete_logs(jobs: Sequence[Job], logs: Path) -> None:
         UserError: if a process is training in one; nothing is deleted then.
     """
     folders = [job.folder(logs) for job in jobs]
-    with contextlib.ExitStack() as stack:
-        for trial in (trial for folder in folders for trial in folder.glob("trial_*")):
-            stack.enter_context(sole_user(trial))
+    with sole_user_of_trials(folders):
         for folder in folders:
             if folder.exists():
                 shutil.rmtree(folder)
