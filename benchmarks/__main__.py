@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import counts, measured, memory, methods, scaling, share, timing
+from benchmarks import counts, measured, memory, methods, on_device, scaling, share, timing
 from benchmarks.flags import out_folder, parser_of
 
 
@@ -29,6 +29,7 @@ SECTIONS = {
     "time": Section(timing.run_affordable, timing.TAKES),
     "measured": Section(measured.run, measured.TAKES),
     "share": Section(share.run, share.TAKES),
+    "device": Section(on_device.run, f"{on_device.TAKES}; needs a GPU"),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.counts import MIB
 from benchmarks.flags import chosen, out_folder, parser_of
@@ -100,7 +100,7 @@ def measure(
     refresh: RefreshPolicy,
     steps: Sequence[int],
     *,
-    max_wave_numel: int | None = None,
+    max_wave_numel: int | Literal["auto"] | None = None,
 ) -> tuple[list[Measured], DistributedShampoo]:
     """Take the steps of the given numbers, the first one unmeasured before them."""
     optimizer = DistributedShampoo(

@@ -41,21 +41,24 @@ def workload_parameters(workload: str, device: str = "meta") -> list[torch.nn.Pa
     return parameters([parameter.shape for parameter in workload_shapes(workload)], device)
 
 
-def workload_groups(workload: str, config: PreconditionerConfig) -> list[dict[str, Any]]:
-    """Parameter groups of an official workload's model, on "meta".
+def workload_groups(
+    workload: str, config: PreconditionerConfig, device: str = "meta"
+) -> list[dict[str, Any]]:
+    """Parameter groups of an official workload's model.
 
     One for all parameters but lookup tables, one for these: planner and submission step them by Adam.
 
     Args:
         workload: Official.
         config: Steps everything but lookup tables.
+        device: Of the parameters.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "preconditioner": config},
         {"params": [], "preconditioner": AdamConfig(), "max_block_size": TABLE_BLOCK_ROWS},
     ]
     tables = tables_of(workload_shapes(workload), TABLE_ROWS)
-    for index, parameter in enumerate(workload_parameters(workload)):
+    for index, parameter in enumerate(workload_parameters(workload, device)):
         groups[index in tables]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 

@@ -5,6 +5,7 @@ Each is asked for what its own documentation names as its default, at our block 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,3 +89,10 @@ def available() -> tuple[dict[str, MakePeer], list[str]]:
         else:
             found[name] = make
     return found, missing
+
+
+def part_of_peers(text: str) -> str:
+    """The type of a flag that chooses peers by a part of their names."""
+    if not any(text in name for name in PEERS):
+        raise argparse.ArgumentTypeError(f"must be part of one of {list(PEERS)}, got {text!r}")
+    return text

@@ -9,7 +9,6 @@ processor on one thread, which other work distorts least.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from benchmarks.flags import chosen, count, out_folder, parser_of
 from benchmarks.models import workload_parameters
-from benchmarks.peers import PEERS, MakePeer, available
+from benchmarks.peers import MakePeer, available, part_of_peers
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
 from shampoo_core.costs import plain_step_flops
@@ -43,13 +42,18 @@ CYCLE = 4
 Step = Callable[[], object]
 
 
-def products(flops: float) -> Step:
-    """A step of nothing but float32 products of square matrices, as near to ``flops`` as can be."""
-    side = RATE_SIDE
+def products(flops: float, device: str = "cpu", side: int = RATE_SIDE) -> Step:
+    """A step of nothing but float32 products of square matrices, as near to ``flops`` as can be.
+
+    Args:
+        flops: Multiplications and additions.
+        device: Of the matrices.
+        side: Of the matrices, halved until there are eight products at least.
+    """
     while 2.0 * side**3 > flops / 8:
         side //= 2
-    left, right = torch.randn(side, side), torch.randn(side, side)
-    result = torch.empty(side, side)
+    left, right = torch.randn(2, side, side, device=device).unbind()
+    result = torch.empty(side, side, device=device)
     count = round(flops / (2.0 * side**3))
 
     def step() -> None:
@@ -231,12 +235,6 @@ def run_affordable(workloads: Sequence[str] | None, folder: Path) -> list[Path]:
     return run(workloads, folder, cycles=1)
 
 
-def _part_of_peers(text: str) -> str:
-    if not any(text in name for name in PEERS):
-        raise argparse.ArgumentTypeError(f"must be part of one of {list(PEERS)}, got {text!r}")
-    return text
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = parser_of(__doc__, TAKES)
@@ -245,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--refresh", action="store_true", help="refreshes and peers, too: minutes")
     parser.add_argument(
-        "--peers", type=_part_of_peers, default="", help="only those whose name has this"
+        "--peers", type=part_of_peers, default="", help="only those whose name has this"
     )
     options = parser.parse_args(arguments)
     run(

@@ -28,7 +28,7 @@ def gradient(parameter: Tensor, step: int, index: int) -> Tensor:
     """The gradient of parameter ``index`` at ``step``: noise around a pull to the origin."""
     generator = torch.Generator().manual_seed(1000 * step + index)
     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return (noise.to(parameter.dtype) + 0.1 * parameter.detach()).contiguous()
+    return (noise.to(parameter) + 0.1 * parameter.detach()).contiguous()
 
 
 def run(optimizer: DistributedShampoo, params: Sequence[torch.nn.Parameter], steps: range) -> None:

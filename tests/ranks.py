@@ -22,7 +22,9 @@ Job = Callable[..., Any]
 """A function at the top level of a module; what it returns is saved by `torch.save`."""
 
 
-def on_ranks(num_ranks: int, folder: Path, job: Job, *arguments: Any) -> list[Any]:
+def on_ranks(
+    num_ranks: int, folder: Path, job: Job, *arguments: Any, backend: str = "gloo"
+) -> list[Any]:
     """Run ``job(*arguments)`` on every rank of a new group and return what each returned.
 
     Args:
@@ -30,11 +32,12 @@ def on_ranks(num_ranks: int, folder: Path, job: Job, *arguments: Any) -> list[An
         folder: Empty, for the store and the answers.
         job: What to run.
         arguments: For it; have to be picklable.
+        backend: Of the group.
     """
     folder.mkdir(parents=True, exist_ok=True)
     multiprocessing.start_processes(
         _process,
-        (num_ranks, str(folder), job, arguments),
+        (num_ranks, str(folder), backend, job, arguments),
         nprocs=num_ranks,
         # Starts from one process that has imported these already, and has no threads yet.
         start_method="forkserver",
@@ -42,7 +45,7 @@ def on_ranks(num_ranks: int, folder: Path, job: Job, *arguments: Any) -> list[An
     return [torch.load(folder / f"answer_{rank}", weights_only=False) for rank in range(num_ranks)]
 
 
-def join(rank: int, num_ranks: int, store: Path, *, seconds: float) -> None:
+def join(rank: int, num_ranks: int, store: Path, *, seconds: float, backend: str = "gloo") -> None:
     """Join the group that meets at a file, as a rank with one thread.
 
     Args:
@@ -50,10 +53,11 @@ def join(rank: int, num_ranks: int, store: Path, *, seconds: float) -> None:
         num_ranks: Of the group.
         store: A file that is not there yet, the same for all.
         seconds: How long a rank waits for the others, at this and at each collective.
+        backend: Of the group.
     """
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=num_ranks,
@@ -61,10 +65,12 @@ def join(rank: int, num_ranks: int, store: Path, *, seconds: float) -> None:
     )
 
 
-def _process(rank: int, num_ranks: int, folder: str, job: Job, arguments: tuple[Any, ...]) -> None:
+def _process(
+    rank: int, num_ranks: int, folder: str, backend: str, job: Job, arguments: tuple[Any, ...]
+) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     faulthandler.enable()  # a process that is killed by a signal says where it was
-    join(rank, num_ranks, Path(folder) / "store", seconds=120)
+    join(rank, num_ranks, Path(folder) / "store", seconds=120, backend=backend)
     answer = job(*arguments)
     torch.save(answer, Path(folder) / f"answer_{rank}")
     leave_process_group()
