@@ -37,7 +37,7 @@ class Observed(NamedTuple):
 
 
 def observe(step: Callable[[], object], between: Callable[[], object], steps: int) -> Observed:
-    """Take steps of one kind: some timed, one under the profiler, one under the watch for waits.
+    """Take steps of one kind: some timed, one more watched by the profiler and for waits and memory.
 
     Args:
         step: What is observed.
@@ -55,21 +55,17 @@ def observe(step: Callable[[], object], between: Callable[[], object], steps: in
         timed.append((time.perf_counter() - begun, returned - begun))
     between()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    on_device = [event for event in profiled.events() or () if event.device_type.name == "CUDA"]
-    kernels = [event for event in on_device if not event.name.startswith(NOT_KERNELS)]
-    between()
-    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    waits = _waits(step)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        waits = _waits(step)
+        torch.cuda.synchronize()
+    on_device = [event for event in profiled.events() or () if event.device_type.name == "CUDA"]
     return Observed(
         wall=min(wall for wall, _ in timed),
         host=statistics.median(host for _, host in timed),
         device=1e-6 * sum(event.time_range.elapsed_us() for event in on_device),
-        kernels=len(kernels),
+        kernels=sum(not event.name.startswith(NOT_KERNELS) for event in on_device),
         waits=waits,
         peak=torch.cuda.max_memory_allocated() - before,
     )

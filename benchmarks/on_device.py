@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ TAKES = f"any but criteo1tb, by default {', '.join(WORKLOADS)}"
 NO_GPU = "device: not measured (torch sees no GPU)"
 FLOOR_SIDE = 4096
 """A GPU is not filled by products of smaller matrices."""
-WARM_CYCLES = 2
+WARM_CYCLES = 1
 TIMED = 6
 SIDES = (64, 128, 256, 512, 1024, 2048)
 NUMBERS_OF_MATRICES = (1, 16)
@@ -146,7 +146,16 @@ def step_rows(workload: str, peers: str) -> Iterator[dict[str, Any]]:
                 row[f"mean_{interval}_ms"] = 1e3 * mean
         if name in OURS:
             row |= planned(workload, OURS[name])
+        _tell(row)
         yield row
+
+
+def _tell(row: Mapping[str, Any]) -> None:
+    """Show that something happens: refreshes of a model take seconds."""
+    known = {
+        key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()
+    }
+    sys.stderr.write(", ".join(f"{key} {value}" for key, value in known.items()) + "\n")
 
 
 def _both(candidate: Candidate) -> tuple[Observed, Observed | None]:
@@ -234,7 +243,9 @@ def solver_rows() -> Iterator[dict[str, Any]]:
             for name, basis_solver in BASIS_SOLVERS.items():
                 solves[name] = partial(basis_solver.basis, factors, start)
             for name, solve in solves.items():
-                yield {"solver": name, "side": side, "matrices": number, **_solved(solve, number)}
+                row = {"solver": name, "side": side, "matrices": number, **_solved(solve, number)}
+                _tell(row)
+                yield row
 
 
 def _solved(solve: Callable[[], object], number: int) -> dict[str, Any]:

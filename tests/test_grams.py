@@ -18,7 +18,7 @@ from benchmarks.timing import method_flops
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig, grams
 from shampoo_core.blocking import tiles_of
 from shampoo_core.counting import OperationCounter
-from shampoo_core.grams import ON_CPU, Price, add_gram, strip_bounds, upper_gram
+from shampoo_core.grams import ON_CPU, Price, add_gram, num_pieces, strip_bounds, upper_gram
 from shampoo_core.refresh import FactorSlice, FactorStackSize
 from shampoo_core.stacks import StackSet
 from shampoo_core.storage import factor_store
@@ -54,18 +54,67 @@ def test_what_the_memory_held_before_is_not_read(eager: None) -> None:
     torch.testing.assert_close(upper_gram(rows).triu(), (rows @ rows.mT).triu())
 
 
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.booleans(),
+    st.sampled_from([0.0, 0.75]),
+)
+def test_products_of_pieces_are_those_of_whole_rows(
+    count: int, side: int, length: int, across: bool, decay: float
+) -> None:
+    rows = torch.randn(count, length, side, dtype=torch.float64).mT
+    rows = rows if across else rows.contiguous()
+    old = torch.randn(count, side, side, dtype=torch.float64)
+    expected = decay * old + 0.5 * rows @ rows.mT
+    if decay == 0.0:
+        old.fill_(torch.nan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grams, "ON_CPU", Price(1, 0.0, 30))
+        patch.setattr(grams, "LEAST_LENGTH", 2)
+        patch.setattr(grams, "LEAST_PIECES", 2)
+        pieces = num_pieces(rows)
+        with OperationCounter() as counter:
+            add_gram(old, rows, (0, side), decay=decay, gain=0.5)
+    assert length % pieces == 0 and length // pieces >= min(2, length) and count * pieces <= 30
+    assert (pieces > 1) == any(
+        length % divisor == 0 for divisor in range(2, min(length // 2, 30 // count) + 1)
+    )
+    assert (counter.counts["aten::bmm"] > 0) == (pieces > 1)
+    torch.testing.assert_close(old, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_gpu_cuts_only_long_rows_of_few_small_matrices() -> None:
+    """Those of the kernel axes of convolutions; each of these would be one processor's work."""
+    lengths = {
+        (3, 9, 2**18): 128,
+        (4, 9, 2**14): 16,
+        (1, 64, 147): 1,
+        (6, 256, 2304): 1,
+        (600, 9, 2**18): 1,
+    }
+    for shape, pieces in lengths.items():
+        assert num_pieces(torch.empty(shape, device="meta")) == pieces, shape
+        assert num_pieces(torch.empty(1).expand(shape)) == 1, "a CPU has no processors to keep busy"
+    matrices, rows = torch.empty(3, 9, 9, device="meta"), torch.empty(3, 2**18, 9, device="meta").mT
+    with OperationCounter() as counter:
+        add_gram(matrices, rows, (0, 9), decay=0.5, gain=0.5)
+    assert counter.num_operations == 4, "no copy: the pieces are views"
+
+
 @pytest.mark.parametrize(("device", "strips"), [("meta", 4), ("cpu", 8)])
 def test_strips_pay_for_themselves(device: str, strips: int) -> None:
     """Small products stay one operation, large ones take 5/8 of the arithmetic, or 9/16."""
     for shape in [(1, 16, 16), (8, 64, 64), (1, 10, 2048)]:
         assert strip_bounds(torch.empty(shape, device=device)) == (0, shape[1])
-    large = torch.empty(4, 1024, 1024, device=device)
+    large = torch.empty(8, 1024, 1024, device=device)
     assert strip_bounds(large) == tuple(range(0, 1025, 1024 // strips))
-    matrices, rows = torch.empty(2, 4, 1024, 1024, device="meta")
+    matrices, rows = torch.empty(2, 8, 1024, 1024, device="meta")
     with OperationCounter() as counter:
         add_gram(matrices, rows, strip_bounds(large), decay=0.5, gain=0.5)
     assert counter.num_operations == strips
-    assert counter.flops == (strips + 1) / (2 * strips) * 2 * 4 * 1024**3
+    assert counter.flops == (strips + 1) / (2 * strips) * 2 * 8 * 1024**3
 
 
 @pytest.mark.parametrize("storage", ["dense", "packed"])
