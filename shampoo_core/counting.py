@@ -32,7 +32,11 @@ CHUNK_NUMEL, FUSED_CHUNKS = 65536, 320
 """They are cut into chunks, and so many are in a launch."""
 QR_FLOPS_PER_CUBE = 16.0 / 3.0
 """Householder QR of a square matrix with its orthogonal factor formed: 4/3 for R, 4 for Q."""
-FLOPS_PER_CUBE = {"_linalg_eigh": EIGH_FLOPS_PER_CUBE, "linalg_qr": QR_FLOPS_PER_CUBE}
+FLOPS_PER_CUBE = {
+    "_linalg_eigh": EIGH_FLOPS_PER_CUBE,
+    "linalg_qr": QR_FLOPS_PER_CUBE,
+    "linalg_cholesky_ex": 1.0 / 3.0,
+}
 """Of decompositions of square matrices of side d, in units of d^3."""
 
 
@@ -153,6 +157,8 @@ def _operation(name: str, args: Any, bytes_moved: int) -> Operation:
         return Operation(name, 2.0 * args[0].numel() * args[1].shape[-1], bytes_moved)
     if kind in ("baddbmm", "addmm"):
         return Operation(name, 2.0 * args[1].numel() * args[2].shape[-1], bytes_moved)
+    if kind == "linalg_solve_triangular":
+        return Operation(name, 1.0 * args[1].numel() * args[0].shape[-1], bytes_moved)
     if kind in FLOPS_PER_CUBE:
         side, count = args[0].shape[-1], math.prod(args[0].shape[:-2])
         flops = FLOPS_PER_CUBE[kind] * count * float(side) ** 3

@@ -109,7 +109,7 @@ def num_pieces(rows: Tensor) -> int:
         rows: (N, d, length).
     """
     num_matrices, side, length = rows.shape
-    tiles = num_matrices * math.ceil(side / TILE) ** 2
+    tiles = max(1, num_matrices) * math.ceil(side / TILE) ** 2
     most = min(length // LEAST_LENGTH, _price(rows).enough_tiles // tiles)
     fitting = (pieces for pieces in range(LEAST_PIECES, most + 1) if length % pieces == 0)
     return max(fitting, default=1)

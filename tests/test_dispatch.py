@@ -118,6 +118,9 @@ def test_state_is_small(workload: str, dense: float, packed: float) -> None:
 )
 def test_every_method_waits_only_at_refreshes(preconditioner: Any) -> None:
     waits = waits_of_ten_steps(preconditioner, FixedRefresh(4, 2))
+    if preconditioner.solver.warm_starts:  # the second refresh asks which factors have a basis, too
+        assert waits[3] == 2
+        waits[3] = 1
     assert waits_only_at(refreshes=[2, 4, 8], waits=waits)
 
 
@@ -149,7 +152,7 @@ def test_what_failed_unasked_falls_back_at_the_next_adaptive_refresh(
             values, vectors = values + float("nan"), vectors + float("nan")
         return values, vectors
 
-    monkeypatch.setattr(eigh, "_eigh", fails_in_single_precision)
+    monkeypatch.setattr(eigh, "decompose", fails_in_single_precision)
     (weight,) = params = [torch.nn.Parameter(torch.randn(8, 6))]
     refresh = AdaptiveRefresh(4, 2, threshold=0.0001)
     optimizer = DistributedShampoo(params, preconditioner=config, refresh=refresh)

@@ -39,7 +39,7 @@ from shampoo_core.model_shapes import (
 from shampoo_core.plan import DEVICES, Placement, Plan, Request, make_plan
 from shampoo_core.plan.__main__ import AVERAGING, main
 from shampoo_core.plan.advice import Change, alternatives
-from shampoo_core.plan.devices import LAUNCH_SECONDS, QR_SHARE
+from shampoo_core.plan.devices import LAUNCH_SECONDS, SHARES, SMALL_AT_ONCE
 from shampoo_core.plan.layout import blocks_by_method
 from shampoo_core.plan.planning import GIB
 from shampoo_core.plan.travel import FLOAT32, pieces_of, travel, waves
@@ -270,10 +270,14 @@ def test_estimates_by_hand() -> None:
     assert device.step_seconds([product, traffic, nothing]) == pytest.approx(2 + LAUNCH_SECONDS)
     large = Operation("aten::_linalg_eigh", 1.0, 0, side=2048, num_matrices=3)
     small = Operation("aten::_linalg_eigh", 1.0, 0, side=512, num_matrices=3)
-    assert device.step_seconds([large]) == pytest.approx(3 * 50e-3 * 8)
-    assert device.step_seconds([small]) == pytest.approx(3 * 50e-3 / 4)
-    factorised = large._replace(name="aten::linalg_qr")
-    assert device.step_seconds([factorised]) == pytest.approx(QR_SHARE * 3 * 50e-3 * 8)
+    assert device.step_seconds([large]) == pytest.approx(3 * 50e-3 * 2)
+    assert device.step_seconds([small]) == pytest.approx(3 * 50e-3 / 2)
+    assert device.step_seconds([large._replace(flops=15.7e12 * 0.7)]) == pytest.approx(1.0)
+    tiny = small._replace(side=32, num_matrices=SMALL_AT_ONCE + 1)
+    assert device.step_seconds([tiny]) == pytest.approx(2 * 50e-3 / 32)
+    for name in ("linalg_qr", "linalg_cholesky_ex"):
+        factorised = large._replace(name=f"aten::{name}")
+        assert device.step_seconds([factorised]) == pytest.approx(SHARES[name] * 3 * 50e-3 * 2)
     for to_all in (True, False):
         assert device.send_seconds(130e9, 8, to_all=to_all) == pytest.approx(1.0)
     # Between nodes a ring uses all links of a node, what differs for every device its own.

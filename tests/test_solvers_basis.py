@@ -15,6 +15,7 @@ from shampoo_core.solvers import (
     EighSolver,
     OrthogonalIterationSolver,
     off_diagonal_ratio,
+    orthogonal_iteration,
 )
 
 DTYPES = (torch.float32, torch.float64)
@@ -27,6 +28,13 @@ SOLVERS: list[BasisSolver] = [
     OrthogonalIterationSolver(max_iterations=5, tolerance=0.01),
 ]
 each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
+
+
+@pytest.fixture(params=["reflections", "products"])
+def each_factorisation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bases are made orthonormal as on a CPU, and as on a GPU."""
+    products = request.param == "products"
+    monkeypatch.setattr(orthogonal_iteration, "prefers_products", lambda _: products)
 
 
 def identity(matrices: Tensor) -> Tensor:
@@ -63,6 +71,7 @@ def factor(basis: Tensor, eigenvalues: Tensor = DECAY) -> Tensor:
 # --- bases of hard matrices ---
 
 
+@pytest.mark.usefixtures("each_factorisation")
 @pytest.mark.parametrize("dtype", DTYPES)
 @each_solver
 def test_bases_of_hard_matrices(solver: BasisSolver, dtype: torch.dtype) -> None:
@@ -82,6 +91,7 @@ def test_bases_of_hard_matrices(solver: BasisSolver, dtype: torch.dtype) -> None
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=3 * tolerance)
 
 
+@pytest.mark.usefixtures("each_factorisation")
 @each_solver
 def test_hopeless_matrices_keep_the_warm_start(solver: BasisSolver) -> None:
     matrices = torch.from_numpy(np.stack(list(hopeless_matrices().values()))).float()
@@ -94,6 +104,7 @@ def test_hopeless_matrices_keep_the_warm_start(solver: BasisSolver) -> None:
     assert torch.equal(cold.eigenvectors, identity(matrices))
 
 
+@pytest.mark.usefixtures("each_factorisation")
 @each_solver
 def test_a_basis_does_not_depend_on_its_neighbours(solver: BasisSolver) -> None:
     matrix = factor(random_basis(SIDE))[:, :40, :40]
@@ -109,6 +120,7 @@ def test_a_basis_does_not_depend_on_its_neighbours(solver: BasisSolver) -> None:
 # --- orthogonal iteration ---
 
 
+@pytest.mark.usefixtures("each_factorisation")
 def test_single_iterations_converge_on_a_static_matrix() -> None:
     """Ascending order, as in facebookresearch/optimizers, stays near 0.98 (ALGORITHMS.md 3.5 a)."""
     matrix = factor(random_basis(SIDE))
@@ -124,6 +136,7 @@ def test_single_iterations_converge_on_a_static_matrix() -> None:
     assert orthogonality_error(basis) < 1e-5
 
 
+@pytest.mark.usefixtures("each_factorisation")
 @pytest.mark.parametrize("tolerance", [0.0, 0.01])
 def test_a_slow_drift_is_followed(tolerance: float) -> None:
     """Ascending order leaves a ratio of 0.5 and more on this drift (ALGORITHMS.md 3.5 a)."""
@@ -141,6 +154,7 @@ def test_a_slow_drift_is_followed(tolerance: float) -> None:
     assert orthogonality_error(basis) < 1e-5
 
 
+@pytest.mark.usefixtures("each_factorisation")
 @pytest.mark.parametrize("tolerance", [0.0, 1e-9, 0.5])
 def test_order_says_which_column_a_column_came_from(tolerance: float) -> None:
     """From exact but shuffled eigenvectors: columns only change places, and keep their signs."""
@@ -159,6 +173,7 @@ def test_order_says_which_column_a_column_came_from(tolerance: float) -> None:
         assert torch.equal(result.eigenvectors, moved)
 
 
+@pytest.mark.usefixtures("each_factorisation")
 def test_each_matrix_stops_at_its_own_tolerance() -> None:
     bases = slow_drift(1, 0.05)
     matrices = torch.cat([factor(bases[0]), factor(bases[1])])
@@ -175,6 +190,7 @@ def test_each_matrix_stops_at_its_own_tolerance() -> None:
     torch.testing.assert_close(result.eigenvectors[1], alone.eigenvectors[0])
 
 
+@pytest.mark.usefixtures("each_factorisation")
 def test_columns_keep_their_direction() -> None:
     bases = slow_drift(1, 0.01)
     old = bases[0].float()[None]
@@ -192,6 +208,7 @@ def test_the_first_basis_is_an_eigendecomposition() -> None:
     assert cold.order is None
 
 
+@pytest.mark.usefixtures("each_factorisation")
 def test_roots_from_a_warm_start() -> None:
     """A good basis serves; a bad one is found out, and the root comes from eigh instead."""
     bases = slow_drift(1, 1e-5)

@@ -17,6 +17,7 @@ from shampoo_core.solvers import (
     EighSolver,
     OrthogonalIterationSolver,
     RootSolver,
+    decomposition,
 )
 
 Decompose = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -311,3 +312,18 @@ def test_roots_in_an_old_basis_are_judged_whatever_their_scale(scale: float) -> 
     solver = OrthogonalIterationSolver(eigh_fallback=False)
     result = solver.inverse_root(matrices, 0.25, warm_start=starts)
     assert result.accepted.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 40**2, 2**22])
+def test_what_a_gpu_would_solve_by_jacobi_rotations_is_solved_in_float64(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where all that is float32 and not small is."""
+    monkeypatch.setattr(decomposition, "JACOBI_NUMEL", at_once)
+    rows = torch.randn(7, 40, 60)
+    matrices = torch.bmm(rows, rows.mT)
+    values, vectors = decomposition.solved_in_double(matrices)
+    assert values.dtype == vectors.dtype == torch.float32
+    exact = torch.linalg.eigh(matrices.double())
+    assert torch.equal(values, exact.eigenvalues.float())
+    assert torch.equal(vectors, exact.eigenvectors.float())

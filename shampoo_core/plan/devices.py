@@ -4,12 +4,13 @@ Peak numbers are the vendors'; a step is charged a share of them. Matrix product
 without TF32, for factors and roots need it. Estimates are for choosing between plans, good to a factor
 of about two; bytes and operations are exact.
 
-Source: ALGORITHMS.md section 10.2 (arithmetic and memory) and 5.10, 10.1 (decompositions of side 1024);
-links as the vendor states them, those inside a node at some 0.8 of it.
+Source: ALGORITHMS.md section 10.2 (arithmetic and memory) and 5.10, 10.1 (decompositions of side 1024),
+`SHARES` (of other sides and kinds); links as the vendor states them, those inside a node at some 0.8 of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,10 +22,13 @@ MEMORY_EFFICIENCY = 0.75
 """Share of the peak bandwidth that elementwise operations reach."""
 LAUNCH_SECONDS = 6e-6
 """From one kernel to the next when the device waits for the host."""
-QR_SHARE = 0.3
-"""Of the time of an eigendecomposition that Householder QR takes: several milliseconds beside 12 to 50."""
 REFERENCE_SIDE = 1024
 """Side of the matrices for which decomposition times are stated."""
+SHARES = {"_linalg_eigh": 1.0, "linalg_qr": 0.42, "linalg_cholesky_ex": 0.01}
+"""Of the time of an eigendecomposition. On an H200, in milliseconds at sides 64 to 2048: eigendecompositions
+in float64 up to 512, float32 above, 0.75, 1.6, 2.0, 4.5, 11, 25; QR 0.1, 0.5, 0.8, 1.9, 4.5, 11."""
+SMALL_SIDE, SMALL_AT_ONCE = 32, 64
+"""Matrices up to this side are decomposed together, so many in the time of one."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,13 @@ class Device:
         traffic = self.traffic_seconds(operation.bytes_moved)
         if operation.side is None:
             return max(operation.flops / (self.flops * PRODUCT_EFFICIENCY), traffic)
-        # Below the reference side a decomposition is bound by its sequential steps: quadratic.
-        exponent = 3 if operation.side > REFERENCE_SIDE else 2
-        each = self.decomposition_seconds * (operation.side / REFERENCE_SIDE) ** exponent
-        if "linalg_qr" in operation.name:
-            each *= QR_SHARE
-        return operation.num_matrices * each
+        # A decomposition is bound by its sequential steps, of which there are as many as rows, until
+        # it is by arithmetic.
+        each = self.decomposition_seconds * operation.side / REFERENCE_SIDE
+        share = next(share for name, share in SHARES.items() if name in operation.name)
+        small = operation.side <= SMALL_SIDE
+        rounds = math.ceil(operation.num_matrices / (SMALL_AT_ONCE if small else 1))
+        return max(rounds * share * each, operation.flops / (self.flops * PRODUCT_EFFICIENCY))
 
     def send_seconds(self, num_bytes: float, world_size: int, *, to_all: bool) -> float:
         """Estimated time in which one of ``world_size`` devices sends some bytes in a collective.

@@ -20,6 +20,7 @@ from shampoo_core.solvers.base import (
     check_number,
     check_regularization,
 )
+from shampoo_core.solvers.decomposition import decompose
 from shampoo_core.solvers.precision import full_precision
 from shampoo_core.solvers.scaling import largest_entries, scale_batches_to_unit, spectral_power
 
@@ -36,7 +37,8 @@ class EighSolver(ManyBatchesSolver):
     X), because a float32 eigendecomposition can come back wrong without an exception; the matrices
     that fail, and only they, are solved once more in float64. One host synchronisation a call, however
     many batches it has, to learn whether any failed, beside the one that ``torch.linalg.eigh`` itself
-    makes on a GPU; none where there is nothing more precise to fall back to.
+    makes on a GPU; none where there is nothing more precise to fall back to. On a GPU float32 matrices of
+    side 33 to 512 are solved in float64 from the start: see `solvers.decomposition`.
 
     Accuracy: eigenvalues are off by a few epsilons of the largest one, so that in float32 a root with
     p = 4 has a relative error of 1e-5 at condition 1e3 and 2e-2 at 1e6; ``double_precision`` takes
@@ -185,7 +187,7 @@ class EighSolver(ManyBatchesSolver):
         # scaled or not. One epsilon on the diagonal prevents it and is below its rounding.
         shift = torch.finfo(units[0].dtype).eps
         torch._foreach_sub_([unit.diagonal(dim1=-2, dim2=-1) for unit in units], shift)
-        pairs = [_eigh(unit) for unit in units]
+        pairs = [decompose(unit) for unit in units]
         residuals = _residuals(units, pairs)
         bounds = _per_matrix([self._bound(unit) for unit in units], units).squeeze(-1)
         failed = ~(residuals <= bounds)  # NaN is a failure too
@@ -210,7 +212,7 @@ class EighSolver(ManyBatchesSolver):
         if not len(indices):
             return
         doubles = unit[indices].double()
-        double_values, double_vectors = _eigh(doubles)
+        double_values, double_vectors = decompose(doubles)
         residuals = _residuals([doubles], [(double_values, double_vectors)])
         still_failed = ~(residuals <= self._bound(doubles))
         double_values, double_vectors = _marked(double_values, double_vectors, still_failed)
@@ -293,37 +295,6 @@ def _replaced(vectors: Tensor, where: Tensor, new: Tensor | None = None) -> Tens
     vectors.masked_fill_(where[:, None, None], 0.0)
     vectors.diagonal(dim1=-2, dim2=-1).masked_fill_(where[:, None], 1.0)
     return vectors
-
-
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh``, with NaN for the matrices where it gives up.
-
-    One hopeless matrix fails the whole call, so that a batch that fails is halved until the
-    culprits are alone.
-    """
-    try:
-        values, vectors = torch.linalg.eigh(matrices)
-    except RuntimeError as error:
-        if not _is_solver_failure(error):
-            raise
-        if matrices.shape[0] == 1:
-            # Values and vectors in memory of their own, for both may be repaired in place.
-            nan = torch.full_like(matrices, float("nan"))
-            return nan[:, 0].clone(), nan
-        halves = [_eigh(half) for half in matrices.tensor_split(2)]
-        return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
-    return values, vectors
-
-
-def _is_solver_failure(error: RuntimeError) -> bool:
-    """Whether the algorithm gave up, as opposed to the memory or the device."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-        return True
-    # Some CUDA releases report non-convergence as a status of the library (pytorch issue 94772).
-    text = str(error).lower()
-    return "cusolver" in text and "alloc" not in text
 
 
 def _residuals(batches: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

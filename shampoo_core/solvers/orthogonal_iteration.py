@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -21,6 +22,14 @@ from shampoo_core.solvers.base import (
 )
 from shampoo_core.solvers.criterion import relative_off_diagonal
 from shampoo_core.solvers.eigh import EighSolver
+from shampoo_core.solvers.orthonormal import (
+    Orthonormalized,
+    are_orthogonal,
+    by_products,
+    by_reflections,
+    columns,
+    prefers_products,
+)
 from shampoo_core.solvers.precision import full_precision
 from shampoo_core.solvers.scaling import scale_to_unit, spectral_power
 
@@ -65,23 +74,8 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
 
     def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
         """See :meth:`BasisSolver.basis`."""
-        check_matrices(matrices, warm_start)
-        if warm_start is None:
-            return self._eigh().basis(matrices)
-        with full_precision(matrices.device):
-            unit, scales = scale_to_unit(matrices)
-            vectors, order = self._iterate(unit, warm_start)
-            values = (vectors * torch.bmm(unit, vectors)).sum(-2)
-            values, last = values.sort(dim=-1, descending=True, stable=True)
-            vectors, order = _columns(vectors, last), order.gather(-1, last)
-            values = values * scales[:, None]
-            accepted = (values[:, 0] > 0) & (values[:, 0] < float("inf"))
-            return BasisResult(
-                torch.where(accepted[:, None, None], vectors, warm_start),
-                values.masked_fill_(~accepted[:, None], 0.0),
-                accepted,
-                torch.where(accepted[:, None], order, _identity_order(order)),
-            )
+        (result,) = self.bases([matrices], None if warm_start is None else [warm_start])
+        return result
 
     def bases(
         self,
@@ -93,7 +87,49 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         """See :meth:`BasisSolver.bases`. Only eigendecompositions ``overwrite``."""
         if warm_starts is None:
             return self._eigh().bases(batches, overwrite=overwrite)
-        return [self.basis(*pair) for pair in zip(batches, warm_starts, strict=True)]
+        for batch, start in zip(batches, warm_starts, strict=True):
+            check_matrices(batch, start)
+        pairs = list(zip(batches, warm_starts, strict=True))
+        with full_precision(batches[0].device) if batches else nullcontext():
+            if not batches or not prefers_products(batches[0].device):
+                results = [self._continued(*pair, by_reflections) for pair in pairs]
+            else:
+                results = self._continued_by_products(pairs)
+        return [
+            _or_start(result, start) for result, start in zip(results, warm_starts, strict=True)
+        ]
+
+    def _continued_by_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[BasisResult]:
+        """Bases of matrices from warm starts, repaired by reflections if that is allowed."""
+        results = [self._continued(*pair, by_products) for pair in pairs]
+        failed = []
+        for (matrices, _), result in zip(pairs, results, strict=True):
+            traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+            solvable = (traces > 0) & (traces < float("inf"))
+            is_basis = result.accepted & are_orthogonal(result.eigenvectors)
+            result.accepted.copy_(is_basis)
+            failed.append(solvable & ~is_basis)
+        if self.eigh_fallback and torch.cat(failed).any().item():  # the host synchronisation
+            for pair, result, mask in zip(pairs, results, failed, strict=True):
+                matrices, warm_start = (tensor[mask] for tensor in pair)
+                repaired = self._continued(matrices, warm_start, by_reflections)
+                for old, new in zip(result, repaired, strict=True):
+                    if old is not None and new is not None:
+                        old[mask] = new
+        return results
+
+    def _continued(
+        self, matrices: Tensor, warm_start: Tensor, orthonormalized: Orthonormalized
+    ) -> BasisResult:
+        """Iterate; where the result is not accepted, anything."""
+        unit, scales = scale_to_unit(matrices)
+        vectors, order = self._iterate(unit, warm_start, orthonormalized)
+        values = (vectors * torch.bmm(unit, vectors)).sum(-2)
+        values, last = values.sort(dim=-1, descending=True, stable=True)
+        vectors, order = columns(vectors, last), order.gather(-1, last)
+        values = values * scales[:, None]
+        accepted = (values[:, 0] > 0) & (values[:, 0] < float("inf"))
+        return BasisResult(vectors, values, accepted, order)
 
     def inverse_roots(
         self,
@@ -155,7 +191,9 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
     def _eigh(self) -> EighSolver:
         return EighSolver(double_fallback=self.eigh_fallback)
 
-    def _iterate(self, unit: Tensor, warm_start: Tensor) -> tuple[Tensor, Tensor]:
+    def _iterate(
+        self, unit: Tensor, warm_start: Tensor, orthonormalized: Orthonormalized
+    ) -> tuple[Tensor, Tensor]:
         """Return the last basis and, per column, the column of the warm start it came from."""
         vectors = warm_start
         order = _identity_order(vectors[:, 0])
@@ -169,7 +207,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
                 sizes = rotated.diagonal(dim1=-2, dim2=-1).clone()
                 stale = (relative_off_diagonal(rotated) > self.tolerance)[:, None]
             descending = sizes.argsort(descending=True, stable=True)
-            refreshed = _orthonormalized(_columns(products, descending))
+            refreshed = orthonormalized(products, vectors, descending)
             moved = order.gather(-1, descending)
             vectors = (
                 refreshed if stale is None else torch.where(stale[..., None], refreshed, vectors)
@@ -210,15 +248,16 @@ def _accepted(result: _RootInBasis, accepted: Tensor) -> RootResult:
     return RootResult(roots, accepted, result.eigenvectors)
 
 
-def _orthonormalized(matrices: Tensor) -> Tensor:
-    """Orthogonal factor of the QR factorisation with a non-negative diagonal of R."""
-    orthogonal, triangular = torch.linalg.qr(matrices)
-    flipped = triangular.diagonal(dim1=-2, dim2=-1) < 0
-    return torch.where(flipped[:, None, :], -orthogonal, orthogonal)
-
-
-def _columns(matrices: Tensor, order: Tensor) -> Tensor:
-    return matrices.gather(-1, order[:, None, :].expand_as(matrices))
+def _or_start(result: BasisResult, warm_start: Tensor) -> BasisResult:
+    """The warm start, unmoved, and zeros where a result is not accepted."""
+    vectors, values, accepted, order = result
+    assert order is not None
+    return BasisResult(
+        torch.where(accepted[:, None, None], vectors, warm_start),
+        values.masked_fill_(~accepted[:, None], 0.0),
+        accepted,
+        torch.where(accepted[:, None], order, _identity_order(order)),
+    )
 
 
 def _identity_order(like: Tensor) -> Tensor:
