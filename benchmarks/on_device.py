@@ -16,7 +16,7 @@ from benchmarks.memory import largest_stack
 from benchmarks.methods import measure
 from benchmarks.models import workload_groups, workload_parameters
 from benchmarks.observation import Observed, observe
-from benchmarks.peers import MakePeer, available, part_of_peers
+from benchmarks.peers import LATE, MakePeer, available, part_of_peers
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from benchmarks.timing import (
     BETAS,
@@ -58,6 +58,7 @@ OURS: dict[str, PreconditionerConfig] = {
     # As facebookresearch's; the other peers leave vectors to Adam, as "ours" does.
     "ours, vectors too": ShampooConfig(precondition_vectors=True),
     "ours, eigenvalue-corrected": EigenvalueCorrectedConfig(),
+    "ours, warm-started": EigenvalueCorrectedConfig(solver=OrthogonalIterationSolver()),
     "ours, 4bit": ShampooConfig(storage="4bit"),
 }
 
@@ -70,7 +71,9 @@ class Candidate(NamedTuple):
     parameters: Sequence[torch.nn.Parameter] = ()
     """What it steps; none where it is no optimizer."""
     refreshes: bool = False
-    """At every step whose number is a multiple of `CYCLE`."""
+    """At every step whose number is a multiple of `CYCLE`,"""
+    late: int = 0
+    """or so many steps later."""
 
 
 def candidates(workload: str, peers: str) -> Iterator[tuple[str, Callable[[], Candidate]]]:
@@ -87,7 +90,7 @@ def candidates(workload: str, peers: str) -> Iterator[tuple[str, Callable[[], Ca
         yield name, partial(_ours, workload, config)
     for name, make in available()[0].items():
         if peers in name:
-            yield name, partial(_theirs, workload, make)
+            yield name, partial(_theirs, workload, make, LATE.get(name, 0))
 
 
 def _adamw(workload: str, options: dict[str, bool]) -> Candidate:
@@ -103,9 +106,9 @@ def _ours(workload: str, config: PreconditionerConfig) -> Candidate:
     return Candidate(optimizer.step, parameters, refreshes=True)
 
 
-def _theirs(workload: str, make: MakePeer) -> Candidate:
+def _theirs(workload: str, make: MakePeer, late: int) -> Candidate:
     parameters = workload_parameters(workload, "cuda")
-    return Candidate(make(parameters, CYCLE).step, parameters, refreshes=True)
+    return Candidate(make(parameters, CYCLE).step, parameters, refreshes=True, late=late)
 
 
 def step_rows(workload: str, peers: str) -> Iterator[dict[str, Any]]:
@@ -173,7 +176,8 @@ def _both(candidate: Candidate) -> tuple[Observed, Observed | None]:
                 if parameter.grad is None:  # one of the peers takes them away
                     parameter.grad = torch.empty_like(parameter)
                 parameter.grad.normal_()
-            if not candidate.refreshes or refresh == ((number + 1) % CYCLE == 0):
+            is_due = (number + 1 - candidate.late) % CYCLE == 0
+            if not candidate.refreshes or refresh == is_due:
                 return
             step()
 

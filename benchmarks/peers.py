@@ -77,6 +77,9 @@ PEERS: dict[str, MakePeer] = {
     "pytorch_optimizer ScalableShampoo": _pytorch_optimizer,
 }
 
+LATE = {"SOAP (reference)": 1}
+"""Refreshes come so many steps after multiples of the interval, for the first step only begins."""
+
 
 def available() -> tuple[dict[str, MakePeer], list[str]]:
     """The peers that can be imported, and a line for each that cannot."""

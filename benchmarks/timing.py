@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.flags import chosen, count, out_folder, parser_of
 from benchmarks.models import workload_parameters
-from benchmarks.peers import MakePeer, available, part_of_peers
+from benchmarks.peers import LATE, MakePeer, available, part_of_peers
 from benchmarks.tables import DEFAULT_FOLDER, publish
 from shampoo_core import DistributedShampoo, FixedRefresh, ShampooConfig
 from shampoo_core.costs import plain_step_flops
@@ -147,7 +147,7 @@ def time_workload(
     steps = candidates(workload, products(flops), refresh=refresh, peers=peers)
     rounds = interleaved(steps, CYCLE * (1 + cycles))
     done = {name: _flops(steps[name]) / flops for name in steps if name.startswith("ours")}
-    plain = {name: _shortest(seconds, plain=True) for name, seconds in rounds.items()}
+    plain = {name: _shortest(name, seconds, plain=True) for name, seconds in rounds.items()}
     rows = []
     for name, seconds in plain.items():
         row: dict[str, Any] = {
@@ -160,7 +160,7 @@ def time_workload(
             "arithmetic": done.get(name),
         }
         if refresh and name not in ("AdamW", FLOOR):
-            refreshed = _shortest(rounds[name], plain=False)
+            refreshed = _shortest(name, rounds[name], plain=False)
             row["refresh_ms"] = 1e3 * refreshed
             for interval in INTERVALS:
                 mean = seconds + (refreshed - seconds) / interval
@@ -169,12 +169,12 @@ def time_workload(
     return rows
 
 
-def _shortest(seconds: Sequence[float], *, plain: bool) -> float:
-    """Of the plain steps, or of those that refresh, after the first cycle."""
+def _shortest(name: str, seconds: Sequence[float], *, plain: bool) -> float:
+    """Of a candidate's plain steps, or of those that refresh, after the first cycle."""
     return min(
         duration
         for number, duration in enumerate(seconds, start=1)
-        if number > CYCLE and (number % CYCLE != 0) == plain
+        if number > CYCLE and ((number - LATE.get(name, 0)) % CYCLE != 0) == plain
     )
 
 

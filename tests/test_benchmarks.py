@@ -167,3 +167,11 @@ def test_parts_of_a_step_add_up() -> None:
         assert sum(parts) == pytest.approx(row["plain_ms"], rel=0.1)
     assert rows[0]["statistics_ms"] == 0.0 < rows[1]["statistics_ms"]
     assert rows[1]["spike"] > 1.5
+
+
+def test_a_peer_that_refreshes_late_is_measured_when_it_does() -> None:
+    """SOAP's first step only begins."""
+    seconds = [9.0, 1.0, 1.0, 2.0, 9.0, 1.0, 1.0, 2.0, 8.0, 1.0, 1.0, 2.0]
+    assert timing._shortest("SOAP (reference)", seconds, plain=False) == 8.0
+    assert timing._shortest("SOAP (reference)", seconds, plain=True) == 1.0
+    assert timing._shortest("ours", seconds, plain=False) == 2.0

@@ -30,7 +30,9 @@ from benchmarks.observation import observe
 from shampoo_core import (
     DistributedShampoo,
     EigenvalueCorrectedConfig,
+    EighSolver,
     FixedRefresh,
+    OrthogonalIterationSolver,
     ShampooConfig,
     StaggeredRefresh,
 )
@@ -98,6 +100,25 @@ def test_roots_are_those_of_the_cpu(solver: Any, dtype: torch.dtype) -> None:
     result = solver.inverse_root(factors.to(GPU), 0.25)
     assert result.accepted.all()
     assert (result.roots.cpu() - expected).abs().max() < 1e3 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("side", [16, 33, 64, 256, 512, 513, 768])
+def test_healthy_factors_need_no_fallback(side: int) -> None:
+    """As in refreshes that must not wait: by Jacobi rotations none of side 128 to 512 would be accepted."""
+    rows = torch.randn(3, side, 2 * side, device=GPU)
+    factors = torch.bmm(rows, rows.mT) / (2 * side)
+    solver = EighSolver(double_fallback=False)
+    assert solver.inverse_root(factors, 0.25).accepted.all()
+    basis = solver.basis(factors)
+    assert basis.accepted.all()
+    noise = torch.randn_like(rows)
+    factors = 0.9 * factors + 0.1 * torch.bmm(noise, noise.mT) / (2 * side)
+    torch.cuda.synchronize()
+    with waits_raise():
+        turned = OrthogonalIterationSolver(eigh_fallback=False).basis(factors, basis.eigenvectors)
+    assert turned.accepted.all()
+    error = turned.eigenvectors.mT @ turned.eigenvectors - torch.eye(side, device=GPU)
+    assert error.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("solver", BASIS_SOLVERS, ids=lambda solver: type(solver).__name__)

@@ -25,7 +25,7 @@ from shampoo_core import (
     SpectralConfig,
 )
 from shampoo_core.blocking import merge_dimensions, tiles_of
-from shampoo_core.counting import Operation, OperationCounter
+from shampoo_core.counting import OperationCounter
 from shampoo_core.groups import LARGEST_WAVE_NUMEL
 from shampoo_core.live_memory import LiveMemory
 from shampoo_core.model_shapes import (
@@ -36,10 +36,9 @@ from shampoo_core.model_shapes import (
     official_workloads,
     shapes_from_file,
 )
-from shampoo_core.plan import DEVICES, Placement, Plan, Request, make_plan
+from shampoo_core.plan import Placement, Plan, Request, make_plan
 from shampoo_core.plan.__main__ import AVERAGING, main
 from shampoo_core.plan.advice import Change, alternatives
-from shampoo_core.plan.devices import LAUNCH_SECONDS, SHARES, SMALL_AT_ONCE
 from shampoo_core.plan.layout import blocks_by_method
 from shampoo_core.plan.planning import GIB
 from shampoo_core.plan.travel import FLOAT32, pieces_of, travel, waves
@@ -260,29 +259,6 @@ def test_waves_are_the_default_where_the_whole_is_large() -> None:
     )
     assert whole.at_once_memory.refresh > 2 * bounded.at_once_memory.refresh
     assert whole.plain_ms < bounded.plain_ms < 1.005 * whole.plain_ms
-
-
-def test_estimates_by_hand() -> None:
-    device = DEVICES["v100"]
-    product = Operation("aten::bmm", 15.7e12 * 0.7, 0)
-    traffic = Operation("aten::mul", 0.0, int(900e9 * 0.75))
-    nothing = Operation("aten::add", 0.0, 4)
-    assert device.step_seconds([product, traffic, nothing]) == pytest.approx(2 + LAUNCH_SECONDS)
-    large = Operation("aten::_linalg_eigh", 1.0, 0, side=2048, num_matrices=3)
-    small = Operation("aten::_linalg_eigh", 1.0, 0, side=512, num_matrices=3)
-    assert device.step_seconds([large]) == pytest.approx(3 * 50e-3 * 2)
-    assert device.step_seconds([small]) == pytest.approx(3 * 50e-3 / 2)
-    assert device.step_seconds([large._replace(flops=15.7e12 * 0.7)]) == pytest.approx(1.0)
-    tiny = small._replace(side=32, num_matrices=SMALL_AT_ONCE + 1)
-    assert device.step_seconds([tiny]) == pytest.approx(2 * 50e-3 / 32)
-    for name in ("linalg_qr", "linalg_cholesky_ex"):
-        factorised = large._replace(name=f"aten::{name}")
-        assert device.step_seconds([factorised]) == pytest.approx(SHARES[name] * 3 * 50e-3 * 2)
-    for to_all in (True, False):
-        assert device.send_seconds(130e9, 8, to_all=to_all) == pytest.approx(1.0)
-    # Between nodes a ring uses all links of a node, what differs for every device its own.
-    assert device.send_seconds(8 * 6.25e9, 16, to_all=True) == pytest.approx(1.0)
-    assert device.send_seconds(6.25e9, 16, to_all=False) == pytest.approx(1.0)
 
 
 @pytest.mark.slow

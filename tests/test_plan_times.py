@@ -14,9 +14,11 @@ from shampoo_core import (
     WeightEMA,
 )
 from shampoo_core.blocking import merge_dimensions, tiles_of
+from shampoo_core.counting import Operation
 from shampoo_core.exchange.division import divide
 from shampoo_core.model_shapes import NamedShape, named_model
 from shampoo_core.plan import DEVICES, Placement, Request, make_plan
+from shampoo_core.plan.devices import LAUNCH_SECONDS, SHARES, SMALL_AT_ONCE
 from shampoo_core.plan.layout import blocks_by_method
 from shampoo_core.plan.schedule import Schedule
 from shampoo_core.plan.simulation import UpdateRule, factor_sides, simulate
@@ -148,3 +150,26 @@ def test_weights_that_others_move_are_added_to_on_every_rank() -> None:
     device = Request(MATRICES).device
     sent = device.send_seconds(max(two.sent_bytes_per_rank), 2, to_all=True)
     assert two.send_ms == pytest.approx(1e3 * (sent + device.traffic_seconds(12 * 17 * 256**2)))
+
+
+def test_estimates_by_hand() -> None:
+    device = DEVICES["v100"]
+    product = Operation("aten::bmm", 15.7e12 * 0.7, 0)
+    traffic = Operation("aten::mul", 0.0, int(900e9 * 0.75))
+    nothing = Operation("aten::add", 0.0, 4)
+    assert device.step_seconds([product, traffic, nothing]) == pytest.approx(2 + LAUNCH_SECONDS)
+    large = Operation("aten::_linalg_eigh", 1.0, 0, side=2048, num_matrices=3)
+    small = Operation("aten::_linalg_eigh", 1.0, 0, side=512, num_matrices=3)
+    assert device.step_seconds([large]) == pytest.approx(3 * 50e-3 * 2)
+    assert device.step_seconds([small]) == pytest.approx(3 * 50e-3 / 2)
+    assert device.step_seconds([large._replace(flops=15.7e12 * 0.7)]) == pytest.approx(1.0)
+    tiny = small._replace(side=32, num_matrices=SMALL_AT_ONCE + 1)
+    assert device.step_seconds([tiny]) == pytest.approx(2 * 50e-3 / 32)
+    for name in ("linalg_qr", "linalg_cholesky_ex"):
+        factorised = large._replace(name=f"aten::{name}")
+        assert device.step_seconds([factorised]) == pytest.approx(SHARES[name] * 3 * 50e-3 * 2)
+    for to_all in (True, False):
+        assert device.send_seconds(130e9, 8, to_all=to_all) == pytest.approx(1.0)
+    # Between nodes a ring uses all links of a node, what differs for every device its own.
+    assert device.send_seconds(8 * 6.25e9, 16, to_all=True) == pytest.approx(1.0)
+    assert device.send_seconds(6.25e9, 16, to_all=False) == pytest.approx(1.0)
