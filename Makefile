@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv smoke bench test test-slow test-harness test-distributed test-pinned lint clean
+.PHONY: help venv smoke bench test test-slow test-harness test-gpu test-distributed test-pinned lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-17s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test-slow: venv  ## run the checks that take minutes
 
 test-harness: venv  ## run the checks that need the official harness (skipped, loudly, without it)
 	$(BIN)/python -m pytest -m harness -rs
+
+test-gpu: venv  ## run the checks that need a GPU (skipped, loudly, without one)
+	$(BIN)/python -m pytest -m gpu -rs
 
 # Many processes on few cores: one file after the other, and patience.
 test-distributed: venv  ## run all tests of several processes, 1 to 8 of them

@@ -21,6 +21,16 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from all tests but those that want one, and from the processes that they start.
+
+    The runner would give every process a GPU of its own, and a machine can have fewer than a test has
+    processes.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is done otherwise because the device is a CPU, where operations and looks cost little."""

@@ -1,6 +1,6 @@
 """On a GPU: the steps of the CPU, without waiting for the device, in the memory that is promised.
 
-Skipped where torch sees none. Everything else that the suite tests is tested on the CPU.
+Run by `make test-gpu`. Everything else that the suite tests is tested on the CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ from shampoo_core import (
 from shampoo_core.counting import OperationCounter
 
 GPU = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 """Largest difference in units of the largest number: sums have another order, and roots amplify that."""
 STEPS = range(1, 8)
