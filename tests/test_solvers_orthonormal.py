@@ -90,6 +90,17 @@ def test_an_iteration_diagonalises_as_well_as_by_reflections(
         assert torch.equal(found.eigenvectors, start)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_matrices_are_taken_some_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices, starts = three()
+    expected = OrthogonalIterationSolver(max_iterations=2).basis(matrices, starts)
+    monkeypatch.setattr(orthonormal, "NUMEL_AT_ONCE", at_once * SIDE**2)
+    found = OrthogonalIterationSolver(max_iterations=2).basis(matrices, starts)
+    for left, right in zip(found, expected, strict=True):
+        assert left is not None and right is not None
+        torch.testing.assert_close(left, right, rtol=0.0, atol=1e-6)
+
+
 def some_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second matrix of three is beyond Cholesky factors."""
     honest = by_products

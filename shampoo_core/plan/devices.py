@@ -25,8 +25,8 @@ LAUNCH_SECONDS = 6e-6
 REFERENCE_SIDE = 1024
 """Side of the matrices for which decomposition times are stated."""
 SHARES = {"_linalg_eigh": 1.0, "linalg_qr": 0.42, "linalg_cholesky_ex": 0.01}
-"""Of the time of an eigendecomposition. On an H200, in milliseconds at sides 64 to 2048: eigendecompositions
-in float64 up to 512, float32 above, 0.75, 1.6, 2.0, 4.5, 11, 25; QR 0.1, 0.5, 0.8, 1.9, 4.5, 11."""
+"""Of the time of an eigendecomposition. Measured on an H200, milliseconds at sides 64, 128, ..., 2048: of
+eigendecompositions 0.8, 1.7, 2.0, 4.7, 11, 25, of QR 0.1, 0.5, 0.8, 1.9, 4.4, 11; see docs/gpu.md."""
 SMALL_SIDE, SMALL_AT_ONCE = 32, 64
 """Matrices up to this side are decomposed together, so many in the time of one."""
 
@@ -96,8 +96,9 @@ DEVICES = {
     for device in (
         Device("v100", 15.7e12, 900e9, 50e-3, 130e9, 6.25e9),
         Device("a100", 19.5e12, 1555e9, 20e-3, 230e9, 25e9),
-        Device("h100", 66.9e12, 3350e9, 12.5e-3, 370e9, 50e9),
+        Device("h100", 66.9e12, 3350e9, 11e-3, 370e9, 50e9),
     )
 }
 """V100-SXM2 16 GB, A100-SXM4 40 GB, H100-SXM5: nodes of eight on NVLink; InfiniBand at 50 Gbit/s (V100),
-200 (A100) and 400 Gbit/s (H100) a device, as in the vendor's own servers (DGX-1, DGX A100, DGX H100)."""
+200 (A100) and 400 Gbit/s (H100) a device, as in the vendor's own servers (DGX-1, DGX A100, DGX H100).
+Decompositions of the last were measured on an H200, which has its processor."""

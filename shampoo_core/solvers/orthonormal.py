@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 PASSES = 3
+NUMEL_AT_ONCE = 2**24
+"""Numbers of the matrices that are taken at once: enough to keep a GPU busy, whatever the number of all."""
 NOISE = 1.0
 """In the columns of ``A V``, at most, in units of ``sqrt(d) * eps`` of the longest one."""
 RESIDUAL_BOUND = 64.0
@@ -46,7 +48,21 @@ def by_reflections(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
 
 
 def by_products(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
-    """Q by shifted Cholesky-QR; anything, NaN included, where the condition is too bad. Never waits."""
+    """Q by shifted Cholesky-QR; anything, NaN included, where the condition is too bad. Never waits.
+
+    Args:
+        products: ``A V``; overwritten by the result.
+        vectors: V.
+        order: Of the columns.
+    """
+    at_once = max(1, NUMEL_AT_ONCE // products.shape[-1] ** 2)
+    parts = zip(*(tensor.split(at_once) for tensor in (products, vectors, order)), strict=True)
+    for part, part_vectors, part_order in parts:
+        part.copy_(_orthonormalized(part, part_vectors, part_order))
+    return products
+
+
+def _orthonormalized(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
     finfo = torch.finfo(products.dtype)
     side = products.shape[-1]
     lengths = torch.linalg.vector_norm(products, dim=-2, keepdim=True)
@@ -54,7 +70,7 @@ def by_products(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
     basis = columns(torch.addcmul(products, vectors, noise), order)
     for remaining in reversed(range(PASSES)):
         lengths = torch.linalg.vector_norm(basis, dim=-2, keepdim=True)
-        basis = basis / lengths.clamp_(min=finfo.tiny)
+        basis.div_(lengths.clamp_(min=finfo.tiny))
         gram = torch.bmm(basis.mT, basis)
         if remaining:
             gram.diagonal(dim1=-2, dim2=-1).add_(side * finfo.eps)
