@@ -44,7 +44,10 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
     3.5 a). Columns keep their direction: ``q_new . A q_old >= 0``.
 
     Without a warm start the first basis is an eigendecomposition. Matrices that are not accepted
-    (zero or not finite) keep their warm start. No host synchronisation in :meth:`basis`.
+    (zero or not finite) keep their warm start. On a CPU columns are made orthonormal by reflections,
+    without host synchronisation. Elsewhere that is done by products (`solvers.orthonormal`), tested,
+    and done again by reflections where it failed; asking whether any did is one host synchronisation
+    a call.
 
     Attributes:
         max_iterations: At least 1. Default 1, as SOAP.
@@ -54,9 +57,10 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         residual_bound: Of roots: ``max|B_ij| / sqrt(b_i b_j)``, i != j, where b are the regularised
             eigenvalues. Default 0.1.
         eigh_fallback: Roots that exceed the bound are made from an eigendecomposition; asking whether
-            there is any is the only host synchronisation of :meth:`inverse_root` with a warm start.
-            Also whether the first basis may fall back to float64. An `AdaptiveRefresh` does without
-            until its next test, so that with one roots want several iterations.
+            there is any is a host synchronisation of :meth:`inverse_root` with a warm start. Also whether
+            the first basis may fall back to float64, and columns to reflections. Without it the host
+            never waits, and what failed is not accepted. An `AdaptiveRefresh` does without until its next
+            test, so that with one roots want several iterations.
     """
 
     max_iterations: int = 1
