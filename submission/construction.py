@@ -12,6 +12,7 @@ from shampoo_core import (
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     HeavyBall,
+    OrthogonalIterationSolver,
     PrimalAveraging,
     ScheduleFree,
     ShampooConfig,
@@ -132,7 +133,11 @@ def _preconditioner(
     exponent = hyperparameters.inverse_exponent
     if hyperparameters.preconditioner == "shampoo":
         return ShampooConfig(exponent=exponent)
-    return EigenvalueCorrectedConfig(exponent=0.5 if exponent is None else exponent)
+    # One iteration a refresh, as SOAP: on a GPU a small part of an eigendecomposition's time, so that bases
+    # are refreshed the more often (refresh_cost.py).
+    return EigenvalueCorrectedConfig(
+        exponent=0.5 if exponent is None else exponent, solver=OrthogonalIterationSolver()
+    )
 
 
 def _averaging(hyperparameters: Hyperparameters, pace: Pace) -> AveragingConfig | None:

@@ -16,6 +16,7 @@ from shampoo_core import (
     AdamConfig,
     EigenvalueCorrectedConfig,
     HeavyBall,
+    OrthogonalIterationSolver,
     PrimalAveraging,
     ScheduleFree,
     ShampooConfig,
@@ -27,6 +28,8 @@ from submission.hyperparameters import SELF_TUNING, Hyperparameters
 from submission.pace import SELF_TUNING_BUDGET, pace
 from submission.routing import Kind, Route
 from submission.schedule import Schedule
+
+WARM = OrthogonalIterationSolver()
 
 ROOT = Path(__file__).parent.parent
 POINTS = json.loads((ROOT / "tuning_search_space.json").read_text())
@@ -90,8 +93,8 @@ def test_numbers_of_a_setting_are_options_of_the_optimizer() -> None:
     [
         ({"preconditioner": "shampoo"}, ShampooConfig()),
         ({"preconditioner": "shampoo", "inverse_exponent": 0.3}, ShampooConfig(exponent=0.3)),
-        ({"inverse_exponent": 0.4}, EigenvalueCorrectedConfig(exponent=0.4)),
-        ({}, EigenvalueCorrectedConfig(exponent=0.5)),
+        ({"inverse_exponent": 0.4}, EigenvalueCorrectedConfig(exponent=0.4, solver=WARM)),
+        ({}, EigenvalueCorrectedConfig(exponent=0.5, solver=WARM)),
         (
             {"preconditioner": "spectral", "one_minus_beta1": 0.2, "nesterov": False},
             SpectralConfig(momentum=0.8, nesterov=False),
