@@ -38,7 +38,7 @@ CPU_WAVE_NUMEL = 2**20
 out again and again, where larger ones come from the system, page by page, at every step."""
 
 LARGEST_WAVE_NUMEL = 2**27
-"""Numbers in a wave by default elsewhere, half a GiB in float32: a step takes up to 1.8 GiB for a while,
+"""Numbers in a wave by default elsewhere, half a GiB in float32: a step takes up to 1.9 GiB for a while,
 however large the model. Products of as many numbers take thousands of times as long as the launches that
 a wave adds."""
 

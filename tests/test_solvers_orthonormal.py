@@ -94,20 +94,20 @@ def test_an_iteration_diagonalises_as_well_as_by_reflections(
 def test_matrices_are_taken_some_at_a_time(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices, starts = three()
     expected = OrthogonalIterationSolver(max_iterations=2).basis(matrices, starts)
-    monkeypatch.setattr(orthonormal, "NUMEL_AT_ONCE", at_once * SIDE**2)
+    monkeypatch.setattr(orthogonal_iteration, "NUMEL_AT_ONCE", at_once * SIDE**2)
     found = OrthogonalIterationSolver(max_iterations=2).basis(matrices, starts)
     for left, right in zip(found, expected, strict=True):
         assert left is not None and right is not None
         torch.testing.assert_close(left, right, rtol=0.0, atol=1e-6)
 
 
-def some_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second matrix of three is beyond Cholesky factors."""
+def some_fail(monkeypatch: pytest.MonkeyPatch, *, last: bool = False) -> None:
+    """The second matrix, or the last one, is beyond Cholesky factors."""
     honest = by_products
 
     def spoilt(*arguments: Tensor) -> Tensor:
         basis = honest(*arguments)
-        basis[1] = torch.nan
+        basis[-1 if last else 1] = torch.nan
         return basis
 
     monkeypatch.setattr(orthogonal_iteration, "by_products", spoilt)
@@ -133,6 +133,26 @@ def test_what_fails_alone_is_made_by_reflections(monkeypatch: pytest.MonkeyPatch
     by_lapack = solver.basis(matrices[1:2], starts[1:2])
     assert torch.equal(found.eigenvectors[1:2], by_lapack.eigenvectors)
     assert torch.equal(found.order[1:2], by_lapack.order)  # type: ignore[index, arg-type]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("fallback", [True, False])
+def test_results_can_lie_in_the_memory_of_the_matrices(
+    at_once: int, fallback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is solved again has not been overwritten."""
+    monkeypatch.setattr(orthogonal_iteration, "NUMEL_AT_ONCE", at_once * SIDE**2)
+    some_fail(monkeypatch, last=True)
+    matrices, starts = three()
+    before = matrices.clone()
+    solver = OrthogonalIterationSolver(eigh_fallback=fallback)
+    (expected,) = solver.bases([matrices], [starts])
+    assert torch.equal(matrices, before)
+    (found,) = solver.bases([matrices], [starts], overwrite=True)
+    assert found.eigenvectors.data_ptr() == matrices.data_ptr()
+    for left, right in zip(found, expected, strict=True):
+        assert left is not None and right is not None and torch.equal(left, right)
+    assert found.accepted.all() == fallback
 
 
 def test_without_fallback_it_keeps_its_warm_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from shampoo_core.solvers.base import (
 from shampoo_core.solvers.criterion import relative_off_diagonal
 from shampoo_core.solvers.eigh import EighSolver
 from shampoo_core.solvers.orthonormal import (
+    NUMEL_AT_ONCE,
     Orthonormalized,
     are_orthogonal,
     by_products,
@@ -88,39 +89,53 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         *,
         overwrite: bool = False,
     ) -> list[BasisResult]:
-        """See :meth:`BasisSolver.bases`. Only eigendecompositions ``overwrite``."""
+        """See :meth:`BasisSolver.bases`. Reflections do not ``overwrite``."""
         if warm_starts is None:
             return self._eigh().bases(batches, overwrite=overwrite)
         for batch, start in zip(batches, warm_starts, strict=True):
             check_matrices(batch, start)
         pairs = list(zip(batches, warm_starts, strict=True))
         with full_precision(batches[0].device) if batches else nullcontext():
-            if not batches or not prefers_products(batches[0].device):
-                results = [self._continued(*pair, by_reflections) for pair in pairs]
+            if batches and prefers_products(batches[0].device):
+                results = self._continued_by_products(pairs, overwrite=overwrite)
             else:
-                results = self._continued_by_products(pairs)
+                results = [self._continued(*pair, by_reflections) for pair in pairs]
         return [
             _or_start(result, start) for result, start in zip(results, warm_starts, strict=True)
         ]
 
-    def _continued_by_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[BasisResult]:
+    def _continued_by_products(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], *, overwrite: bool
+    ) -> list[BasisResult]:
         """Bases of matrices from warm starts, repaired by reflections if that is allowed."""
-        results = [self._continued(*pair, by_products) for pair in pairs]
-        failed = []
-        for (matrices, _), result in zip(pairs, results, strict=True):
-            traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
-            solvable = (traces > 0) & (traces < float("inf"))
-            is_basis = result.accepted & are_orthogonal(result.eigenvectors)
-            result.accepted.copy_(is_basis)
-            failed.append(solvable & ~is_basis)
-        if self.eigh_fallback and torch.cat(failed).any().item():  # the host synchronisation
-            for pair, result, mask in zip(pairs, results, failed, strict=True):
-                matrices, warm_start = (tensor[mask] for tensor in pair)
-                repaired = self._continued(matrices, warm_start, by_reflections)
+        attempts = [self._in_portions(*pair, overwrite=overwrite) for pair in pairs]
+        failed = torch.cat([failed for _, failed in attempts])
+        if self.eigh_fallback and failed.any().item():  # the host synchronisation
+            for (matrices, warm_start), (result, mask) in zip(pairs, attempts, strict=True):
+                repaired = self._continued(matrices[mask], warm_start[mask], by_reflections)
                 for old, new in zip(result, repaired, strict=True):
                     if old is not None and new is not None:
                         old[mask] = new
-        return results
+        return [result for result, _ in attempts]
+
+    def _in_portions(
+        self, matrices: Tensor, warm_start: Tensor, *, overwrite: bool
+    ) -> tuple[BasisResult, Tensor]:
+        """Bases, and (N,) bool: which could not be made by products; such matrices are not overwritten."""
+        vectors = matrices if overwrite else torch.empty_like(matrices)
+        at_once = max(1, NUMEL_AT_ONCE // matrices.shape[-1] ** 2)
+        rest, all_failed = [], []
+        for part, start, own in zip(
+            *(tensor.split(at_once) for tensor in (matrices, warm_start, vectors)), strict=True
+        ):
+            found = self._continued(part, start, by_products)
+            is_basis = found.accepted & are_orthogonal(found.eigenvectors)
+            traces = part.diagonal(dim1=-2, dim2=-1).sum(-1)
+            all_failed.append((traces > 0) & (traces < float("inf")) & ~is_basis)
+            torch.where(is_basis[:, None, None], found.eigenvectors, part, out=own)
+            rest.append((found.eigenvalues, is_basis, found.order))
+        values, accepted, order = map(torch.cat, zip(*rest, strict=True))
+        return BasisResult(vectors, values, accepted, order), torch.cat(all_failed)
 
     def _continued(
         self, matrices: Tensor, warm_start: Tensor, orthonormalized: Orthonormalized
@@ -257,7 +272,7 @@ def _or_start(result: BasisResult, warm_start: Tensor) -> BasisResult:
     vectors, values, accepted, order = result
     assert order is not None
     return BasisResult(
-        torch.where(accepted[:, None, None], vectors, warm_start),
+        torch.where(accepted[:, None, None], vectors, warm_start, out=vectors),
         values.masked_fill_(~accepted[:, None], 0.0),
         accepted,
         torch.where(accepted[:, None], order, _identity_order(order)),

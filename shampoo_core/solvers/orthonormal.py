@@ -48,21 +48,7 @@ def by_reflections(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
 
 
 def by_products(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
-    """Q by shifted Cholesky-QR; anything, NaN included, where the condition is too bad. Never waits.
-
-    Args:
-        products: ``A V``; overwritten by the result.
-        vectors: V.
-        order: Of the columns.
-    """
-    at_once = max(1, NUMEL_AT_ONCE // products.shape[-1] ** 2)
-    parts = zip(*(tensor.split(at_once) for tensor in (products, vectors, order)), strict=True)
-    for part, part_vectors, part_order in parts:
-        part.copy_(_orthonormalized(part, part_vectors, part_order))
-    return products
-
-
-def _orthonormalized(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
+    """Q by shifted Cholesky-QR; anything, NaN included, where the condition is too bad. Never waits."""
     finfo = torch.finfo(products.dtype)
     side = products.shape[-1]
     lengths = torch.linalg.vector_norm(products, dim=-2, keepdim=True)
