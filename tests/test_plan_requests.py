@@ -11,6 +11,7 @@ import pytest
 from shampoo_core import (
     AdamConfig,
     EigenvalueCorrectedConfig,
+    EighSolver,
     KLShampooConfig,
     KLSOAPConfig,
     PerFactorCorrectedConfig,
@@ -22,7 +23,7 @@ from shampoo_core.counting import Operation
 from shampoo_core.groups import LARGEST_WAVE_NUMEL
 from shampoo_core.model_shapes import NamedShape, named_model
 from shampoo_core.plan import DEVICES, Placement, Request, make_plan
-from shampoo_core.plan.__main__ import _parser, _request
+from shampoo_core.plan.__main__ import _config, _parser, _request, _title, main
 from shampoo_core.plan.advice import _others
 from shampoo_core.plan.devices import LAUNCH_SECONDS
 from shampoo_core.plan.layout import blocks_by_method
@@ -88,14 +89,14 @@ def test_flags_are_those_of_a_request(sharding: Any, tmp_path: Path) -> None:
     is_ddp = sharding == "ddp"
     expected = Request(
         SMALL, Placement(8, sharding, 8 if is_ddp else 2, 4), DEVICES["h100"], 3.0,
-        KLSOAPConfig(storage="8bit"), HeavyBall(), weight_decay=0.5, max_block_size=16,
+        KLSOAPConfig(storage="8bit", solver=EighSolver()), HeavyBall(), weight_decay=0.5, max_block_size=16,
         max_wave_numel=300, refresh_interval=7, table_rows=40, gradient_as_bucket_view=is_ddp,
         reserved_gib=1.0, step_ms=20.0, overhead_percent=3.0,
     )  # fmt: skip
     of_sharding = "--gradient_as_bucket_view" if is_ddp else "--group_size 2"
     flags = (
         f"--shapes {file} --world_size 8 --sharding {sharding} --ranks_per_group 4 --device h100 "
-        "--memory_gib 3 --preconditioner kl_soap --storage 8bit --averaging heavy_ball "
+        "--memory_gib 3 --preconditioner kl_soap --storage 8bit --solver eigh --averaging heavy_ball "
         "--weight_decay 0.5 --max_block_size 16 --max_wave_numel 300 --refresh_interval 7 "
         f"--table_rows 40 --reserved_gib 1 --step_ms 20 --overhead_percent 3 {of_sharding}"
     )
@@ -137,3 +138,34 @@ def test_other_ranks_that_are_tried_where_memory_is_short() -> None:
 def test_more_ranks_than_any_machine_has_are_refused() -> None:
     with pytest.raises(ValueError, match="world_size must be at most 65536, for a plan goes"):
         Placement(10**6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--preconditioner spectral --solver eigh", "--solver eigh is for methods with factors"),
+        ("--preconditioner spectral --storage 4bit", "--storage 4bit is for methods with factors"),
+        (
+            "--preconditioner kl_soap --solver coupled_newton",
+            "solver must be a solver that computes",
+        ),
+    ],
+)
+def test_a_solver_that_does_not_fit_is_refused(
+    flags: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--workload", "mnist", "--world_size", "1", "--memory_gib", "1", *flags.split()])
+    assert why in capsys.readouterr().err
+
+
+def test_warm_started_bases_are_planned() -> None:
+    """As on a GPU, by matrix products: a fraction of an eigendecomposition's time."""
+    matrices = [NamedShape(str(index), (512, 512)) for index in range(4)]
+    flags = "--workload ogbg --world_size 1 --memory_gib 16 --preconditioner eigenvalue_corrected"
+    means = {}
+    for solver in ("eigh", "orthogonal_iteration"):
+        options = _parser().parse_args([*flags.split(), "--solver", solver])
+        means[solver] = make_plan(Request(matrices, config=_config(options))).refresh_ms
+        assert f"(dense, {solver})" in _title(options)
+    assert means["orthogonal_iteration"] < 0.2 * means["eigh"]

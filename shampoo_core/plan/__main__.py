@@ -37,6 +37,7 @@ from shampoo_core.preconditioners.kl_soap import KLSOAPConfig
 from shampoo_core.preconditioners.per_factor import PerFactorCorrectedConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.preconditioners.spectral import SpectralConfig
+from shampoo_core.solvers import CoupledNewtonSolver, EighSolver, OrthogonalIterationSolver
 
 METHODS: dict[str, type] = {
     "shampoo": ShampooConfig,
@@ -45,6 +46,11 @@ METHODS: dict[str, type] = {
     "kl_soap": KLSOAPConfig,
     "per_factor": PerFactorCorrectedConfig,
     "spectral": SpectralConfig,
+}
+SOLVERS: dict[str, type] = {
+    "eigh": EighSolver,
+    "orthogonal_iteration": OrthogonalIterationSolver,
+    "coupled_newton": CoupledNewtonSolver,
 }
 AVERAGING: dict[str, type[AveragingConfig] | None] = {
     "none": None,
@@ -65,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         request = _request(options)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         parser.error(str(error))
     plan = make_plan(request)
     changes = alternatives(request, plan)
@@ -100,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         "default all",
     )
     parser.add_argument("--preconditioner", choices=sorted(METHODS), default="shampoo")
+    parser.add_argument(
+        "--solver", choices=SOLVERS, help="of roots or bases; default the preconditioner's own"
+    )
     parser.add_argument("--storage", choices=STORAGES, default="dense")
     parser.add_argument(
         "--averaging",
@@ -191,24 +200,26 @@ def _request(options: argparse.Namespace) -> Request:
 
 def _config(options: argparse.Namespace) -> PreconditionerConfig:
     method = METHODS[options.preconditioner]
-    keeps_factors = any(field.name == "storage" for field in dataclasses.fields(method))
-    if not keeps_factors:
-        if options.storage != "dense":
+    known = {field.name for field in dataclasses.fields(method)}
+    chosen = {"storage": options.storage} if options.storage != "dense" else {}
+    if options.solver is not None:
+        chosen["solver"] = SOLVERS[options.solver]()
+    for name in chosen:
+        if name not in known:
             raise ValueError(
-                f"--storage {options.storage} is for methods with factors in memory, "
+                f"--{name} {getattr(options, name)} is for methods with factors in memory, "
                 f"not for {options.preconditioner}"
             )
-        chosen: PreconditionerConfig = method()
-        return chosen
-    stored: PreconditionerConfig = method(storage=options.storage)
-    return stored
+    config: PreconditionerConfig = method(**chosen)
+    return config
 
 
 def _title(options: argparse.Namespace) -> str:
     model = options.workload or options.shapes
+    solver = "" if options.solver is None else f", {options.solver}"
     averaging = "" if options.averaging == "none" else f", {options.averaging}"
     return (
-        f"{model} by {options.preconditioner} ({options.storage}{averaging}) on "
+        f"{model} by {options.preconditioner} ({options.storage}{solver}{averaging}) on "
         f"{options.world_size} x {options.device} {options.memory_gib:g} GiB, {options.sharding}"
     )
 
