@@ -273,6 +273,7 @@ def test_what_does_not_fit_is_said_and_helped(capsys: pytest.CaptureFixture[str]
     assert "Fits" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_advice_is_what_saves_memory_and_is_put_together_where_nothing_does_alone() -> None:
     matrices = [NamedShape(str(index), (128, 128)) for index in range(4)]
     request = Request(matrices, Placement(2), max_block_size=128, refresh_interval=4)

@@ -103,6 +103,7 @@ def test_flags_are_those_of_a_request(sharding: Any, tmp_path: Path) -> None:
     assert _request(_parser().parse_args(flags.split())) == expected
 
 
+@pytest.mark.slow
 def test_refreshes_come_in_portions_by_default_where_factors_are_many() -> None:
     """Tall blocks are few numbers, all stepped at once; their factors are sixteen times as many."""
     tall = [NamedShape(str(index), (1024, 64)) for index in range(500)]

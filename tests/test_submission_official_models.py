@@ -167,10 +167,7 @@ def planned(
 
 @pytest.mark.parametrize(
     "workload",
-    [
-        name if name in ("criteo1tb", "ogbg") else pytest.param(name, marks=pytest.mark.slow)
-        for name in OFFICIAL
-    ],
+    [name if name == "ogbg" else pytest.param(name, marks=pytest.mark.slow) for name in OFFICIAL],
 )
 def test_a_rank_of_eight_has_memory_enough(workload: str) -> None:
     """Parameters, gradients, DDP's buckets, state, and what a step needs beside, as the planner counts.
