@@ -111,8 +111,10 @@ def num_pieces(rows: Tensor) -> int:
     num_matrices, side, length = rows.shape
     tiles = max(1, num_matrices) * math.ceil(side / TILE) ** 2
     most = min(length // LEAST_LENGTH, _price(rows).enough_tiles // tiles)
-    fitting = (pieces for pieces in range(LEAST_PIECES, most + 1) if length % pieces == 0)
-    return max(fitting, default=1)
+    for pieces in range(most, LEAST_PIECES - 1, -1):
+        if length % pieces == 0:
+            return pieces
+    return 1
 
 
 def _add_pieces(matrices: Tensor, rows: Tensor, pieces: int, decay: float, gain: float) -> None:

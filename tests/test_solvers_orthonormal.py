@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.counting import OperationCounter
-from shampoo_core.solvers import OrthogonalIterationSolver, orthogonal_iteration, orthonormal
+from shampoo_core.solvers import OrthogonalIterationSolver, orthogonal_iteration
 from shampoo_core.solvers.orthonormal import are_orthogonal, by_products, by_reflections
 
 SIDE = 128
@@ -95,7 +95,15 @@ def test_matrices_are_taken_some_at_a_time(at_once: int, monkeypatch: pytest.Mon
     matrices, starts = three()
     expected = OrthogonalIterationSolver(max_iterations=2).basis(matrices, starts)
     monkeypatch.setattr(orthogonal_iteration, "NUMEL_AT_ONCE", at_once * SIDE**2)
+    sizes = []
+
+    def noted(*arguments: Tensor) -> Tensor:
+        sizes.append(len(arguments[0]))
+        return by_products(*arguments)
+
+    monkeypatch.setattr(orthogonal_iteration, "by_products", noted)
     found = OrthogonalIterationSolver(max_iterations=2).basis(matrices, starts)
+    assert sizes[::2] == [len(part) for part in matrices.split(at_once)]
     for left, right in zip(found, expected, strict=True):
         assert left is not None and right is not None
         torch.testing.assert_close(left, right, rtol=0.0, atol=1e-6)
@@ -167,11 +175,61 @@ def test_without_fallback_it_keeps_its_warm_start(monkeypatch: pytest.MonkeyPatc
     assert not found.eigenvalues[1].any()
 
 
-def test_a_basis_that_is_not_orthogonal_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "is_accepted"), [(1e-6, True), (1e-3, False)])
+def test_a_basis_that_is_not_orthogonal_is_found(
+    error: float, is_accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Finite, but too far from orthogonal: a Cholesky factor can be that bad without a sign of it."""
-    monkeypatch.setattr(orthonormal, "PASSES", 1)
     matrices, starts = three()
+    monkeypatch.setattr(
+        orthogonal_iteration, "by_products", lambda *a: (1.0 + error / 2) * by_products(*a)
+    )
     found = OrthogonalIterationSolver(eigh_fallback=False).basis(matrices, starts)
-    assert not found.accepted.any()
-    assert torch.equal(found.eigenvectors, starts)
+    assert found.accepted.tolist() == [is_accepted] * 3
+    assert is_accepted or torch.equal(found.eigenvectors, starts)
     assert are_orthogonal(OrthogonalIterationSolver().basis(matrices, starts).eigenvectors).all()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1.0, 2e37])
+def test_only_what_has_a_basis_is_made_again(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not matrices that are zero or not finite, whatever the scale of the others."""
+    matrices, starts = three()
+    hopeless = torch.zeros_like(matrices)
+    hopeless[1, 0, 1] = torch.nan
+    hopeless[2] = torch.inf
+    both, both_starts = torch.cat([scale * matrices, hopeless]), torch.cat([starts, starts])
+    repaired = []
+
+    def reflected(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
+        repaired.append(len(products))
+        return by_reflections(products, vectors, order)
+
+    monkeypatch.setattr(orthogonal_iteration, "by_reflections", reflected)
+    found = OrthogonalIterationSolver().basis(both, both_starts)
+    assert found.accepted.tolist() == [True] * 3 + [False] * 3 and not repaired
+    assert torch.equal(found.eigenvectors[3:], starts)
+    some_fail(monkeypatch)
+    assert (
+        OrthogonalIterationSolver().basis(both, both_starts).accepted.tolist()
+        == [True] * 3 + [False] * 3
+    )
+    assert repaired == [1]
+
+
+def test_bases_that_stay_are_not_held_against_their_rounding() -> None:
+    """In few bits a basis is not quite orthogonal; within the tolerance it stays what it is."""
+    matrices, _ = three()
+    exact = torch.linalg.eigh(matrices.double()).eigenvectors.flip(-1).float()
+    rounded = (exact * 128).round() / 128
+    solver = OrthogonalIterationSolver(tolerance=0.5, eigh_fallback=False)
+    found = solver.basis(matrices, rounded)
+    assert not are_orthogonal(found.eigenvectors).any()
+    assert found.accepted.all() and found.order is not None
+    expected = rounded.gather(-1, found.order[:, None, :].expand_as(rounded))
+    assert torch.equal(found.eigenvectors, expected)
+
+
+def test_a_start_that_wants_gradients_gets_none() -> None:
+    matrices, starts = three()
+    found = OrthogonalIterationSolver().basis(matrices, starts.requires_grad_())
+    assert not found.eigenvectors.requires_grad

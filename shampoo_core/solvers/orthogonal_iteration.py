@@ -99,10 +99,10 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
             if batches and prefers_products(batches[0].device):
                 results = self._continued_by_products(pairs, overwrite=overwrite)
             else:
-                results = [self._continued(*pair, by_reflections) for pair in pairs]
-        return [
-            _or_start(result, start) for result, start in zip(results, warm_starts, strict=True)
-        ]
+                results = [self._continued(*pair, by_reflections).result for pair in pairs]
+            return [
+                _or_start(result, start) for result, start in zip(results, warm_starts, strict=True)
+            ]
 
     def _continued_by_products(
         self, pairs: Sequence[tuple[Tensor, Tensor]], *, overwrite: bool
@@ -112,8 +112,8 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         failed = torch.cat([failed for _, failed in attempts])
         if self.eigh_fallback and failed.any().item():  # the host synchronisation
             for (matrices, warm_start), (result, mask) in zip(pairs, attempts, strict=True):
-                repaired = self._continued(matrices[mask], warm_start[mask], by_reflections)
-                for old, new in zip(result, repaired, strict=True):
+                again = self._continued(matrices[mask], warm_start[mask], by_reflections)
+                for old, new in zip(result, again.result, strict=True):
                     if old is not None and new is not None:
                         old[mask] = new
         return [result for result, _ in attempts]
@@ -128,10 +128,9 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
         for part, start, own in zip(
             *(tensor.split(at_once) for tensor in (matrices, warm_start, vectors)), strict=True
         ):
-            found = self._continued(part, start, by_products)
-            is_basis = found.accepted & are_orthogonal(found.eigenvectors)
-            traces = part.diagonal(dim1=-2, dim2=-1).sum(-1)
-            all_failed.append((traces > 0) & (traces < float("inf")) & ~is_basis)
+            found, is_solvable, is_new = self._continued(part, start, by_products)
+            is_basis = found.accepted & (are_orthogonal(found.eigenvectors) | ~is_new)
+            all_failed.append(is_solvable & ~is_basis)
             torch.where(is_basis[:, None, None], found.eigenvectors, part, out=own)
             rest.append((found.eigenvalues, is_basis, found.order))
         values, accepted, order = map(torch.cat, zip(*rest, strict=True))
@@ -139,16 +138,18 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
 
     def _continued(
         self, matrices: Tensor, warm_start: Tensor, orthonormalized: Orthonormalized
-    ) -> BasisResult:
-        """Iterate; where the result is not accepted, anything."""
+    ) -> _Continued:
+        """Iterate; where the result is not accepted, it is anything."""
         unit, scales = scale_to_unit(matrices)
-        vectors, order = self._iterate(unit, warm_start, orthonormalized)
+        vectors, order, is_new = self._iterate(unit, warm_start, orthonormalized)
         values = (vectors * torch.bmm(unit, vectors)).sum(-2)
         values, last = values.sort(dim=-1, descending=True, stable=True)
         vectors, order = columns(vectors, last), order.gather(-1, last)
         values = values * scales[:, None]
         accepted = (values[:, 0] > 0) & (values[:, 0] < float("inf"))
-        return BasisResult(vectors, values, accepted, order)
+        # Of unit size: traces cannot overflow, and matrices that were not finite are zero.
+        is_solvable = unit.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        return _Continued(BasisResult(vectors, values, accepted, order), is_solvable, is_new)
 
     def inverse_roots(
         self,
@@ -212,10 +213,11 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
 
     def _iterate(
         self, unit: Tensor, warm_start: Tensor, orthonormalized: Orthonormalized
-    ) -> tuple[Tensor, Tensor]:
-        """Return the last basis and, per column, the column of the warm start it came from."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The last basis, per column the column of the warm start it came from, and which are new."""
         vectors = warm_start
         order = _identity_order(vectors[:, 0])
+        is_new = torch.full_like(unit[:, 0, 0], self.tolerance == 0.0, dtype=torch.bool)
         for _ in range(self.max_iterations):
             products = torch.bmm(unit, vectors)
             stale = None
@@ -225,6 +227,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
                 rotated = torch.bmm(vectors.mT, products)
                 sizes = rotated.diagonal(dim1=-2, dim2=-1).clone()
                 stale = (relative_off_diagonal(rotated) > self.tolerance)[:, None]
+                is_new |= stale[:, 0]
             descending = sizes.argsort(descending=True, stable=True)
             refreshed = orthonormalized(products, vectors, descending)
             moved = order.gather(-1, descending)
@@ -232,7 +235,15 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
                 refreshed if stale is None else torch.where(stale[..., None], refreshed, vectors)
             )
             order = moved if stale is None else torch.where(stale, moved, order)
-        return vectors, order
+        return vectors, order, is_new
+
+
+class _Continued(NamedTuple):
+    """Bases, which matrices (N,) have one, and which (N,) have another one than before."""
+
+    result: BasisResult
+    is_solvable: Tensor
+    is_new: Tensor
 
 
 class _RootInBasis(NamedTuple):
