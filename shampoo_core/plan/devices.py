@@ -26,7 +26,7 @@ REFERENCE_SIDE = 1024
 """Side of the matrices for which decomposition times are stated."""
 SHARES = {"_linalg_eigh": 1.0, "linalg_qr": 0.42, "linalg_cholesky_ex": 0.01}
 """Of the time of an eigendecomposition. Measured on an H200, milliseconds at sides 64, 128, ..., 2048: of
-eigendecompositions 0.8, 1.7, 2.0, 4.7, 11, 25, of QR 0.1, 0.5, 0.8, 1.9, 4.4, 11; see docs/gpu.md."""
+eigendecompositions 0.8, 1.7, 2.0, 4.7, 11, 25, of QR 0.1, 0.5, 0.8 (2.7 in batches of 16), 1.9, 4.4, 11."""
 SMALL_SIDE, SMALL_AT_ONCE = 32, 64
 """Matrices up to this side are decomposed together, so many in the time of one."""
 

@@ -38,7 +38,8 @@ class EighSolver(ManyBatchesSolver):
     that fail, and only they, are solved once more in float64. One host synchronisation a call, however
     many batches it has, to learn whether any failed, beside the one that ``torch.linalg.eigh`` itself
     makes on a GPU; none where there is nothing more precise to fall back to. On a GPU float32 matrices of
-    side 33 to 512 are solved in float64 from the start: see `solvers.decomposition`.
+    side 33 to 512 are solved in float64 from the start (`solvers.decomposition`): measured on one for data
+    centres, one for consumers may take longer.
 
     Accuracy: eigenvalues are off by a few epsilons of the largest one, so that in float32 a root with
     p = 4 has a relative error of 1e-5 at condition 1e3 and 2e-2 at 1e6; ``double_precision`` takes
