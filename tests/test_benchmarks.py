@@ -54,7 +54,8 @@ def test_every_row_of_methods_counts_something() -> None:
     assert rows["Adam"]["plain_gflop"] == 0.0
     assert rows["eigenvalue-corrected"]["plain_gflop"] > rows["Shampoo"]["plain_gflop"] > 0.0
     assert rows["Shampoo, one-sided"]["state_mib"] < rows["Shampoo"]["state_mib"]
-    assert all(row["waits"] <= 1 for row in rows.values())
+    two = {"Shampoo, OrthogonalIterationSolver"}  # bases, then roots
+    assert {name for name, row in rows.items() if row["waits"] > 1} == two
 
 
 @pytest.mark.slow  # the bound itself is in test_waves.py
