@@ -36,11 +36,11 @@ def prefers_products(device: torch.device) -> bool:
 
 
 Orthonormalized = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From ``A V``, V and an order of their columns, (N, d), to Q, all others (N, d, d)."""
+"""From ``A V`` and V, (N, d, d), and an order of their columns, (N, d) integers, to Q, (N, d, d)."""
 
 
 def by_reflections(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
-    """Q by Householder reflections, the diagonal of R non-negative."""
+    """Q by Householder reflections, the diagonal of R non-negative; arguments as of `Orthonormalized`."""
     del vectors
     orthogonal, triangular = torch.linalg.qr(columns(products, order))
     flipped = triangular.diagonal(dim1=-2, dim2=-1) < 0
@@ -48,7 +48,10 @@ def by_reflections(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
 
 
 def by_products(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
-    """Q by shifted Cholesky-QR; anything, NaN included, where the condition is too bad. Never waits."""
+    """Q by shifted Cholesky-QR; anything, NaN included, where the condition is too bad. Never waits.
+
+    Arguments as of `Orthonormalized`; they stay as they are.
+    """
     finfo = torch.finfo(products.dtype)
     side = products.shape[-1]
     lengths = torch.linalg.vector_norm(products, dim=-2, keepdim=True)
@@ -66,7 +69,7 @@ def by_products(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
 
 
 def columns(matrices: Tensor, order: Tensor) -> Tensor:
-    """Columns in another order, (N, d)."""
+    """Columns of (N, d, d) matrices in another order, (N, d) integers."""
     return matrices.gather(-1, order[:, None, :].expand_as(matrices))
 
 
