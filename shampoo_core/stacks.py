@@ -17,13 +17,18 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shampoo_core.blocking import Shape, Tile
+
+ByParameter = Sequence[Tensor] | Mapping[int, Tensor]
+"""Parameter-shaped tensors, indexed by `Tile.parameter`; those of the tiles at hand are enough."""
+MaybeByParameter = ByParameter | Sequence[Tensor | None] | Mapping[int, Tensor | None]
+"""The same, None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +163,11 @@ class StackSet:
 
     # --- moving blocks ----------------------------------------------------------------------------
 
-    def gather(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    def gather(self, tensors: MaybeByParameter) -> list[Tensor]:
         """Copy parameter-shaped tensors into new stacks; blocks of a missing tensor are zero.
 
         Args:
-            tensors: One per parameter of the group, indexed by `Tile.parameter`; any floating dtype.
+            tensors: Of any floating dtype.
 
         Returns:
             One (N, *block shape) tensor per stack.
@@ -185,12 +190,12 @@ class StackSet:
             torch._foreach_copy_(some_targets, some_sources)
         return stacks
 
-    def add_from(self, stacks: Sequence[Tensor], tensors: Sequence[Tensor], scale: float) -> None:
+    def add_from(self, stacks: Sequence[Tensor], tensors: ByParameter, scale: float) -> None:
         """``stack <- stack + scale * block``, in place.
 
         Args:
             stacks: What to add to.
-            tensors: Parameter-shaped; where the blocks are taken from.
+            tensors: Where the blocks are taken from.
             scale: One number for all blocks.
         """
         merged: dict[int, Tensor] = {}
@@ -204,7 +209,7 @@ class StackSet:
 
     def add_to(
         self,
-        tensors: Sequence[Tensor],
+        tensors: ByParameter,
         stacks: Sequence[Tensor],
         scale: Tensor | None = None,
         growth: Tensor | None = None,
@@ -212,7 +217,7 @@ class StackSet:
         """``tensor <- tensor + growth * tensor + scale * stack`` for every block in its place.
 
         Args:
-            tensors: Parameter-shaped; changed in place.
+            tensors: Changed in place.
             stacks: What is added.
             scale: Block vector; None is 1.
             growth: Block vector; None is 0.
@@ -263,7 +268,7 @@ class StackSet:
 
 
 def add_tiles(
-    tensors: Sequence[Tensor],
+    tensors: ByParameter,
     tiles: Sequence[Tile],
     slots: Sequence[Tensor],
     scales: Sequence[Tensor] | None = None,
@@ -272,8 +277,8 @@ def add_tiles(
     """``place <- place + growth * place + scale * slot`` for every tile, in place.
 
     Args:
-        tensors: Parameter-shaped.
-        tiles: Whose places in these tensors are changed.
+        tensors: Changed in place.
+        tiles: Whose places in them are changed.
         slots: What is added, `Tile.view_shape` each.
         scales: Of the same shapes; None is 1.
         growths: Likewise; None is 0.
@@ -335,6 +340,8 @@ def _merged(tensor: Tensor, merged_shape: Shape) -> Tensor:
 
 def _merged_view(tensor: Tensor, merged_shape: Shape) -> Tensor | None:
     """``tensor.view(merged_shape)``, or None where there is none, as for channels-last."""
+    if tensor.shape == merged_shape:
+        return tensor
     try:
         return tensor.view(merged_shape)
     except RuntimeError:  # torch has no question for "could this be viewed", only the attempt

@@ -103,14 +103,18 @@ class WeightSlices:
 
     stack_set: StackSet
     parameters: Sequence[Tensor]
+    """Of the group; plain tensors, or DTensors that are not sharded."""
 
     def add_to(self, stacks: list[Tensor], scale: float) -> None:
         """See `TrainingWeights`."""
-        self.stack_set.add_from(stacks, self.parameters, scale)
+        self.stack_set.add_from(stacks, self._locals(), scale)
 
     def stacks(self) -> list[Tensor]:
         """See `TrainingWeights`."""
-        return self.stack_set.gather(self.parameters)
+        return self.stack_set.gather(self._locals())
+
+    def _locals(self) -> dict[int, Tensor]:
+        return locals_of(self.parameters, self.stack_set.parameters)
 
 
 def slices(request: Request) -> Collected:
@@ -118,16 +122,16 @@ def slices(request: Request) -> Collected:
     own = request.division.own
     gradients: list[Tensor] = []
     if request.gradients is not None and any(g is not None for g in request.gradients):
-        # A gradient that is still to be summed is summed for the division that it belongs to alone.
-        wanted = set(request.division.whole.parameters)
-        pairs = zip(request.gradients, request.parameters, strict=True)
-        gradients = own.gather(
-            [
-                local_of(placed_as(g, p)) if g is not None and index in wanted else None
-                for index, (g, p) in enumerate(pairs)
-            ]
-        )
-    return Collected(gradients, WeightSlices(own, [local_of(p) for p in request.parameters]))
+        held: dict[int, Tensor | None] = {}
+        # A gradient that is still to be summed is summed for the division that it belongs to alone, by
+        # every rank. Of a large group a wave has few parameters, and should not look at the others.
+        for index in request.division.whole.parameters:
+            gradient = request.gradients[index]
+            if gradient is not None:
+                gradient = local_of(placed_as(gradient, request.parameters[index]))
+            held[index] = gradient
+        gradients = own.gather(held)
+    return Collected(gradients, WeightSlices(own, request.parameters))
 
 
 def placed_as(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -139,6 +143,11 @@ def placed_as(tensor: Tensor, parameter: Tensor) -> Tensor:
     ):
         return tensor.redistribute(parameter.device_mesh, parameter.placements)
     return tensor
+
+
+def locals_of(tensors: Sequence[Tensor], indices: Iterable[int]) -> dict[int, Tensor]:
+    """What this rank holds of some parameters of a group, by their index."""
+    return {index: local_of(tensors[index]) for index in indices}
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo_core.blocking import Shape
-from shampoo_core.exchange.base import Collected, Request, Result, local_of, slices
+from shampoo_core.exchange.base import Collected, Request, Result, locals_of, slices
 from shampoo_core.exchange.collectives import start_all_gather
 from shampoo_core.exchange.division import Division, divide
 from shampoo_core.exchange.wire import WireFormat, wire_format
@@ -114,7 +114,8 @@ class ReplicatedExchange:
                 if stack_set.num_blocks:
                     tiles += stack_set.tiles
                     slots += stack_set.tile_slots(mail.wire.read(stack_set, part))
-            add_tiles([local_of(parameter) for parameter in result.parameters], tiles, slots)
+            held = locals_of(result.parameters, result.division.whole.parameters)
+            add_tiles(held, tiles, slots)
 
 
 class _Mail(NamedTuple):
