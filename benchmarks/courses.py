@@ -122,6 +122,7 @@ def train(
         start = time.process_time()
         batch = next(batches)
         optimizer.zero_grad()
+        model.train()  # some workloads leave the mode of an evaluation
         loss_of(workload, model, [batch], spec.ForwardPassMode.TRAIN).backward()
         for group in optimizer.param_groups:
             group["lr"] = variant.lr * schedule(step / num_steps)

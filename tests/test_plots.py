@@ -76,6 +76,16 @@ def test_a_submission_below_the_drawn_range_is_named(tmp_path: Path) -> None:
     figure.draw_without_rendering()
 
 
+def test_a_trial_of_one_evaluation_is_a_point(tmp_path: Path) -> None:
+    """A line of one point would show nothing."""
+    write_trial(tmp_path / "ours/study_0/mnist_pytorch/trial_1", [1], [0.1], [0.85])
+    write_trial(tmp_path / "theirs/study_0/mnist_pytorch/trial_1", [1, 9], [0.1, 1.0], [0.8, 0.88])
+    board = Scoreboard.of(read_results([tmp_path]))
+    figure, colours = plots.training_curves(board, "steps"), submission_colours(board)
+    markers = {name: lines_of(figure, 0, colours[name])[0].get_marker() for name in colours}
+    assert markers == {"ours": ".", "theirs": ""}
+
+
 def test_a_diverged_or_empty_trial_does_not_break_a_plot(tmp_path: Path) -> None:
     study = tmp_path / "ours" / "study_0" / "mnist_pytorch"
     write_trial(study / "trial_1", [1, 2], [1.0, 2.0], [float("nan"), float("inf")])

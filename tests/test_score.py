@@ -161,6 +161,21 @@ def test_notes_name_studies_and_trials_that_lack_on_one_workload_only(tmp_path: 
     assert not Scoreboard.of(read_results([tmp_path]), workloads=["mnist"]).notes()
 
 
+def test_a_complete_comparison_under_self_tuning_has_one_trial_a_study(tmp_path: Path) -> None:
+    for submission in ("shampoo", "nadamw"):
+        for study in range(3):
+            folder = tmp_path / submission / f"study_{study}" / "mnist_pytorch" / "trial_1"
+            (write_missing(folder) / "flags_0.json").write_text('{"tuning_ruleset": "self"}')
+    assert not Scoreboard.of(read_results([tmp_path])).notes()
+
+
+def test_variants_of_official_workloads_are_named(tmp_path: Path) -> None:
+    for workload in ("imagenet_resnet", "imagenet_resnet_silu", "finewebedu_lm"):
+        write_missing(tmp_path / "ours" / "study_0" / f"{workload}_pytorch" / "trial_1")
+    (note,) = [n for n in Scoreboard.of(read_results([tmp_path])).notes() if "variant" in n]
+    assert note.startswith("imagenet_resnet_silu is a variant of imagenet_resnet: ")
+
+
 def test_notes_say_how_many_everybody_has(tmp_path: Path) -> None:
     asked = "; the benchmark asks 3 x 5 under external tuning, 3 x 1 under self-tuning"
     board = Scoreboard.of(read_results([comparison(tmp_path / "logs")]))

@@ -11,6 +11,7 @@ from hand_made_logs import write_missing, write_reaching, write_trial
 
 from workloads_smoke.scoring import Scoreboard, Target, read_results
 from workloads_smoke.scoring.time_to_target import resolve_targets, trial_table
+from workloads_smoke.scoring.verdict import workload_verdict
 
 INF = float("inf")
 
@@ -61,13 +62,28 @@ def test_minimum_over_trials_then_median_over_studies(tmp_path: Path) -> None:
             write_missing(folder) if time is None else write_reaching(folder, *time)
     board = Scoreboard.of(read_results([tmp_path]))
     studies = board.per_study.set_index("study")
-    assert list(studies["steps"]) == [100, 90, 200]
+    # Steps and seconds of a study are of one trial, whose quotient is a time that a step took.
+    assert list(studies["steps"]) == [120, 90, 200]
+    assert list(studies["fewest_steps"]) == [100, 90, 200]
     assert list(studies["seconds"]) == [8.0, 5.0, 20.0]
     assert list(studies["best_trial"]) == ["trial_2", "trial_2", "trial_1"]
     (row,) = board.per_workload.to_dict("records")
-    assert (row["steps"], row["seconds"]) == (100, 8.0)
+    assert (row["steps"], row["seconds"], row["fewest_steps"]) == (120, 8.0, 100)
+    assert board.steps.loc["ours", "mnist"] == 100
     assert (row["studies_reached"], row["num_studies"], row["num_trials"]) == (3, 3, 6)
-    assert row["seconds_per_step"] == 8.0 / 100
+    assert row["seconds_per_step"] == 8.0 / 120
+
+
+def test_a_target_met_at_the_first_step_tells_no_step_time(tmp_path: Path) -> None:
+    """That step is start-up, also in words."""
+    for submission, seconds in (("ours", 5.0), ("theirs", 8.0)):
+        folder = tmp_path / submission / "study_0" / "mnist_pytorch" / "trial_1"
+        write_trial(folder, [1, 10], [seconds, 9.0], [0.95, 0.96])
+    board = Scoreboard.of(read_results([tmp_path]))
+    assert board.per_workload["seconds_per_step"].isna().all()
+    assert workload_verdict(board, "mnist").endswith(
+        "theirs took 1.60x as long (8.00 s): 1.00x the steps (1 against 1)."
+    )
 
 
 @pytest.mark.parametrize(("num_missing", "expected"), [(1, 5.0), (2, INF), (3, INF)])

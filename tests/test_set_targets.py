@@ -50,8 +50,8 @@ def test_target_is_the_median_over_seeds_of_the_best_finalist(
 
     setter = made_up(value, monkeypatch, tmp_path)
     entry = setter.find(recipe.Effort(points=3, finalists=2, seeds=5))
-    assert entry["validation_target_value"] == 0.7
-    assert entry["test_target_value"] == 0.35
+    assert entry["validation_target_value"] == pytest.approx(0.7 - 5e-7, abs=1e-12)
+    assert entry["test_target_value"] == pytest.approx(0.35 - 5e-7, abs=1e-12)
     assert entry["point"] == steady.as_dict()
     assert len(entry["runs"]) == 4 * 3 + 2 * 5
     assert entry["num_steps"] == int(0.75 * load_workload("mnist").step_hint)
@@ -65,7 +65,15 @@ def test_lower_is_better_for_a_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     entry = made_up(value, monkeypatch, tmp_path, "criteo1tb").find(recipe.Effort(1, 1, 1))
     assert entry["algorithm"] == "adamw"
     # The best along the run is its middle, where the made-up curve is lower.
-    assert entry["validation_target_value"] == 0.2
+    assert entry["validation_target_value"] == pytest.approx(0.2 + 5e-7, abs=1e-12)
+
+
+def test_the_run_that_sets_a_target_reaches_it() -> None:
+    """Targets are to be exceeded, and values may have been rounded to six decimals."""
+    for value in (0.95541666, 67.63557466715162, 3.0e-4, 0.0):
+        assert recipe.eased(round(value, 6), larger_is_better=True) < value
+        assert recipe.eased(round(value, 6), larger_is_better=False) > value
+        assert recipe.eased(value, larger_is_better=True) == pytest.approx(value, abs=6e-7)
 
 
 def test_a_search_where_everything_diverges_is_refused(

@@ -172,16 +172,24 @@ def test_the_stand_in_leaves_an_installed_package_alone(monkeypatch: pytest.Monk
     assert spec.__name__ == "workloads_smoke.spec"
 
 
-def test_a_checkout_beside_us_is_not_taken_for_the_package(tmp_path: Path) -> None:
-    """Only a folder of the package's name, which Python would import as an empty namespace."""
+@pytest.mark.parametrize("has_init", [False, True])
+def test_a_checkout_beside_us_is_not_taken_for_the_package(tmp_path: Path, has_init: bool) -> None:
+    """Only a folder of the package's name: to Python an empty namespace, or a package without contents."""
     (tmp_path / "algoperf").mkdir()
-    code = "from workloads_smoke import spec; print(spec.is_package('algoperf'), spec.LossType)"
+    if has_init:  # so has the root of the official repository
+        (tmp_path / "algoperf" / "__init__.py").touch()
+    code = (
+        "from workloads_smoke import algoperf_standin, spec\n"
+        "print(spec.harness_installed(), spec.LossType, algoperf_standin.install_if_needed())"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
-        check=True,
+        check=not spec.harness_installed(),
         timeout=60,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path.cwd())])},
     )
-    assert found.stdout.startswith(f"{spec.is_package('algoperf')} ")
+    if not spec.harness_installed():
+        assert found.stdout.startswith("False ")
+        assert "'algoperf'" in found.stdout

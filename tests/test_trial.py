@@ -327,6 +327,26 @@ def test_an_error_inside_the_submission_is_its_own(tmp_path: Path, clock: Clock)
         Case(tmp_path, clock, during_update=fail).run()
 
 
+def test_what_a_submission_logged_before_it_failed_is_kept(tmp_path: Path, clock: Clock) -> None:
+    """Between evaluations rows are in memory; officially every one is written at once."""
+    case: Case
+
+    def log_and_fail(step: int) -> None:
+        logger = case.workload.metrics_logger
+        assert logger is not None
+        logger.append_scalar_metrics({"train_loss": float(step)}, step)
+        if step == 5:
+            raise ValueError("diverged")
+
+    case = Case(tmp_path, clock, during_update=log_and_fail, eval_every_steps=100)
+    with pytest.raises(ValueError, match="diverged"):
+        case.run()
+    with (tmp_path / "measurements.csv").open(newline="") as file:
+        losses = [row["train_loss"] for row in csv.DictReader(file)]
+    assert [float(loss) for loss in losses if loss] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert len((tmp_path / "step_times.csv").read_text().splitlines()) == 1 + 5
+
+
 def submission_with(**functions: Any) -> Submission:
     fields = dict.fromkeys(
         ("init_optimizer_state", "update_params", "data_selection", "prepare_for_eval"), None

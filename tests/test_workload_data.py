@@ -307,13 +307,26 @@ def test_graph_batches_join_molecules() -> None:
 def test_absent_molecule_labels_touch_neither_loss_nor_gradient() -> None:
     workload = load_workload("ogbg")
     logits = torch.zeros(2, 3, requires_grad=True)
-    labels = torch.tensor([[1.0, float("nan"), 0.0], [float("nan"), 1.0, 1.0]])
-    for mask in (None, ~labels.isnan()):
-        loss = workload.loss_fn(labels, logits, mask)
-        assert loss["n_valid_examples"] == 4
-        assert loss["summed"].item() == pytest.approx(4 * np.log(2))
-        (gradient,) = torch.autograd.grad(loss["summed"], logits)
-        assert torch.equal(gradient == 0, labels.isnan())
+    labels = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    loss = workload.loss_fn(labels, logits, mask)
+    assert loss["n_valid_examples"] == 4
+    assert loss["summed"].item() == pytest.approx(4 * np.log(2))
+    (gradient,) = torch.autograd.grad(loss["summed"], logits)
+    assert torch.equal(gradient == 0, ~mask)
+    with pytest.raises(ValueError, match="mask_batch"):  # officially an AttributeError
+        workload.loss_fn(labels, logits)
+
+
+def test_absent_molecule_labels_are_zero_as_officially() -> None:
+    """A submission that multiplies losses by weights gets no NaN."""
+    known = molecules.load_molecules("validation")
+    batch = molecules.gather_molecules(known)(torch.arange(len(known.labels)))
+    absent = torch.from_numpy(np.isnan(known.labels))
+    assert absent.any()
+    assert torch.equal(batch["weights"], ~absent)
+    assert bool((batch["targets"][absent] == 0.0).all())
+    assert set(batch["targets"].unique().tolist()) == {0.0, 1.0}
 
 
 def test_undersampling_keeps_a_quarter_of_the_spectrum() -> None:

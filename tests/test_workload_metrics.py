@@ -110,6 +110,16 @@ def test_mean_average_precision_leaves_out_absent_labels_and_one_sided_tasks() -
     assert math.isnan(mean_average_precision(labels[:, [1]], scores[:, [1]], present[:, [1]]))
 
 
+def test_scores_that_are_not_finite_have_no_average_precision() -> None:
+    """A model that diverged has no order of scores, but where the label is absent anyway."""
+    labels = np.array([[1.0], [0.0], [1.0]])
+    present = np.array([[True], [True], [False]])
+    finite, absent, diverged = ([0.2, 0.1, 0.3], [0.2, 0.1, np.nan], [0.2, np.nan, 0.3])
+    values = [mean_average_precision(labels, np.c_[s], present) for s in (finite, absent, diverged)]
+    assert values[:2] == [1.0, 1.0]
+    assert math.isnan(values[2])
+
+
 # Structural similarity.
 
 

@@ -24,7 +24,7 @@ def install_if_needed() -> list[str]:
     packages = [
         name
         for name in ("algoperf", _FORMER_NAME)
-        if name not in sys.modules and not spec.is_package(name)
+        if name not in sys.modules and not spec.harness_installed(name)
     ]
     for package in packages:
         _install(package)

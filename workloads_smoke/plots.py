@@ -122,10 +122,11 @@ def _hits(values: Array, target: Target) -> npt.NDArray[np.bool_]:
 def _draw_curve(
     axes: Axes, x: Array, y: Array, target: Target, colour: str, marker: str, is_best: bool
 ) -> None:
+    point = "." if len(x) == 1 else ""  # one point makes no line
     if not is_best:
-        axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.45, zorder=2)
+        axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.45, zorder=2, marker=point)
         return
-    axes.plot(x, y, color=colour, linewidth=2.2, alpha=0.9, zorder=3)
+    axes.plot(x, y, color=colour, linewidth=2.2, alpha=0.9, zorder=3, marker=point)
     hit = np.flatnonzero(_hits(y, target))
     if len(hit):
         axes.plot(

@@ -7,6 +7,7 @@ error here and not a silent fall-back.
 """
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __all__ = [
@@ -42,18 +43,18 @@ __all__ = [
 ]
 
 
-def harness_installed() -> bool:
-    """Whether the official `algoperf` package can be found, without importing it."""
-    return is_package("algoperf")
+def harness_installed(name: str = "algoperf") -> bool:
+    """Whether the official package can be found, without importing it.
 
+    The folder of a checkout, which is a package of that name to a Python started beside it, is none.
 
-def is_package(name: str) -> bool:
-    """Whether a package can be found, without importing it.
-
-    A folder of its name on the path, such as a checkout that is not installed, is none.
+    Args:
+        name: Its name, or its former one.
     """
     found = importlib.util.find_spec(name)
-    return found is not None and found.origin is not None
+    if found is None or found.origin is None:
+        return False
+    return (Path(found.origin).parent / "spec.py").exists()
 
 
 # The type checker always reads the stand-in: algoperf carries no types.

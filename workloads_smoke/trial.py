@@ -93,6 +93,18 @@ class TrainingLoop:
 
     def run(self) -> TrialOutcome:
         """Train, evaluate when it is time, and log the end."""
+        try:
+            self._train()
+        except BaseException:
+            # What a submission logged before it failed is what it will be mended by. A resumed trial keeps
+            # the rows of its checkpoint alone.
+            if self._metrics_logger is not None:
+                self._metrics_logger.flush()
+            raise
+        return self._finish()
+
+    def _train(self) -> None:
+        """Steps and evaluations, until there is a reason to stop."""
         train_state = self._state.train_state
         self._start_time = train_state["last_step_end_time"] = current_time()
         while self._stop_reason() is None:
@@ -108,7 +120,6 @@ class TrainingLoop:
                 if train_state["is_time_remaining"]:
                     self._evaluate()
             train_state["last_step_end_time"] = current_time()
-        return self._finish()
 
     def _open_logs(self, num_rows_kept: dict[str, int]) -> MetricsLogger:
         """Write what is known beforehand and open the tables; rank 0 only."""

@@ -142,7 +142,7 @@ def atom_features(kinds: np.ndarray, bonds: np.ndarray) -> np.ndarray:
 def gather_molecules(molecules: Molecules) -> Gather:
     """Return a function that makes a batch of graphs out of molecules' indices.
 
-    Missing labels have weight zero and the value NaN, as in the benchmark.
+    Missing labels have weight zero and the value zero, as in the benchmark.
     """
     features = atom_features(molecules.kinds, molecules.bonds)
 
@@ -156,6 +156,7 @@ def gather_molecules(molecules: Molecules) -> Gather:
         order = bonds[graph, sender, receiver]
         edges = (order[:, None] == np.arange(1, NUM_EDGE_FEATURES + 1)).astype(np.float32)
         labels = torch.from_numpy(molecules.labels[chosen])
+        present_labels = ~labels.isnan()
         graphs = GraphsTuple(
             nodes=torch.from_numpy(features[chosen][present]),
             edges=torch.from_numpy(edges),
@@ -165,6 +166,6 @@ def gather_molecules(molecules: Molecules) -> Gather:
             n_node=torch.from_numpy(sizes),
             n_edge=torch.from_numpy(np.bincount(graph, minlength=len(chosen))),
         )
-        return {"inputs": graphs, "targets": labels, "weights": ~labels.isnan()}
+        return {"inputs": graphs, "targets": labels.nan_to_num(0.0), "weights": present_labels}
 
     return gather

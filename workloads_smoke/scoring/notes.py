@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pandas as pd
 
@@ -23,11 +23,12 @@ _COMPARED_FLAGS = (
 )
 
 
-def notes_on_counts(per_study: pd.DataFrame) -> list[str]:
+def notes_on_counts(per_study: pd.DataFrame, ruleset: str | None) -> list[str]:
     """Name who has fewer studies or trials than others, or else say how many everybody has.
 
     Args:
         per_study: see `time_to_target.study_table`.
+        ruleset: of all trials; None where there are several or the logs do not say.
     """
     lacking: dict[str, list[str]] = {}
     shapes: dict[tuple[int, int], list[str]] = {}
@@ -50,7 +51,8 @@ def notes_on_counts(per_study: pd.DataFrame) -> list[str]:
             f"uneven comparison, {submission} has fewer than others: {'; '.join(texts)}"
             for submission, texts in sorted(lacking.items())
         ]
-    if set(shapes) == {(OFFICIAL_NUM_STUDIES, OFFICIAL_NUM_TRIALS)}:
+    asked = OFFICIAL_NUM_TRIALS if ruleset != "self" else 1
+    if set(shapes) == {(OFFICIAL_NUM_STUDIES, asked)}:
         return []
     counts = [
         f"{_count(studies, 'study', 'studies')} x {_count(trials, 'trial', 'trials')}"
@@ -66,6 +68,19 @@ def notes_on_counts(per_study: pd.DataFrame) -> list[str]:
         f"{found}; the benchmark asks {OFFICIAL_NUM_STUDIES} x {OFFICIAL_NUM_TRIALS} under external"
         f" tuning, {OFFICIAL_NUM_STUDIES} x 1 under self-tuning"
     ]
+
+
+def notes_on_variants(workloads: Sequence[str], official: Collection[str]) -> list[str]:
+    """Name workloads that are variants of official ones, which the benchmark never scores themselves."""
+    notes = []
+    for name in sorted(set(workloads).difference(official)):
+        bases = [base for base in official if name.startswith(f"{base}_")]
+        if bases:
+            notes.append(
+                f"{name} is a variant of {bases[0]}: it counts as a workload here, where the benchmark"
+                f" (v0.5) only lets it veto {bases[0]}; leave it out with --workloads"
+            )
+    return notes
 
 
 def notes_on_files(trials: Sequence[Trial]) -> list[str]:

@@ -17,6 +17,7 @@ from workloads_smoke.scoring.notes import (
     notes_on_flags,
     notes_on_rulesets,
     notes_on_texts,
+    notes_on_variants,
 )
 from workloads_smoke.scoring.profiles import (
     R_MAX,
@@ -27,7 +28,7 @@ from workloads_smoke.scoring.profiles import (
     speedups,
     within_budget,
 )
-from workloads_smoke.scoring.targets import BUDGETS, Target
+from workloads_smoke.scoring.targets import BUDGETS, Target, official_targets
 from workloads_smoke.scoring.time_to_target import (
     resolve_targets,
     study_table,
@@ -52,7 +53,7 @@ class Scoreboard:
         per_workload: see `time_to_target.workload_table`.
         seconds: median seconds to target, a row a submission, a column a workload; infinite
             where not reached or not run.
-        steps: the same in steps.
+        steps: the same in steps, of the trials with the fewest, which need not be the quickest.
         reference: the submission that speed-ups are relative to.
         r_max: a time above ``r_max`` times the fastest counts as not reached.
     """
@@ -117,7 +118,7 @@ class Scoreboard:
             per_study=per_study,
             per_workload=per_workload,
             seconds=seconds.loc[list(ranked)],
-            steps=_times(per_workload, "steps", ranked, counted),
+            steps=_times(per_workload, "fewest_steps", ranked, counted),
             reference=_choose_reference(ranked, reference),
             r_max=r_max,
         )
@@ -182,7 +183,9 @@ class Scoreboard:
 
     def notes(self) -> list[str]:
         """What a reader must know before trusting the comparison."""
-        notes = notes_on_counts(self.per_study)
+        rulesets = {trial.ruleset for trial in self.trials}
+        notes = notes_on_counts(self.per_study, rulesets.pop() if len(rulesets) == 1 else None)
+        notes += notes_on_variants(self.workloads, official_targets())
         ran = set(zip(self.per_workload["submission"], self.per_workload["workload"], strict=True))
         for submission in self.submissions:
             absent = [name for name in self.workloads if (submission, name) not in ran]

@@ -122,10 +122,10 @@ def study_table(per_trial: pd.DataFrame, targets: Mapping[str, Target]) -> pd.Da
     """One row a study: the fastest of its trials.
 
     Returns:
-        Columns ``submission``, ``workload``, ``study``; ``steps`` and ``seconds``, each the
-        minimum over trials; ``best_trial`` (fastest in time, or where none reached the target,
-        the one with the best metric) with its ``seconds_per_step``; ``best_metric`` over all
-        trials; ``num_trials``.
+        Columns ``submission``, ``workload``, ``study``; ``best_trial`` (fastest in time, or where
+        none reached the target, the one with the best metric) with its ``steps``, ``seconds`` and
+        ``seconds_per_step``; ``fewest_steps`` over trials, maybe another's; ``best_metric`` over
+        all trials; ``num_trials``.
     """
     rows = []
     for key, group in per_trial.groupby(["submission", "workload", "study"], sort=False):
@@ -141,8 +141,9 @@ def study_table(per_trial: pd.DataFrame, targets: Mapping[str, Target]) -> pd.Da
                 "submission": submission,
                 "workload": workload,
                 "study": study,
-                "steps": group["steps"].min(),
-                "seconds": group["seconds"].min(),
+                "steps": best["steps"],
+                "seconds": best["seconds"],
+                "fewest_steps": group["steps"].min(),
                 "best_trial": best["trial"],
                 "seconds_per_step": best["seconds_per_step"],
                 "best_metric": sign * order["loss"].min(),
@@ -156,9 +157,9 @@ def workload_table(per_study: pd.DataFrame, targets: Mapping[str, Target]) -> pd
     """One row a submission and workload: the median of its studies.
 
     Returns:
-        Columns ``workload``, ``submission``; ``steps`` and ``seconds``, medians over studies;
-        ``seconds_per_step``, their quotient, or where not reached the median over the studies'
-        best trials; ``best_metric`` over all;
+        Columns ``workload``, ``submission``; ``steps``, ``seconds`` and ``fewest_steps``, medians
+        over studies; ``seconds_per_step``, the quotient of the first two, or where not reached, or
+        at the first step, the median over the studies' best trials; ``best_metric`` over all;
         ``studies_reached``, ``num_studies``, ``num_trials`` (all studies together).
     """
     rows = []
@@ -176,10 +177,11 @@ def workload_table(per_study: pd.DataFrame, targets: Mapping[str, Target]) -> pd
                 "submission": submission,
                 "steps": steps,
                 "seconds": seconds,
+                "fewest_steps": float(np.median(group["fewest_steps"])),
                 # The quotient, so that a ratio of times is that of steps times that of step times.
                 "seconds_per_step": (
                     seconds / steps
-                    if math.isfinite(seconds)
+                    if math.isfinite(seconds) and steps > 1.0
                     else group["seconds_per_step"].median()
                 ),
                 "best_metric": pick(),

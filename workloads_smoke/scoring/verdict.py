@@ -71,15 +71,18 @@ def _winner(winner: Record, target: Target, alone: bool) -> str:
 def _comparison(winner: Record, other: Record, r_max: float) -> str:
     time_ratio = other["seconds"] / winner["seconds"]
     step_ratio = other["steps"] / winner["steps"]
-    step_time_ratio = other["seconds_per_step"] / winner["seconds_per_step"]
     sentence = (
         f"{other['submission']}{_how_often(other)} took {tables.times(time_ratio)} as long"
         f" ({tables.seconds(other['seconds'])} s): {tables.times(step_ratio)} the steps"
-        f" ({tables.count(other['steps'])} against {tables.count(winner['steps'])}) at"
-        f" {tables.times(step_time_ratio)} the time per step"
-        f" ({tables.milliseconds(other['seconds_per_step'])} against"
-        f" {tables.milliseconds(winner['seconds_per_step'])} ms)"
+        f" ({tables.count(other['steps'])} against {tables.count(winner['steps'])})"
     )
+    step_time_ratio = other["seconds_per_step"] / winner["seconds_per_step"]
+    if math.isfinite(step_time_ratio):  # the first step of a run is start-up
+        sentence += (
+            f" at {tables.times(step_time_ratio)} the time per step"
+            f" ({tables.milliseconds(other['seconds_per_step'])} against"
+            f" {tables.milliseconds(winner['seconds_per_step'])} ms)"
+        )
     if time_ratio > r_max:
         sentence += f"; beyond {r_max:g}x, the score counts it as missed"
     return f"{sentence}."

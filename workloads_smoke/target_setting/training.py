@@ -89,6 +89,7 @@ def training_step(
     label_smoothing: float,
 ) -> float:
     """Take one step on the mean loss of a batch and return that loss."""
+    params.train()  # some workloads leave the mode of an evaluation
     logits, _ = workload.model_fn(
         params, batch, None, ForwardPassMode.TRAIN, None, update_batch_norm=True
     )

@@ -63,6 +63,11 @@ class SmokeWorkload(spec.Workload):
     facts: ClassVar[WorkloadFacts]
     smoke_batch_size: ClassVar[int]
     output_parameters: ClassVar[tuple[str, ...]]
+    sets_training_mode: ClassVar[bool] = True
+    """Whether a TRAIN pass puts the model into training mode; officially of two workloads none does, which
+    keep that of the last evaluation unless the submission calls ``model.train()``."""
+    refuses_statistics_in_evaluation: ClassVar[bool] = False
+    """Whether an EVAL pass that shall move batch statistics is an error; officially of ResNet alone."""
     made_of_python_text: ClassVar[bool] = False
     """Whether the data are other ones under another version of Python."""
 
@@ -236,17 +241,19 @@ class SmokeWorkload(spec.Workload):
             model_state: Unused; PyTorch models carry their batch statistics themselves.
             mode: TRAIN, or EVAL without gradients, dropout and batch statistics.
             rng: Unused; dropout draws from torch's generator.
-            update_batch_norm: Whether a TRAIN pass moves the running batch statistics.
+            update_batch_norm: Whether a TRAIN pass moves the running batch statistics; an EVAL pass never
+                does.
             dropout_rate: Probability; None for the workload's default.
 
         Raises:
-            ValueError: If batch statistics shall be updated in EVAL mode.
+            ValueError: If batch statistics shall be updated in EVAL mode, where that is refused.
         """
         assert isinstance(params, nn.Module)
         training = mode == spec.ForwardPassMode.TRAIN
-        if update_batch_norm and not training:
+        if update_batch_norm and not training and self.refuses_statistics_in_evaluation:
             raise ValueError("update_batch_norm=True needs mode=TRAIN, got mode=EVAL.")
-        params.train(training)
+        if self.sets_training_mode or not training:
+            params.train(training)
         if training:
             _set_batch_norm_update(params, update_batch_norm)
         if dropout_rate is None:

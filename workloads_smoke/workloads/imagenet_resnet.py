@@ -97,6 +97,7 @@ class ImagenetResNetWorkload(ClassificationWorkload):
         eval_period_time_sec=2,
     )
     smoke_batch_size = 96
+    refuses_statistics_in_evaluation = True
     output_parameters = ("fc.weight", "fc.bias")
 
     def _build_model(self) -> nn.Module:

@@ -152,6 +152,7 @@ class ImagenetVitWorkload(ImagenetResNetWorkload):
         eval_period_time_sec=2,
     )
     smoke_batch_size = 128
+    refuses_statistics_in_evaluation = False
     output_parameters = ("head.weight", "head.bias")
 
     def _build_model(self) -> nn.Module:

@@ -1,7 +1,7 @@
 """Losses in the benchmark's form: summed, number of valid examples, and per example.
 
-Each takes an optional mask of weights. An element of weight zero adds nothing to the sum, the
-count or any gradient, even where its loss is not finite.
+Each takes an optional mask of weights. An element of weight zero adds nothing to the sum or the count,
+even where its loss is not finite, nor to a gradient where its logits are.
 """
 
 import torch

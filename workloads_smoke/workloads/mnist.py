@@ -58,6 +58,7 @@ class MnistWorkload(ClassificationWorkload):
         eval_period_time_sec=1,
     )
     smoke_batch_size = 512
+    sets_training_mode = False
     output_parameters = ("net.layer2.weight", "net.layer2.bias")
 
     @property

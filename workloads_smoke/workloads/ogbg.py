@@ -160,15 +160,17 @@ class OgbgWorkload(SmokeWorkload):
     ) -> dict[str, spec.Tensor]:
         """Sigmoid cross-entropy per property; see `Workload.loss_fn`. Valid examples are labels.
 
-        Absent labels (NaN, weight zero) are left out even without a mask. Smoothing pulls labels
-        towards one over the number of properties, as officially.
+        Smoothing pulls labels towards one over the number of properties, as officially.
+
+        Raises:
+            ValueError: There is no mask, which alone tells absent labels (zero) from negative ones;
+                officially that is an AttributeError.
         """
-        present = ~label_batch.isnan()
-        weights = present if mask_batch is None else mask_batch * present
-        labels = torch.where(present, label_batch, 0.0)
-        labels = (1 - label_smoothing) * labels + label_smoothing / labels.shape[-1]
+        if mask_batch is None:
+            raise ValueError("ogbg: loss_fn needs mask_batch, the batch's 'weights', got None")
+        labels = (1 - label_smoothing) * label_batch + label_smoothing / label_batch.shape[-1]
         losses = functional.binary_cross_entropy_with_logits(logits_batch, labels, reduction="none")
-        return masked_loss(losses, weights)
+        return masked_loss(losses, mask_batch)
 
     def _batch_metrics(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         logits = self._evaluate_logits(model, batch)

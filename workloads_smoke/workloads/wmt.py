@@ -33,6 +33,7 @@ class WmtWorkload(SmokeWorkload):
     )
     made_of_python_text = True
     smoke_batch_size = 32
+    sets_training_mode = False
     output_parameters = ("shared_embedding.weight",)
 
     def _build_model(self) -> nn.Module:

@@ -31,8 +31,10 @@ def mean_average_precision(labels: np.ndarray, scores: np.ndarray, present: np.n
         present: Same shape, whether the label counts.
 
     Returns:
-        The mean, or NaN where no task has labels of both kinds.
+        The mean, or NaN where no task has labels of both kinds, or a score is not finite.
     """
+    if not np.isfinite(scores[present.astype(bool)]).all():
+        return float("nan")  # NaN has no place in an order; officially an error
     values = []
     for task in range(labels.shape[1]):
         kept = present[:, task].astype(bool)
