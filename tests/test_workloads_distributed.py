@@ -58,6 +58,18 @@ def one_process() -> dict[str, Any]:
     }
 
 
+def statistics_evaluated_with(name: str, rank: int) -> list[float]:
+    """First number of a model's first running statistic on all ranks, which held 1, 2, ... before."""
+    workload = load_workload(name)
+    model, _ = workload.init_model_fn([3, 4])
+    statistic = next(b for b in model.buffers() if b.is_floating_point())
+    statistic.fill_(1.0 + rank)
+    workload._eval_model_on_split("validation", 4, 4, model, None, [5, 6], "")
+    everywhere = [torch.empty_like(statistic) for _ in range(2)]
+    distributed.all_gather(everywhere, statistic)
+    return [one.flatten()[0].item() for one in everywhere]
+
+
 def process(rank: int, folder: str) -> None:
     """One of two processes; rank 0 writes what was found."""
     os.environ.update(LOCAL_RANK=str(rank), WORLD_SIZE="2", RANK=str(rank))
@@ -73,6 +85,10 @@ def process(rank: int, folder: str) -> None:
         loss = summed_loss(workload)
         distributed.all_reduce(loss)
         found["losses"][name] = loss.item()
+    found["statistics"] = {
+        name: statistics_evaluated_with(name, rank)
+        for name in ("imagenet_resnet", "librispeech_conformer")
+    }
     outputs, norm = normalised(slice(3 * rank, 3 * rank + 3))
     parts = [torch.empty_like(outputs) for _ in range(2)]
     distributed.all_gather(parts, outputs)
@@ -91,6 +107,8 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     for name in NAMES:
         assert found["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-5), name
         assert found["losses"][name] == pytest.approx(expected["losses"][name], rel=1e-5), name
+    # Officially the mean of all for speech, those of rank 0 for the others.
+    assert found["statistics"] == {"imagenet_resnet": [1, 1], "librispeech_conformer": [1.5, 1.5]}
     assert found["norm"] == pytest.approx(expected["norm"], abs=1e-5)
     assert found["running_var"] == pytest.approx(expected["running_var"], rel=1e-5)
 

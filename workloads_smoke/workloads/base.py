@@ -68,6 +68,9 @@ class SmokeWorkload(spec.Workload):
     keep that of the last evaluation unless the submission calls ``model.train()``."""
     refuses_statistics_in_evaluation: ClassVar[bool] = False
     """Whether an EVAL pass that shall move batch statistics is an error; officially of ResNet alone."""
+    averages_statistics: ClassVar[bool] = False
+    """Whether an evaluation takes the mean of all processes' batch statistics; officially that of speech
+    does, the others have those of rank 0, which DDP sends around."""
     made_of_python_text: ClassVar[bool] = False
     """Whether the data are other ones under another version of Python."""
 
@@ -321,7 +324,7 @@ class SmokeWorkload(spec.Workload):
             self._eval_iters[split] = self._build_input_queue(
                 rng, split, data_dir, global_batch_size, repeat_final_dataset=True
             )
-        if self.placement.distributed:
+        if self.placement.distributed and self.averages_statistics:
             _average_buffers(params)
         num_batches = math.ceil(num_examples / global_batch_size)
         return self._measure(params, islice(self._eval_iters[split], num_batches))

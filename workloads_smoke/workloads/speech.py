@@ -19,6 +19,8 @@ class SpeechWorkload(SmokeWorkload):
     The official models begin with a fixed mel filter bank; here inputs are spectra already.
     """
 
+    averages_statistics = True
+
     def _split_data(self, split: str) -> tuple[Gather, int]:
         data = load_speech("train" if split == "eval_train" else split)
         arrays = {
