@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def world_size() -> int:
@@ -98,20 +97,3 @@ def averaged_over_ranks(value: Tensor) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value / world_size()
-
-
-def in_step_with_others(model: nn.Module) -> nn.Module:
-    """Wrap `model` for data parallel training if other ranks exist and nothing wraps it.
-
-    The harness unwraps the model when it resumes from a checkpoint and hands the bare module back:
-    without a wrapper every rank would follow its own gradient from there on.
-    """
-    if world_size() == 1 or _is_parallel(model):
-        return model
-    device = next(model.parameters()).device
-    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
-
-
-def _is_parallel(model: nn.Module) -> bool:
-    compiled_from = getattr(model, "_orig_mod", model)
-    return isinstance(compiled_from, DataParallel | DistributedDataParallel)

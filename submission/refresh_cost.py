@@ -76,7 +76,7 @@ class MeasuredRefresh:
     """
 
     def __init__(self, interval: int, ranks: int = 1) -> None:
-        self._ranks = ranks
+        self.ranks = ranks
         self._plans = [StaggeredRefresh(interval=interval, ranks=ranks)]
         #: While true nothing is due.
         self.is_idle = False
@@ -110,7 +110,9 @@ class MeasuredRefresh:
 
     def due(self, step: int, sizes: tuple[FactorStackSize, ...]) -> list[FactorSlice]:
         """Slices due at `step`, counted from 1."""
-        due = [] if self.is_idle else self.plan.due(step, sizes)
+        # Parameters whose gradients began late are at an earlier step of their own.
+        plan = self._plans[0] if step < self.plan.first_step else self.plan
+        due = [] if self.is_idle else plan.due(step, sizes)
         self.had_work |= bool(due)
         return due
 
@@ -118,7 +120,11 @@ class MeasuredRefresh:
         """Begin a new round at step `start`, which must lie behind `settled_step`."""
         if start <= self.settled_step:
             raise ValueError(f"start must be above {self.settled_step}, got {start}")
-        self._plans[1:] = [StaggeredRefresh(interval=interval, start=start, ranks=self._ranks)]
+        self._plans[1:] = [StaggeredRefresh(interval=interval, start=start, ranks=self.ranks)]
+
+    def take_back(self) -> None:
+        """Go on as if nothing had been changed."""
+        del self._plans[1:]
 
     def __repr__(self) -> str:
         """What a checkpoint compares: the setting, not what was measured."""
@@ -152,10 +158,14 @@ class RefreshCost:
         # many phases without would only add up noise. Of whole steps without work.
         self._by_phase = [math.inf] * interval
         self._idle_update = self._idle_step = math.inf
+        #: From which step on these times are of a run like this one.
+        self._measured_from = first
+        self._step = 0
         self._begin = self._update_begin = 0.0
 
     def begin(self, step: int) -> None:
         """Begin a step, counted from 1; call it before the forward pass."""
+        self._step = step
         self.policy.is_idle = step in self._steps and step >= self._idle_from
         self.policy.had_work = False
         if step in self._steps:
@@ -182,6 +192,9 @@ class RefreshCost:
             self._decide(step + 1)
 
     def _decide(self, start: int) -> None:
+        if self._measured_from + len(self._by_phase) > self._idle_from:
+            logging.info("Refreshes keep the setting's interval: not all of them were timed.")
+            return
         seconds = [
             max(0.0, update - self._idle_update)
             for update in self._by_phase
@@ -210,6 +223,9 @@ class RefreshCost:
             "idle": [self._idle_update, self._idle_step],
             "interval": plan.interval,
             "start": plan.first_step,
+            "ranks": self.policy.ranks,
+            "measured_from": self._measured_from,
+            "step": self._step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,10 +235,19 @@ class RefreshCost:
                 f"the checkpoint was made with a refresh interval of {len(state['by_phase'])}, "
                 f"this run has {len(self._by_phase)}"
             )
-        self._by_phase = list(state["by_phase"])
-        self._idle_update, self._idle_step = state["idle"]
+        if state["ranks"] == self.policy.ranks:
+            self._by_phase = list(state["by_phase"])
+            self._idle_update, self._idle_step = state["idle"]
+            self._measured_from = state["measured_from"]
+        else:
+            # Other ranks have other work at every step of a round, and take other times for it.
+            self._by_phase = [math.inf] * len(self._by_phase)
+            self._idle_update = self._idle_step = math.inf
+            self._measured_from = max(self._steps.start, state["step"] + 1)
         if state["start"] > self.policy.settled_step:
             self.policy.change(state["interval"], state["start"])
+        else:
+            self.policy.take_back()
 
 
 def _slowest(seconds: Sequence[float], device: torch.device) -> list[float]:

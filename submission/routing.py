@@ -76,7 +76,8 @@ def route(shape: Iterable[int], parameter_type: str | None, max_block_size: int)
     if parameter_type == _EMBEDDING:
         max_block_size = min(max_block_size, max(EMBEDDING_BLOCK_SIZE, min(sides)))
     elif parameter_type in _NUM_FUSED and sides[0] == _NUM_FUSED[parameter_type] * sides[1]:
-        # Rows are cut into equal lengths, so that these fit a whole number of times.
+        # Rows are cut into equal lengths, which fit a whole number of times if the side has such a divisor,
+        # as all official ones have; else a block can hold rows of two of the matrices.
         max_block_size = -(-sides[1] // -(-sides[1] // max_block_size))
     return Route(Kind.MATRIX, max_block_size)
 

@@ -16,9 +16,10 @@ from torch import nn
 from .batch_sizes import batch_size
 from .batch_statistics import RecentBatches, refresh
 from .construction import build_optimizer
+from .data_parallel import Wrapper
 from .hyperparameters import Hyperparameters
 from .metrics import gradient_norm, is_due, report, report_choices
-from .objective import in_step_with_others, logits_of, make_dense, mean_loss
+from .objective import logits_of, make_dense, mean_loss
 from .pace import SELF_TUNING_BUDGET, Pace, pace
 from .refresh_cost import RefreshCost
 from .saving import checkpoints_are_saved
@@ -50,6 +51,7 @@ def init_optimizer_state(
         "optimizer": optimizer,
         "refresh_cost": cost,
         "recent_batches": RecentBatches(model_params, averaging=setting.averaging != "none"),
+        "wrapper": Wrapper(model_params),
     }
 
 
@@ -75,7 +77,7 @@ def update_params(
     setting = Hyperparameters.from_namespace(hyperparameters)
     optimizer = optimizer_state["optimizer"]
     optimizer.train()
-    model = in_step_with_others(current_param_container)
+    model = optimizer_state["wrapper"].wrapped(current_param_container)
     model.train()
 
     optimizer.zero_grad(set_to_none=True)

@@ -176,6 +176,43 @@ def test_a_resumed_run_decides_alike(monkeypatch: pytest.MonkeyPatch, cut: int) 
     assert second.policy.interval == whole.policy.interval == 16
 
 
+@pytest.mark.parametrize(("cut", "expected"), [(5, 4), (15, 4), (22, 8), (50, 16)])
+def test_times_of_other_ranks_are_not_taken_over(
+    monkeypatch: pytest.MonkeyPatch, cut: int, expected: int
+) -> None:
+    """A round that is measured whole decides, no round keeps the interval; a decision stays."""
+    clock, first = Clock(monkeypatch), RefreshCost(8, 10_000, CPU)
+    clock.run(first, range(1, cut), forward=0.9, share=0.3)
+    monkeypatch.setattr(refresh_cost, "world_size", lambda: 8)
+    monkeypatch.setattr(refresh_cost, "_slowest", lambda seconds, device: list(seconds))
+    second = RefreshCost(8, 10_000, CPU)
+    second.load_state_dict(first.state_dict())
+    clock.run(second, range(cut, 80), forward=0.9, share=0.3)
+    assert second.policy.interval == expected
+
+
+def test_going_back_to_before_a_decision_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, cost = Clock(monkeypatch), RefreshCost(8, 10_000, CPU)
+    clock.run(cost, range(1, 20), forward=0.9, share=0.3)
+    before = cost.state_dict()
+    clock.run(cost, range(20, 60), forward=0.9, share=0.3)
+    assert cost.policy.interval == 16
+    cost.load_state_dict(before)
+    assert cost.policy.interval == 8
+    assert any(cost.policy.due(step, SIZES) for step in range(20, 28))
+    clock.run(cost, range(20, 60), forward=0.9, share=0.3)
+    assert cost.policy.interval == 16
+
+
+def test_parameters_that_begin_late_are_due_in_their_own_time() -> None:
+    """Their steps are counted from their first gradient: a change of the interval lies ahead of them."""
+    policy = MeasuredRefresh(10)
+    policy.change(20, start=41)
+    sizes = (FactorStackSize(1, 600),)
+    due = [step for step in range(1, 100) if policy.due(step, sizes)]
+    assert due == [1, 11, 21, 31, 41, 61, 81]
+
+
 def test_a_checkpoint_of_another_interval_is_refused() -> None:
     state = RefreshCost(8, 10_000, CPU).state_dict()
     with pytest.raises(ValueError, match="made with a refresh interval of 8, this run has 9"):

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from toy_workload import Run, ToyWorkload, namespace
 
 from shampoo_core.refresh import FactorStackSize
-from submission.objective import averaged_over_ranks, in_step_with_others, mean_loss, world_size
+from submission.data_parallel import Wrapper
+from submission.objective import averaged_over_ranks, mean_loss, world_size
 from submission.refresh_cost import RefreshCost
 from workloads_smoke.distributed import leave_process_group
 
@@ -66,9 +67,14 @@ def on_each_rank(rank: int, folder: Path) -> None:
     outcome: dict[str, Any] = {}
 
     # The harness hands over a bare module after a resume.
-    model = in_step_with_others(linear_model())
+    wrapper = Wrapper(linear_model())
+    model = wrapper.wrapped(linear_model())
     outcome["is_wrapped"] = isinstance(model, DistributedDataParallel)
-    outcome["is_wrapped_once"] = in_step_with_others(model) is model
+    outcome["is_wrapped_once"] = wrapper.wrapped(model) is model
+    first = DistributedDataParallel(linear_model(), find_unused_parameters=True)
+    again = Wrapper(first).wrapped(first.module)
+    assert isinstance(again, DistributedDataParallel)
+    outcome["keeps_options"] = again.find_unused_parameters and not again.static_graph
     batch = batch_of(rank)
     loss = mean_loss(ToyWorkload(), batch, model(batch["inputs"]), 0.1)
     loss.backward()
@@ -111,8 +117,11 @@ def test_gradient_is_that_of_the_mean_over_all_valid_examples(
         torch.testing.assert_close(outcome["loss"], loss.detach())
 
 
-def test_a_bare_module_is_wrapped_once(outcomes: list[dict[str, Any]]) -> None:
-    assert all(outcome["is_wrapped"] and outcome["is_wrapped_once"] for outcome in outcomes)
+def test_a_bare_module_is_wrapped_once_and_as_at_first(outcomes: list[dict[str, Any]]) -> None:
+    for outcome in outcomes:
+        assert outcome["is_wrapped"]
+        assert outcome["is_wrapped_once"]
+        assert outcome["keeps_options"]
 
 
 def test_ranks_refresh_alike_though_they_measure_otherwise(outcomes: list[dict[str, Any]]) -> None:
@@ -137,4 +146,4 @@ def test_batch_statistics_are_of_the_batches_of_all_ranks(outcomes: list[dict[st
 
 def test_one_process_is_left_alone() -> None:
     model = linear_model()
-    assert in_step_with_others(model) is model
+    assert Wrapper(model).wrapped(model) is model
