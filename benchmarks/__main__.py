@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         written += SECTIONS[name].run(options.workload, out_folder(options))
     files = ", ".join(str(path) for path in written)
     sys.stdout.write(f"\nwritten: {files}\n" if files else "\nnothing was written\n")
+    if not written:
+        sys.exit(1)  # whoever asked for it has no table, on a machine without a GPU for example
 
 
 if __name__ == "__main__":

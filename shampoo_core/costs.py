@@ -3,7 +3,8 @@
 Counts are of multiplications and additions of the matrix products. Elementwise work is bound by memory
 and counted as the products that a GPU could have done meanwhile.
 
-Source: ALGORITHMS.md section 10.1.
+Source: counted from the products of each method; decompositions by the usual counts of the Householder
+algorithms (Golub and Van Loan, Matrix Computations, sections 5.2 and 8.3).
 """
 
 from __future__ import annotations

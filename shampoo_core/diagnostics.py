@@ -41,7 +41,15 @@ def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
 
     Args:
         optimizer: Whose counters to read.
+
+    Raises:
+        TypeError: It is another optimizer, which counts nothing.
     """
+    if not hasattr(optimizer, "gather_state"):  # this module stands below the optimizer
+        raise TypeError(
+            f"health_report: optimizer must be a DistributedShampoo, got {type(optimizer).__name__}, which "
+            "keeps no counters"
+        )
     names = (".guard.non_finite", ".failures.", ".refreshes.")
     return HealthReport(*_totals(optimizer, names))
 

@@ -62,6 +62,7 @@ class GroupEngines:
         self.constants = {name: group[name] for name in options if name not in CHANGEABLE}
         self._exchanges = exchanges
         self._parameters: tuple[Tensor, ...] = tuple(group["params"])
+        self._shapes = [parameter.shape for parameter in self._parameters]
         self._overwritten: set[str] = set()
         self._warn_of_coarse_weights()
         self.adopt({})
@@ -98,6 +99,20 @@ class GroupEngines:
             and all(map(operator.is_, parameters, self._parameters))
         )
 
+    def check_shapes(self) -> None:
+        """Compare the shapes of parameters with those that blocks were made for.
+
+        Raises:
+            RuntimeError: One has got another shape.
+        """
+        for index, parameter in enumerate(self._parameters):
+            if parameter.shape != self._shapes[index]:
+                raise RuntimeError(
+                    f"{OWNER}: parameter {index} of a group has shape {tuple(parameter.shape)} and had "
+                    f"{tuple(self._shapes[index])} when it was added, which its state belongs to; make a "
+                    "new optimizer after a model has changed"
+                )
+
     def warn_of_overwritten_options(self) -> None:
         """Warn, once of each, of options that were changed in the group to no effect."""
         for name, value in self.constants.items():
@@ -106,8 +121,11 @@ class GroupEngines:
                 self._overwritten.add(name)
                 LOGGER.warning(
                     "%s: %s of a parameter group was set to %r and stays %r: it is read when the group is "
-                    "added. Schedulers that cycle momentum take cycle_momentum=False",
+                    "added%s",
                     *(OWNER, name, now, value),
+                    ". Schedulers that cycle momentum take cycle_momentum=False"
+                    if name == "betas"
+                    else "",
                 )
 
     def _warn_of_coarse_weights(self) -> None:
@@ -207,7 +225,8 @@ def check_unchanged(owned: Sequence[GroupEngines], groups: Sequence[Mapping[str,
     """Compare parameter groups with what engines were made for.
 
     Raises:
-        RuntimeError: A group or a parameter in one is another, whose state this is not.
+        RuntimeError: A group or a parameter in one is another, or has another shape, so that the state is
+            not its own.
     """
     if len(owned) != len(groups) or not all(map(GroupEngines.is_of, owned, groups)):
         raise RuntimeError(
@@ -216,6 +235,7 @@ def check_unchanged(owned: Sequence[GroupEngines], groups: Sequence[Mapping[str,
             "stay by requires_grad_(False), or make a new optimizer"
         )
     for own in owned:
+        own.check_shapes()
         own.warn_of_overwritten_options()
 
 

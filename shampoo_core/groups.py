@@ -72,6 +72,11 @@ def check_group(group: Mapping[str, Any]) -> None:
         ValueError: An option is out of range; the message names it, its value and the range.
     """
     lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(
+            f"{OWNER}: lr must be a number or a tensor of one, got a tensor of shape {tuple(lr.shape)}; "
+            "give parameters with rates of their own a group of their own"
+        )
     check_range(OWNER, "lr", lr.item() if isinstance(lr, Tensor) else lr, low=0.0)
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
@@ -161,7 +166,8 @@ def check_parameters(group: Mapping[str, Any]) -> None:
         if parameter.is_complex():
             raise TypeError(
                 f"{OWNER}: parameter {index} of the group is complex ({parameter.dtype}); "
-                "optimize torch.view_as_real(parameter) instead"
+                "keep a real torch.nn.Parameter of torch.view_as_real(values) in the model and apply "
+                "torch.view_as_complex to it in forward"
             )
         if not parameter.is_floating_point():
             raise TypeError(
@@ -211,11 +217,16 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
     """Options read anew at every step.
 
     Raises:
-        ValueError: Weight decay was switched on that needs a peak rate, and there is none.
+        TypeError: The learning rate or the weight decay is no number any more.
+        ValueError: One is out of range, or weight decay was switched on that needs a peak rate, and there
+            is none.
     """
     kind, decay, lr = group["weight_decay_kind"], group["weight_decay"], group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # factors that follow from it are to be numbers, too
+    else:  # of a tensor on a device nothing is known without waiting for it
+        check_range(OWNER, "lr", _plain(lr), low=0.0)
+    check_range(OWNER, "weight_decay", _plain(decay), low=0.0)
     check_peak(OWNER, kind, decay, group["peak_lr"])
     return StepOptions(
         step=group["step"],
@@ -224,6 +235,11 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
         direction_decay=direction_decay(kind, decay, lr, group["peak_lr"]),
         direction_shrink=direction_shrink(kind, decay, lr),
     )
+
+
+def _plain(number: Any) -> Any:
+    """A number of NumPy, such as a scheduler's arithmetic can leave behind, as one of Python."""
+    return number.item() if hasattr(number, "item") else number
 
 
 def grafting_of(group: Mapping[str, Any]) -> GraftingConfig | None:

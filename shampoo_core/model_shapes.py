@@ -33,8 +33,8 @@ REFERENCE_STEP_MS = {
 }
 """What a step may take on the benchmark's machine, 8 x V100: its runtime limit over its step hint.
 
-Source: ALGORITHMS.md 10.2; finewebedu_lm, which the pinned release does not have yet, 32,000 s in 72,000
-steps of a later one, not checked here.
+Source: `max_allowed_runtime_sec` and `step_hint` of AlgoPerf v0.6; finewebedu_lm, which the pinned release
+does not have yet, 32,000 s in 72,000 steps of a later one, not checked here.
 """
 
 TRANSFORMERS: dict[str, dict[str, int]] = {

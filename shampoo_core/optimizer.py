@@ -57,8 +57,8 @@ class DistributedShampoo(WithLoadHooks):
         weight_decay: At least 0.
         beta3: Weight of the past in the filtered gradient; None means ``betas[0]``, and
             ``betas[0] ** 2`` looks one step ahead, as NAdam does.
-        weight_decay_kind: ``"decoupled"``, ``"l2"``, ``"corrected"`` or ``"independent"``; see
-            `shampoo_core.weight_decay`.
+        weight_decay_kind: ``"decoupled"``, ``"decoupled_after"``, ``"l2"``, ``"corrected"`` or
+            ``"independent"``; see `shampoo_core.weight_decay`.
         max_block_size: Longest side of a block; None preconditions whole matrices. A sequence has one
             for each parameter of a group.
         target_order: Dimensions left after merging small ones; None merges nothing.
@@ -90,7 +90,7 @@ class DistributedShampoo(WithLoadHooks):
         TypeError: An option is of the wrong type, or a parameter is complex.
         ValueError: An option is out of range.
 
-    Source: Shi et al. 2023 (arXiv 2309.06497); ALGORITHMS.md sections 1 and 2 name the others.
+    Source: Shi et al. 2023 (arXiv 2309.06497); the modules of the methods name theirs.
     """
 
     def __init__(

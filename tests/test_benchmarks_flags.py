@@ -30,14 +30,16 @@ from shampoo_core.plan import Request, make_plan
 def test_what_is_skipped_is_named_and_replaces_nothing(
     section: str, workload: str, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([section, "--workload", workload, "--out", str(tmp_path / "new")])
+    with pytest.raises(SystemExit, match="1"):
+        main([section, "--workload", workload, "--out", str(tmp_path / "new")])
     lines = capsys.readouterr().out.split("\n\n")
     assert len(lines) == 2  # no table
     assert lines[0].strip().startswith(f"skipped: {workload} (")
     assert lines[1] == "nothing was written\n"
     assert not (tmp_path / "new").exists()
     (tmp_path / file).write_text("good")
-    main([section, "--workload", workload, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        main([section, "--workload", workload, "--out", str(tmp_path)])
     assert (tmp_path / file).read_text() == "good"
 
 

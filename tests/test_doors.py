@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from quadratic import optimizer_for, parameters, run
@@ -16,6 +17,7 @@ from shampoo_core import (
     AdamGrafting,
     CoupledNewtonSolver,
     DistributedShampoo,
+    Distribution,
     EigenvalueCorrectedConfig,
     EighSolver,
     FixedRefresh,
@@ -30,6 +32,7 @@ from shampoo_core import (
     SpectralConfig,
     StaggeredRefresh,
     WeightEMA,
+    health_report,
 )
 
 NONE: Any = None
@@ -184,6 +187,7 @@ def test_decay_in_units_of_the_peak_rate_needs_one(kind: Any) -> None:
         ({"merge_direction": "up"}, ValueError, "merge_direction must be one of .* got 'up'"),
         ({"momentum_normaliser": "v05"}, ValueError, "momentum_normaliser must be one of .*'v05'"),
         ({"lr": True}, TypeError, "lr must be a number, got True"),
+        ({"lr": torch.ones(2)}, ValueError, r"lr must be a number or a tensor of one, .* \(2,\)"),
         ({"max_block_size": True}, TypeError, "max_block_size must be a whole number .* got True"),
     ],
 )
@@ -192,6 +196,62 @@ def test_options_out_of_range(
 ) -> None:
     with pytest.raises(error, match=f"DistributedShampoo: {message}"):
         optimizer_for(parameters(), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("lr", "x", TypeError, "lr must be a number, got 'x'"),
+        ("lr", None, TypeError, "lr must be a number, got None"),
+        ("lr", -1.0, ValueError, r"lr must lie in \[0.0, inf\], got -1.0"),
+        ("lr", float("nan"), ValueError, "lr must lie in .* got nan"),
+        ("weight_decay", -0.1, ValueError, "weight_decay must lie in .* got -0.1"),
+    ],
+)
+def test_what_a_group_is_given_later_is_checked_too(
+    name: str, value: Any, error: type[Exception], message: str
+) -> None:
+    params = parameters()
+    optimizer = optimizer_for(params)
+    run(optimizer, params, range(1, 2))
+    before = [parameter.detach().clone() for parameter in params]
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(error, match=f"DistributedShampoo: {message}"):
+        optimizer.step()
+    assert all(map(torch.equal, before, params))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """Schedulers with factors of NumPy leave them in the group."""
+    params, others = parameters(), parameters()
+    first, second = optimizer_for(params), optimizer_for(others)
+    first.param_groups[0]["lr"] = np.float32(0.25)
+    second.param_groups[0]["lr"] = 0.25
+    run(first, params, range(1, 3))
+    run(second, others, range(1, 3))
+    assert all(map(torch.equal, params, others))
+
+
+def test_a_parameter_that_got_another_shape_is_refused() -> None:
+    """Of as many numbers as before it would be stepped by statistics of other rows."""
+    weight = torch.nn.Parameter(torch.ones(4, 6))
+    optimizer = optimizer_for([weight])
+    weight.data = torch.ones(6, 4)
+    weight.grad = torch.ones(6, 4)
+    with pytest.raises(RuntimeError, match=r"parameter 0 .* shape \(6, 4\) and had \(4, 6\)"):
+        optimizer.step()
+
+
+def test_a_process_group_is_one() -> None:
+    with pytest.raises(
+        TypeError, match=r"process_group must be a group of torch.distributed .* 'x'"
+    ):
+        Distribution(process_group="x")  # type: ignore[arg-type]
+
+
+def test_other_optimizers_have_no_health_to_report() -> None:
+    with pytest.raises(TypeError, match="must be a DistributedShampoo, got SGD, which keeps no"):
+        health_report(torch.optim.SGD(parameters()))
 
 
 @pytest.mark.parametrize(

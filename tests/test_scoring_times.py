@@ -45,6 +45,16 @@ def test_a_miss_is_infinite_with_its_best_metric(tmp_path: Path) -> None:
     assert (row["best_metric"], row["best_step"], row["last_step"]) == (0.8, 10, 30)
 
 
+def test_what_is_no_number_is_named_with_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "s" / "study_0" / "mnist_pytorch" / "trial_1"
+    write_reaching(folder, 200, 6.0)
+    table = folder / "eval_measurements.csv"
+    table.write_text(table.read_text().replace("0.95", "abc"))
+    message = "trial_1: evaluations, column 'validation/accuracy': could not convert .* 'abc'"
+    with pytest.raises(ValueError, match=message):
+        Scoreboard.of(read_results([tmp_path]))
+
+
 def test_a_trial_of_one_step_tells_no_step_time(tmp_path: Path) -> None:
     assert math.isnan(trial_row(tmp_path, [0.1], "accuracy", 0.9)["seconds_per_step"])
 

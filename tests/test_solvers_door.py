@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -96,3 +97,39 @@ def test_exponents_a_method_cannot_do(solver: RootSolver, exponent: float, messa
 def test_settings_out_of_range(make: Callable[[], RootSolver], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("solver", "setting", "message"),
+    [
+        (CoupledNewtonSolver, {"tolerance": "x"}, "tolerance must be a number, got 'x'"),
+        (
+            CoupledNewtonSolver,
+            {"max_iterations": 1.5},
+            "max_iterations must be a whole number, got 1",
+        ),
+        (
+            NewtonDBSolver,
+            {"max_iterations": True},
+            "max_iterations must be a whole number, got True",
+        ),
+        (
+            OrthogonalIterationSolver,
+            {"max_iterations": float("inf")},
+            "must be a whole number, got inf",
+        ),
+        (
+            OrthogonalIterationSolver,
+            {"residual_bound": None},
+            "residual_bound must be a number, got N",
+        ),
+        (HigherOrderNewtonSolver, {"order": 2.0}, "order must be a whole number, got 2.0"),
+        (ChebyshevSolver, {"degree": "20"}, "degree must be a whole number, got '20'"),
+        (ChebyshevSolver, {"relative_ridge_floor": True}, "relative_ridge_floor must be a number"),
+        (EighSolver, {"residual_bound": "1"}, "residual_bound must be a number, got '1'"),
+    ],
+)
+def test_settings_of_the_wrong_type(solver: Any, setting: dict[str, Any], message: str) -> None:
+    """At the door, not at the first refresh."""
+    with pytest.raises(TypeError, match=message):
+        solver(**setting)

@@ -35,7 +35,7 @@ class Distribution:
         process_group: Ranks that share the work; None means all.
 
     Raises:
-        TypeError: A number is of the wrong type.
+        TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range.
     """
 
@@ -49,6 +49,12 @@ class Distribution:
         check_flags(self)
         check_choice(owner, "communication_dtype", self.communication_dtype, COMMUNICATION_DTYPES)
         check_count(owner, "ranks_per_group", self.ranks_per_group, optional=True)
+        group = self.process_group
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            raise TypeError(
+                f"{owner}: process_group must be a group of torch.distributed that this rank is in, or "
+                f"None for all ranks, got {group!r}"
+            )
         if self.ranks_per_group is not None and self.process_group is not None:
             raise ValueError(
                 f"{owner}: ranks_per_group={self.ranks_per_group} together with a process_group: "

@@ -4,8 +4,9 @@ Peak numbers are the vendors'; a step is charged a share of them. Matrix product
 without TF32, for factors and roots need it. Estimates are for choosing between plans, good to a factor
 of about two; bytes and operations are exact.
 
-Source: ALGORITHMS.md section 10.2 (arithmetic and memory) and 5.10, 10.1 (decompositions of side 1024),
-`SHARES` (of other sides and kinds); links as the vendor states them, those inside a node at some 0.8 of it.
+Source: the vendors' data sheets (arithmetic, memory, links; those inside a node at some 0.8 of it).
+Decompositions of side 1024 are measured on an H200 for an H100 (docs/gpu.md), where DASH's published times
+(arXiv 2602.02016) come to 12 or 13 ms, and guessed for the others; `SHARES` has other sides and kinds.
 """
 
 from __future__ import annotations

@@ -93,7 +93,9 @@ class Request:
         if not num_elements(self.parameters):
             raise ValueError("Request: parameters must have at least one element, got none")
         check_flags(self)
-        check_range("Request", "memory_gib", self.memory_gib, low=0.0, low_open=True)
+        check_range(
+            "Request", "memory_gib", self.memory_gib, low=0.0, low_open=True, high_open=True
+        )
         check_range("Request", "reserved_gib", self.reserved_gib, low=0.0)
         if self.reserved_gib >= self.memory_gib:
             raise ValueError(

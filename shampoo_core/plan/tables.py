@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -129,5 +130,16 @@ def document() -> str:
     return "\n\n".join(parts)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """Command line; takes no arguments and some minutes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shampoo_core.plan.tables",
+        description="Print docs/plans.md: plans of the official workloads and of large transformers. "
+        "Takes some minutes.",
+    )
+    parser.parse_args(arguments)
     sys.stdout.write(document() + "\n")
+
+
+if __name__ == "__main__":
+    main()

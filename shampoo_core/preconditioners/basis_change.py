@@ -8,7 +8,7 @@ With S = Q_old^T Q_new, (d, d), along the axis that turns:
                      D <- D                         "keep"
 
 Source: "permute" is the published SOAP code (arXiv 2409.11321), "keep" the published KL-Shampoo and
-eigenvalue-corrected Shampoo codes; the transport is ALGORITHMS.md section 2.3.
+eigenvalue-corrected Shampoo codes; the transport is our own.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ A step costs three two-sided products; nothing of the size of the block is kept 
 The variant of facebookresearch/optimizers, Shampoo with roots whose factors are whitened by each other's
 stored roots, is ``ShampooConfig(statistics="whitened")``.
 
-Source: Lin et al. 2025 (arXiv 2509.03378); ALGORITHMS.md section 4.2.
+Source: Lin et al. 2025 (arXiv 2509.03378).
 """
 
 from __future__ import annotations

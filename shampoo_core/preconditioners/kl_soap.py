@@ -6,7 +6,7 @@
 Q_i and what they are made from are those of `shampoo_core.preconditioners.kl`; the second moment is one
 number per element instead of a product of eigenvalues.
 
-Source: Lin et al. 2025 (arXiv 2509.03378); ALGORITHMS.md section 4.2.
+Source: Lin et al. 2025 (arXiv 2509.03378).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ number per element: here a factor of side d has d numbers, and none of them is s
 two-sided products (of m x n matrices by m x m and n x n ones), a refresh eigenvectors alone.
 
 Source: the observation that stale eigenvalues hurt more than stale bases is that of Eschenhagen et al.
-2025 (arXiv 2506.03595); measuring them per factor is ALGORITHMS.md section 4.2.
+2025 (arXiv 2506.03595); measuring them per factor is our own.
 """
 
 from __future__ import annotations

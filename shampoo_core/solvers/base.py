@@ -16,7 +16,7 @@ symmetric positive semi-definite matrices. The laws that hold for all of them:
 - **The same on every rank.** No random numbers, no iteration counts that depend on the batch.
 - **Inputs stay as they are**, unless they may be overwritten. Then results may lie in their memory.
 - **Full precision.** Matrix products inside are true float32 or float64, whatever TF32 or autocast
-  settings surround the call (ALGORITHMS.md 5.1: TF32 breaks every coupled iteration).
+  settings surround the call: TF32 breaks every coupled iteration.
 
 Regularisation is one of two things. *Truncation*, the default: eigenvalues at or below
 ``rank_tolerance`` times the largest are taken for rounding noise, and the root is that of the
@@ -302,8 +302,17 @@ def _check_exponent_range(exponent: float) -> None:
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse a setting of a solver that is not in ``[low, high]``."""
+    """Refuse a setting of a solver that is not a number in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
     if not low <= value <= high:
         raise ValueError(
             f"{name} must be in [{low}, {high}], got {value}; choose a number in there"
         )
+
+
+def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
+    """Refuse a setting of a solver that is not a whole number in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    check_number(name, value, low, high)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shampoo_core.solvers.base import check_number
+from shampoo_core.solvers.base import check_number, check_whole
 from shampoo_core.solvers.matrix_products import (
     MatrixProductSolver,
     distance_to_identity,
@@ -39,7 +39,7 @@ class CoupledNewtonSolver(MatrixProductSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_iterations is not None:
-            check_number("max_iterations", self.max_iterations, 1)
+            check_whole("max_iterations", self.max_iterations, 1)
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance, 0.0, 1.0)
 
@@ -86,7 +86,7 @@ class HigherOrderNewtonSolver(CoupledNewtonSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("order", self.order, 2, 8)
+        check_whole("order", self.order, 2, 8)
 
     def _root(self, matrices: Tensor, denominator: int, least_eigenvalue: float) -> Tensor:
         return self._iterate(matrices, denominator, least_eigenvalue, order=self.order)

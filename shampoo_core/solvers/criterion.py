@@ -39,7 +39,7 @@ def relative_off_diagonal(matrices: Tensor) -> Tensor:
     """Return (N,) ``||B - diag(B)||_F / ||B||_F``, zero for zero; sets the diagonals to zero.
 
     Not as ``sqrt(||B||^2 - ||diag B||^2)``: the difference of two large numbers has a floor of 3e-4
-    in float32 and can be negative (ALGORITHMS.md 3.5 b).
+    in float32 and can be negative.
     """
     total = torch.linalg.vector_norm(matrices, dim=(-2, -1))
     matrices.diagonal(dim1=-2, dim2=-1).zero_()

@@ -41,7 +41,7 @@ class MatrixProductSolver(ManyBatchesSolver):
 
     Attributes:
         relative_ridge_floor: The least relative ridge. ``None``: 1e-6 in float32, 1e-12 in float64.
-        residual_bound: Of the test above. Default 0.1 (ALGORITHMS.md 5.9); the error of the root is
+        residual_bound: Of the test above. Default 0.1; the error of the root is
             about the residual divided by p.
         eigh_fallback: Solve what fails the test with :class:`EighSolver` and the same ridge; asking
             whether there is any is the only host synchronisation of a call. Without the fallback

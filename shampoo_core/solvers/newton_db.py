@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from shampoo_core.solvers.base import check_number
+from shampoo_core.solvers.base import check_number, check_whole
 from shampoo_core.solvers.matrix_products import (
     MatrixProductSolver,
     distance_to_identity,
@@ -41,7 +41,7 @@ class NewtonDBSolver(MatrixProductSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_iterations is not None:
-            check_number("max_iterations", self.max_iterations, 1)
+            check_whole("max_iterations", self.max_iterations, 1)
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance, 0.0, 1.0)
 

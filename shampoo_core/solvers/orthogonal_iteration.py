@@ -19,6 +19,7 @@ from shampoo_core.solvers.base import (
     check_matrices,
     check_number,
     check_regularization,
+    check_whole,
 )
 from shampoo_core.solvers.criterion import relative_off_diagonal
 from shampoo_core.solvers.eigh import EighSolver
@@ -41,8 +42,8 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
 
     One iteration: ``Y = A Q``; sort the columns by ``diag(Q^T Y)``, descending; ``Q <- qr(Y).Q``.
     Descending order is what makes it converge: entry (i, j), i > j, of ``Q^T A Q`` is multiplied by
-    ``lambda_i / lambda_j``, in ascending order every step drives the basis away (ALGORITHMS.md
-    3.5 a). Columns keep their direction: ``q_new . A q_old >= 0``.
+    ``lambda_i / lambda_j``, in ascending order every step drives the basis away. Columns keep their
+    direction: ``q_new . A q_old >= 0``.
 
     Without a warm start the first basis is an eigendecomposition. Matrices that are not accepted
     (zero or not finite) keep their warm start. On a CPU columns are made orthonormal by reflections,
@@ -73,7 +74,7 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
 
     def __post_init__(self) -> None:
         check_flags(self)
-        check_number("max_iterations", self.max_iterations, 1)
+        check_whole("max_iterations", self.max_iterations, 1)
         check_number("tolerance", self.tolerance, 0.0, 1.0)
         check_number("residual_bound", self.residual_bound, 0.0)
 

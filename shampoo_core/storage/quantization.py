@@ -19,7 +19,7 @@ the entries of a correlation matrix, of one size whatever the scales of rows. Th
 most to an inverse root are the small ones, and rounding A itself would destroy them first.
 
 Source: codes per group after Dettmers et al. 2021 (arXiv 2110.02861) and Wang et al. 2024 (arXiv
-2405.18144); error feedback after Li et al. 2024 (arXiv 2412.10663); ALGORITHMS.md section 7.
+2405.18144); error feedback after Li et al. 2024 (arXiv 2412.10663).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Plain float64 references of every rule in ALGORITHMS.md: one parameter, no blocks, no batching.
 
 Independent of ``shampoo_core`` on purpose. A class per method with ``step(gradient, lr=None)``
-returning the new parameter, state in named attributes, plain numbers as arguments.
+returning the new parameter, state in named attributes, plain numbers as arguments. ALGORITHMS.md, here and
+in other tests, is the design document that gives every rule with its sources; it is kept outside the
+repository.
 """
 
 from .averaging import (

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from workloads_smoke.scoring.logs import SECONDS, STEP, Trial
@@ -78,7 +79,8 @@ def trial_table(trials: Sequence[Trial], targets: Mapping[str, Target]) -> pd.Da
         the first step, which is all start-up); ``num_evaluations``.
 
     Raises:
-        ValueError: if a log has evaluations but lacks the target metric.
+        ValueError: if a log has evaluations but lacks the target metric, or holds something else than
+            numbers.
     """
     return pd.DataFrame.from_records([_trial_row(t, targets[t.workload]) for t in trials])
 
@@ -88,9 +90,8 @@ def _trial_row(trial: Trial, target: Target) -> dict[str, object]:
     if len(evaluations) and target.column not in evaluations:
         where = trial.folder or " ".join(trial.key)
         raise ValueError(f"{where}: no column {target.column!r}, the metric of the target")
-    steps = evaluations[STEP].to_numpy(dtype=float)
-    seconds = evaluations[SECONDS].to_numpy(dtype=float)
-    values = evaluations[target.column].to_numpy(dtype=float) if len(evaluations) else np.empty(0)
+    steps, seconds = _numbers(trial, STEP), _numbers(trial, SECONDS)
+    values = _numbers(trial, target.column) if len(evaluations) else np.empty(0)
     # Comparisons with NaN are false: a diverged evaluation never reaches a target.
     hits = np.flatnonzero(
         values <= target.value if target.lower_is_better else values >= target.value
@@ -116,6 +117,14 @@ def _trial_row(trial: Trial, target: Target) -> dict[str, object]:
         "seconds_per_step": seconds[end] / steps[end] if trained else np.nan,
         "num_evaluations": len(steps),
     }
+
+
+def _numbers(trial: Trial, column: str) -> npt.NDArray[np.float64]:
+    try:
+        return trial.evaluations[column].to_numpy(dtype=float)
+    except ValueError as error:
+        where = trial.folder or " ".join(trial.key)
+        raise ValueError(f"{where}: evaluations, column {column!r}: {error}") from error
 
 
 def study_table(per_trial: pd.DataFrame, targets: Mapping[str, Target]) -> pd.DataFrame:
