@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counts, measured, memory, methods, pairs, parts, share, timing
+from benchmarks import bases, counts, measured, memory, methods, pairs, parts, share, timing
 from benchmarks.courses import Course
 from benchmarks.phases import PARTS
 from benchmarks.tables import publish, text_table
@@ -193,3 +193,22 @@ def test_a_peer_that_refreshes_late_is_measured_when_it_does() -> None:
     assert timing._shortest("SOAP (reference)", seconds, plain=False) == 8.0
     assert timing._shortest("SOAP (reference)", seconds, plain=True) == 1.0
     assert timing._shortest("ours", seconds, plain=False) == 2.0
+
+
+@pytest.mark.slow  # loads a text
+def test_bases_are_judged_by_what_they_leave_of_their_factors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A narrow model for two looks: bases that were just refreshed are diagonal, older ones are not."""
+    for name, value in {"WIDTH": 12, "NUM_TOKENS": 3000, "HELD_OUT": 500, "EVERY": 10}.items():
+        monkeypatch.setattr(bases, name, value)
+    monkeypatch.setattr(bases, "INTERVALS", (1, 15))
+    rows = bases.rows(20, range(1))
+    assert [(row["basis"], row["interval"]) for row in rows] == [
+        (name, interval) for interval in (1, 15) for name in bases.SOLVERS
+    ]
+    fresh, _, old, _ = rows
+    assert fresh["last_ratio"] < 1e-4 < 0.01 < old["last_ratio"]
+    for row in rows:
+        assert row["training"] < math.log(512)
+        assert row["validation"] > 0.0
