@@ -102,7 +102,8 @@ class FixedRefresh:
 class AdaptiveRefresh(FixedRefresh):
     """As `FixedRefresh`, but a factor that its old basis still diagonalises is left alone.
 
-    Shampoo's roots are left alone with their bases, whatever became of the eigenvalues, once there is one.
+    Shampoo's roots are left alone with their bases, once there is one, whatever became of the eigenvalues;
+    but where gradients have come along a direction that a root had dropped it is made anew.
 
     Args:
         interval: Steps from one test to the next.

@@ -155,9 +155,14 @@ class KroneckerFactors:
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)
 
-    def are_known(self, where: Sequence[FactorSlice]) -> Tensor | None:
-        """Whether some factors have a gradient in them, (K,) bool for all slices; None: all have."""
-        if not self._some_are_unused:
+    def are_known(self, where: Sequence[FactorSlice], *, asks: bool = False) -> Tensor | None:
+        """Whether some factors have a gradient in them, (K,) bool for all slices; None: all have.
+
+        Args:
+            where: Which.
+            asks: Whether to look for those, too, whose parameter has had gradients, but none finite.
+        """
+        if not (self._some_are_unused or asks):
             return None
         per_stack = self._weights().split(self._stack_set.sizes)
         weights = [per_stack[self.axes[i.stack].stack][i.start : i.stop] for i in where]

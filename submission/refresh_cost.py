@@ -160,6 +160,7 @@ class RefreshCost:
         self._idle_update = self._idle_step = math.inf
         #: From which step on these times are of a run like this one.
         self._measured_from = first
+        #: The last that has begun.
         self._step = 0
         self._begin = self._update_begin = 0.0
 
@@ -235,6 +236,7 @@ class RefreshCost:
                 f"the checkpoint was made with a refresh interval of {len(state['by_phase'])}, "
                 f"this run has {len(self._by_phase)}"
             )
+        self._step = state["step"]
         if state["ranks"] == self.policy.ranks:
             self._by_phase = list(state["by_phase"])
             self._idle_update, self._idle_step = state["idle"]
@@ -243,7 +245,7 @@ class RefreshCost:
             # Other ranks have other work at every step of a round, and take other times for it.
             self._by_phase = [math.inf] * len(self._by_phase)
             self._idle_update = self._idle_step = math.inf
-            self._measured_from = max(self._steps.start, state["step"] + 1)
+            self._measured_from = max(self._measured_from, self._step + 1)
         if state["start"] > self.policy.settled_step:
             self.policy.change(state["interval"], state["start"])
         else:

@@ -168,6 +168,7 @@ def test_a_resumed_run_decides_alike(monkeypatch: pytest.MonkeyPatch, cut: int) 
     first, second = RefreshCost(8, 10_000, CPU), RefreshCost(8, 10_000, CPU)
     idle = clock.run(first, range(1, cut), forward=0.9, share=0.3)
     second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()
     idle += clock.run(second, range(cut, 80), forward=0.9, share=0.3)
     assert len(idle) == IDLE_STEPS
     for step in range(cut, 140):

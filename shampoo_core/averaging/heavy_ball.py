@@ -27,7 +27,7 @@ class HeavyBall:
     ``(1 - dampening) P + momentum B``.
 
     Args:
-        momentum: In (0, 1).
+        momentum: In [0, 1).
         dampening: In [0, 1]; equal to ``momentum`` it makes B an average instead of a sum.
         nesterov: Whether to look ahead.
 

@@ -44,7 +44,8 @@ from shampoo_core.preconditioners.basis_change import (
     turn_second_moment,
 )
 from shampoo_core.preconditioners.checks import check_basis_solver
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve, eigenbases
+from shampoo_core.preconditioners.eigenbases import eigenbases
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve
 from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet
@@ -199,7 +200,8 @@ class EigenvalueCorrected:
             self._turn(whole_stacks(self.factors.sizes), 0.0, first=True)
             return None
         direction = self._rotated_back(self._adam_in_eigenbasis(gradients, frees=False))
-        self._refresh_bases(gradients, step - 1)
+        self.factors.absorb(gradients, step)
+        self._turn(self.factors.due(self._refresh, step - 1), self._refresh.tolerance, first=False)
         return direction
 
     def _adam_in_eigenbasis(self, gradients: StackedGradients, *, frees: bool) -> Direction:
@@ -217,7 +219,7 @@ class EigenvalueCorrected:
 
     def _refresh_bases(self, gradients: StackedGradients, step: int) -> None:
         self.factors.absorb(gradients, step)
-        first = not self._config.lagged and step <= self._refresh.settled_step
+        first = step <= self._refresh.settled_step
         self._turn(self.factors.due(self._refresh, step), self._refresh.tolerance, first=first)
 
     def _turn(self, due: list[FactorSlice], tolerance: float, *, first: bool) -> None:

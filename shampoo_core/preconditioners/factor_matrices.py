@@ -21,7 +21,7 @@ from shampoo_core.config import Storage
 from shampoo_core.preconditioners.readiness import Readiness
 from shampoo_core.preconditioners.turns import turn_of, turn_of_rounded
 from shampoo_core.refresh import FactorSlice, joined, portions, singles
-from shampoo_core.solvers import BasisSolver, off_diagonal_ratio
+from shampoo_core.solvers.criterion import in_old_basis
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states
 from shampoo_core.statistics import (
@@ -72,6 +72,10 @@ class Stale(NamedTuple):
 Solve = Callable[[list[Batch]], list[Solution]]
 """Computes new matrices, batch by batch."""
 
+TooOld = Callable[[FactorSlice, Tensor, Tensor], Tensor]
+"""Given a slice of factors, their bases Q (K, d, d) and the diagonals (K, d) of Q^T A Q: (K,) bool, whether
+a factor needs a new matrix though its basis still diagonalises it."""
+
 
 class Replacement(NamedTuple):
     """What a refresh did to one slice of factors."""
@@ -96,6 +100,7 @@ class FactorMatrices:
         storage: Storage = "dense",
         portion_numel: int | None = None,
         limits: Sequence[float] | None = None,
+        accepts_nothing: bool = False,
     ) -> None:
         """Allocate one identity per factor.
 
@@ -108,7 +113,9 @@ class FactorMatrices:
             storage: How the matrices are kept.
             portion_numel: Numbers in the factors of a portion, see `portions`; None makes one of all.
             limits: Per preconditioned axis; handed to the solver, see `Batch`. None is no limit.
+            accepts_nothing: Whether the solver makes a matrix of a factor of zeros, as with a ridge.
         """
+        self._accepts_nothing = accepts_nothing
         self._stack_set = stack_set
         self._portion_numel = portion_numel
         self._factors = factors
@@ -197,14 +204,16 @@ class FactorMatrices:
         slices = list(itertools.chain.from_iterable(groups))
         counts = [item.stop - item.start for item in slices]
         accepted = torch.cat([solution.accepted for solution in solutions])
+        known = self._factors.are_known(slices, asks=self._accepts_nothing)
+        failed = ~accepted
+        if known is not None:
+            # What never had a gradient has no root or basis to find; an absolute ridge alone would be one.
+            accepted, failed = accepted & known, failed & known
         weights = accepted.to(solutions[0].matrices.dtype).split(counts)
         new: list[Tensor] = []
         for group, solution in zip(groups, solutions, strict=True):
             new += solution.matrices.split([item.stop - item.start for item in group])
         self._store.blend(slices, new, weights)
-        known, failed = self._factors.are_known(slices), ~accepted
-        if known is not None:
-            failed &= known  # what never had a gradient has no root or basis to find
         counters = [self.ready.num_refreshes, self.num_failures]
         torch._foreach_add_(
             [count for kind in counters for count in _slices(kind, slices)],
@@ -239,6 +248,7 @@ class FactorMatrices:
         new_too: bool = False,
         first: bool = False,
         asks: bool = False,
+        too_old: TooOld | None = None,
     ) -> Stale:
         """The due factors that their bases no longer diagonalise; one host synchronisation.
 
@@ -255,6 +265,7 @@ class FactorMatrices:
                 may do for a basis, but not for a root.
             first: Whether the schedule comes to these factors for the first time: all are new.
             asks: Whether to wait, without a test, to learn which are new, until it is known that none is.
+            too_old: What else the test is to find.
         """
         due = list(due)
         tests = tolerance > 0.0 and bool(due)
@@ -265,13 +276,13 @@ class FactorMatrices:
             new = [one for one in singles(due) if not self.ready.knows([one])]
             continued = [one for one in singles(due) if self.ready.knows([one])]
             return Stale(due, joined(new), joined(continued), may_wait=True)
-        ratios: list[Tensor] = []
+        found: list[Tensor] = []
         due_portions = self.portions(due)
         for portion in due_portions:
-            ratios += self._off_diagonal_ratios(portion, basis_of or self.read_slice)
+            found += self._exceeding(portion, tolerance, basis_of or self.read_slice, too_old)
         due = list(itertools.chain.from_iterable(due_portions))
         is_new = torch.cat(_slices(self.ready.num_refreshes, due)) == 0
-        exceeds = ~(torch.cat(ratios) <= tolerance)
+        exceeds = torch.cat(found)
         if new_too:
             exceeds |= is_new
         has_failed = torch.cat(_slices(self.num_failures, due)) > 0
@@ -286,15 +297,21 @@ class FactorMatrices:
             may_wait=any(failed for _, _, failed in stale),
         )
 
-    def _off_diagonal_ratios(
-        self, due: Sequence[FactorSlice], basis_of: Callable[[FactorSlice], Tensor]
+    def _exceeding(
+        self,
+        due: Sequence[FactorSlice],
+        tolerance: float,
+        basis_of: Callable[[FactorSlice], Tensor],
+        too_old: TooOld | None,
     ) -> list[Tensor]:
-        """(K,) per slice: how far bases are from diagonalising their factors."""
-        factors = self._factors.corrected(due)
-        return [
-            off_diagonal_ratio(own, basis, overwrite=True)
-            for own, basis in zip(factors, map(basis_of, due), strict=True)
-        ]
+        """(K,) bool per slice: whether bases are too far from diagonalising their factors."""
+        found = []
+        for where, factors in zip(due, self._factors.corrected(due), strict=True):
+            basis = basis_of(where)
+            ratio, diagonals = in_old_basis(factors, basis, overwrite=True)
+            exceeds = ~(ratio <= tolerance)
+            found.append(exceeds if too_old is None else exceeds | too_old(where, basis, diagonals))
+        return found
 
     def read_all(self) -> Iterator[Tensor]:
         """The matrices of every factor stack in turn; maybe views, so not to be written to."""
@@ -355,29 +372,6 @@ class FactorMatrices:
             key = (self._factors.sizes[item.stack].dimension, self._exponents[item.stack])
             groups.setdefault(key, []).append(item)
         return [(exponent, group) for (_, exponent), group in groups.items()]
-
-
-def eigenbases(solver: BasisSolver, *, continued: bool, may_wait: bool = True) -> Solve:
-    """Recompute matrices as eigenbases of their factors.
-
-    Args:
-        solver: Computes them.
-        may_wait: See `Stale`.
-        continued: Whether the old matrices are eigenbases to start from; a first basis is made from
-            scratch, for one iteration from the identity would be a poor start.
-    """
-
-    def solve(batches: list[Batch]) -> list[Solution]:
-        # Where a solver does not start from them, the old matrices stay for all that it has not accepted.
-        starts = None
-        if continued and solver.warm_starts:
-            starts = [batch.read_old() for batch in batches]
-        chosen = solver if may_wait else solver.without_fallback()
-        factors = [batch.factors for batch in batches]
-        results = chosen.bases(factors, starts, overwrite=True)
-        return [Solution(r.eigenvectors, r.accepted, r.order) for r in results]
-
-    return solve
 
 
 def _orders(group: Sequence[FactorSlice], solution: Solution) -> Sequence[Tensor | None]:

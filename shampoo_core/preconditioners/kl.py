@@ -138,7 +138,7 @@ class KLShampooConfig:
             stack_set,
             [axis.stack for axis in axes],
             lambda mine: self._create_method(mine, options, refresh),
-            options,
+            replace(options, storage=self.storage),
             refresh,
             # A rank without a matrix does as those do that have one.
             idles_first=self.lagged and bool(all_axes),
@@ -186,16 +186,17 @@ class KLShampoo:
         rotated = self._rotated(gradients)
         if not self._lagged:
             self.factors.absorb(rotated, step)
-            if self._turn(self._due(step), first=step <= self._refresh.settled_step):
+            first = step <= self._refresh.settled_step
+            if self._turn(self._due(step), self._refresh.tolerance, first=first):
                 rotated = self._rotated(gradients)
             return self._direction(rotated)
         if step == 1:
             self.factors.absorb(rotated, step)
-            self._turn(whole_stacks(self.factors.factors.sizes), first=True)
+            self._turn(whole_stacks(self.factors.factors.sizes), 0.0, first=True)
             return None
         direction = self._direction(rotated)
         self.factors.absorb(rotated, step)
-        self._turn(self._due(step - 1), first=False)
+        self._turn(self._due(step - 1), self._refresh.tolerance, first=False)
         return direction
 
     def _rotated(self, gradients: StackedGradients) -> StackedGradients:
@@ -204,11 +205,9 @@ class KLShampoo:
     def _due(self, step: int) -> list[FactorSlice]:
         return self.factors.factors.due(self._refresh, step)
 
-    def _turn(self, due: list[FactorSlice], *, first: bool) -> bool:
+    def _turn(self, due: list[FactorSlice], tolerance: float, *, first: bool) -> bool:
         """Recompute bases, carry over what is kept in them, and say whether any has turned."""
-        return bool(due) and self.factors.refresh(
-            due, self._refresh.tolerance, self._carry_over, first=first
-        )
+        return bool(due) and self.factors.refresh(due, tolerance, self._carry_over, first=first)
 
     def _carry_over(self, axis: FactorAxis, change: Replacement) -> None:
         if self.filter.moment is not None:

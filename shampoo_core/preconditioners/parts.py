@@ -36,7 +36,7 @@ def with_adam_for_rest(
         stack_set: Geometry of all stacks.
         chosen: Indices of the method's stacks.
         create: Makes the method's preconditioner for a set of stacks.
-        options: Of the parameter group; Adam takes its ``betas`` and ``eps``.
+        options: Of the parameter group; Adam takes its ``betas``, ``eps`` and ``storage``.
         refresh: Of the parameter group.
         idles_first: Whether the method takes no direction at its first step.
 

@@ -45,7 +45,8 @@ from shampoo_core.preconditioners.axes import (
     root_limits,
 )
 from shampoo_core.preconditioners.checks import check_basis_solver, check_regularizers
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, eigenbases
+from shampoo_core.preconditioners.eigenbases import eigenbases
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.solvers.base import Regularization
@@ -207,7 +208,7 @@ class PerFactorCorrected:
             self._refresh.tolerance,
             new_too=True,  # until then the block follows the grafting method
             first=step <= self._refresh.settled_step,
-            asks=solver.warm_starts or self.grafting is not None,
+            asks=True,
         )
         for portion, continued in self.bases.rounds(stale, warm_starts=solver.warm_starts):
             solve = eigenbases(solver, continued=continued, may_wait=stale.may_wait)
@@ -219,10 +220,11 @@ class PerFactorCorrected:
         for index, bases in self.bases.by_stack():
             rotated = multiply_along_axes(filtered.stacks[index], bases)
             stacks[index] = multiply_along_axes(rotated, self._scaled(index, bases, powers))
+        # Those that have started late, or whose gradients were zero so far, follow the grafting method, or
+        # without one the filtered gradient.
+        self.bases.ready.stand_in(stacks, grafted.stacks)
         if self.grafting is None:
             return Direction(stacks, filtered.scale)
-        # So do those that have started late, or whose gradients were zero so far.
-        self.bases.ready.stand_in(stacks, grafted.stacks)
         return lend_length(self._stack_set, stacks, grafted)
 
     def _scaled(

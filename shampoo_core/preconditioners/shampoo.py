@@ -16,7 +16,6 @@ Shi et al. 2023 (arXiv 2309.06497); whitening: Lin et al. 2025 (arXiv 2509.03378
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,6 +54,7 @@ from shampoo_core.preconditioners.checks import (
     check_root_solver,
 )
 from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution
+from shampoo_core.preconditioners.roots import limited, scale_by_trace
 from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
 from shampoo_core.stacks import StackSet
@@ -77,7 +77,7 @@ class ShampooConfig:
     Args:
         solver: Computes the inverse roots.
         exponent: e of A^(-e): one number, or a number per order of the block; None means
-            1 / (2 order).
+            1 / (2 order), of axes that have a factor: 1/2 one-sided.
         rank_tolerance: Eigenvalues up to this times the largest are dropped (pseudo-inverse); None
             means dimension times machine epsilon.
         ridge: Added to every (bias-corrected) factor before the root.
@@ -87,7 +87,8 @@ class ShampooConfig:
         statistics: Of which gradients the factor of an axis is the second moment: ``"gram"`` the raw
             ones; ``"whitened"`` multiplied by the stored roots of the other axes; ``"whitened_mean"``
             also divided by the product of the other dimensions. For whitening proper the exponent has
-            to be 1/2.
+            to be 1/2. Roots that whiten are not truncated: without a ridge they get a relative one of
+            machine epsilon.
         statistics_interval: Steps from one update of the factors to the next; a parameter's first
             gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
@@ -124,10 +125,16 @@ class ShampooConfig:
         check_exponents(owner, self.exponent)
         check_root_solver(owner, self.solver, self.exponent)
         check_regularizers(owner, self.rank_tolerance, self.ridge, self.relative_ridge)
+        check_choice(owner, "statistics", self.statistics, get_args(Statistics))
+        if self.statistics != "gram" and self.rank_tolerance is not None:
+            raise ValueError(
+                f"{owner}: statistics={self.statistics!r} with rank_tolerance={self.rank_tolerance}: what "
+                "whitens must not be truncated, for gradients along dropped directions would never be "
+                "seen; give ridge or relative_ridge instead"
+            )
         check_range(owner, "trace_scaling", self.trace_scaling, low=0.0, high=1.0)
         if self.factor_decay is not None:
             check_range(owner, "factor_decay", self.factor_decay, low=0.0, high=1.0)
-        check_choice(owner, "statistics", self.statistics, get_args(Statistics))
         check_count(owner, "statistics_interval", self.statistics_interval)
         check_choice(owner, "sides", self.sides, SIDES)
         check_count(owner, "max_factor_dimension", self.max_factor_dimension, optional=True)
@@ -220,7 +227,9 @@ class Shampoo:
             storage=config.storage,
             portion_numel=options.portion_numel,
             limits=root_limits(stack_set, axes, exponents),
+            accepts_nothing=config.ridge > 0.0,
         )
+        self._root_exponents = exponents
         self.roots = create(kind="roots")
         self.bases: FactorMatrices | None = None
         """What the roots were made in; kept only where the refresh policy tests it or the solver
@@ -284,6 +293,7 @@ class Shampoo:
             new_too=True,
             first=first,
             asks=solver.warm_starts or self.grafting is not None,
+            too_old=self._wakes if self._truncates else None,
         )
         if not stale.may_wait:
             solver = solver.without_fallback()
@@ -292,6 +302,34 @@ class Shampoo:
                 self.roots.refresh(portion, partial(self._solve, solver))
             else:
                 self._refresh_with_bases(self.bases, portion, solver, continued=continued)
+
+    @property
+    def _truncates(self) -> bool:
+        """Whether roots are zero along directions that had no gradient."""
+        return self._relative_ridge == 0.0 and self._config.ridge == 0.0
+
+    @property
+    def _relative_ridge(self) -> float:
+        """The setting's; whitening by roots that are zero somewhere would never see a gradient there."""
+        config = self._config
+        if config.statistics == "gram" or config.ridge > 0.0 or config.relative_ridge > 0.0:
+            return config.relative_ridge
+        return torch.finfo(self._stack_set.dtype).eps
+
+    def _wakes(self, where: FactorSlice, basis: Tensor, diagonals: Tensor) -> Tensor:
+        """Whether gradients have come along directions that the root dropped: see `TooOld`.
+
+        A root that nobody renews would keep weights still there for good.
+        """
+        exponent = self._root_exponents[where.stack]
+        tolerance = self._config.rank_tolerance
+        if tolerance is None:
+            tolerance = basis.shape[-1] * torch.finfo(basis.dtype).eps
+        along = (basis * torch.bmm(self.roots.read_slice(where), basis)).sum(-2)
+        # What is kept is at least this much of what the root has along the smallest eigenvalue.
+        least = 0.5 * tolerance**exponent * along.amax(-1, keepdim=True)
+        is_there = diagonals > tolerance * diagonals.amax(-1, keepdim=True)
+        return ((along < least) & is_there).any(-1)
 
     def _refresh_with_bases(
         self,
@@ -326,19 +364,19 @@ class Shampoo:
         config = self._config
         factors = [batch.factors for batch in batches]
         if config.trace_scaling > 0.0:
-            factors = [_scale_by_trace(factor, config.trace_scaling) for factor in factors]
+            factors = [scale_by_trace(factor, config.trace_scaling) for factor in factors]
         results = solver.inverse_roots(
             factors,
             [batch.exponent for batch in batches],
             rank_tolerance=config.rank_tolerance,
             ridge=config.ridge,
-            relative_ridge=config.relative_ridge,
+            relative_ridge=self._relative_ridge,
             warm_starts=starts,
             overwrite=True,
         )
         lent = self.grafting is not None
         return [
-            _limited(result, batch.limit, rescale=lent)
+            limited(result, batch.limit, rescale=lent)
             for batch, result in zip(batches, results, strict=True)
         ]
 
@@ -354,28 +392,3 @@ class Shampoo:
         if self.grafting is not None:
             parts["grafting"] = self.grafting.state()
         return merge_states(len(self._stack_set), parts)
-
-
-def _limited(result: RootResult, limit: float, *, rescale: bool) -> RootResult:
-    """Roots with norms below a limit.
-
-    Args:
-        result: Its roots are changed in place.
-        limit: Infinity is none.
-        rescale: Whether larger roots are scaled down, where length does not matter, or not accepted.
-    """
-    if limit == math.inf:
-        return result
-    # The trace is no smaller than the norm.
-    norms = result.roots.diagonal(dim1=-2, dim2=-1).sum(-1)
-    if not rescale:
-        return result._replace(accepted=result.accepted & (norms < limit))
-    result.roots.mul_((limit / norms).clamp_max_(1.0)[:, None, None])
-    return result._replace(accepted=result.accepted & (norms < math.inf))
-
-
-def _scale_by_trace(factors: Tensor, exponent: float) -> Tensor:
-    """``A * trace(A)^(-exponent)``, in place; a zero factor stays zero."""
-    trace = factors.diagonal(dim1=-2, dim2=-1).sum(-1)
-    scale = torch.where(trace > 0, trace, torch.ones_like(trace)).pow(-exponent)
-    return factors.mul_(scale.view(-1, 1, 1))

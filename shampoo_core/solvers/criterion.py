@@ -11,7 +11,14 @@ from shampoo_core.solvers.scaling import scale_to_unit
 
 
 def off_diagonal_ratio(matrices: Tensor, basis: Tensor, *, overwrite: bool = False) -> Tensor:
-    """Return (N,): ``||B - diag(B)||_F / ||B||_F`` of ``B = Q^T A Q``.
+    """Return (N,): ``||B - diag(B)||_F / ||B||_F`` of ``B = Q^T A Q``; see `in_old_basis`."""
+    return in_old_basis(matrices, basis, overwrite=overwrite)[0]
+
+
+def in_old_basis(
+    matrices: Tensor, basis: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return (N,): ``||B - diag(B)||_F / ||B||_F`` of ``B = Q^T A Q``, and (N, d): the diagonal of B.
 
     It is the relative error of ``Q diag(B) Q^T``, the best reconstruction of A in the old basis
     (arXiv 2506.03595); it does not depend on the scale of A, nor on the order and signs of the
@@ -23,16 +30,18 @@ def off_diagonal_ratio(matrices: Tensor, basis: Tensor, *, overwrite: bool = Fal
         overwrite: Whether the matrices may be overwritten, to save memory.
 
     Returns:
-        Between 0 and 1; 0 for matrices of zeros, which any basis diagonalises; infinity for matrices
-        that are not finite, so that they exceed every tolerance and meet a solver that counts them.
+        The ratio, between 0 and 1; 0 for matrices of zeros, which any basis diagonalises; infinity for
+        matrices that are not finite, so that they exceed every tolerance and meet a solver that counts
+        them. And the diagonal, in units of the largest entry of A.
     """
     check_matrices(matrices, basis)
     with full_precision(matrices.device):
         unit, scales = scale_to_unit(matrices, overwrite=overwrite)
         product = torch.bmm(unit, basis)
         rotated = torch.bmm(basis.mT, product, out=unit if overwrite else None)
+        diagonals = rotated.diagonal(dim1=-2, dim2=-1).clone()
         ratio = relative_off_diagonal(rotated)
-        return ratio.masked_fill_(~(scales < float("inf")), float("inf"))
+        return ratio.masked_fill_(~(scales < float("inf")), float("inf")), diagonals
 
 
 def relative_off_diagonal(matrices: Tensor) -> Tensor:
