@@ -11,11 +11,18 @@ BIN := $(VENV)/bin
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-17s %s\n", $$1, $$2}'
 
+# Asked for another Python or torch, what is there is no use.
+CHOICE := $(PYTHON) $(TORCH)
+ifneq ($(shell cat $(VENV)/.choice 2>/dev/null),$(CHOICE))
+.PHONY: $(VENV)/.installed
+endif
+
 # torch comes first and pinned, so that the range in pyproject.toml installs nothing newer.
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	test "$$(cat $(VENV)/.choice 2>/dev/null)" = "$(CHOICE)" || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	echo "$(CHOICE)" > $(VENV)/.choice
 	touch $@
 
 venv: $(VENV)/.installed  ## create .venv with the package and its test and lint tools
@@ -59,4 +66,4 @@ lint: venv  ## ruff and mypy --strict
 	$(BIN)/mypy
 
 clean:  ## remove what the targets above made, but not results
-	rm -rf $(VENV) .venv-pinned .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-pinned build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -71,7 +71,7 @@ def write_bundle(ruleset: Ruleset, out: Path, info: SubmissionInfo, *, overwrite
     Raises:
         BundleError: The folder exists, or a check failed; nothing has been changed then.
     """
-    _check_free(out, overwrite)
+    _check_free(out, info, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the finished folder takes its place by renaming.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as layout:
@@ -118,7 +118,7 @@ def _put_in_place(made: Path, out: Path, replaced: Path) -> None:
         raise
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _check_free(out: Path, info: SubmissionInfo, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -130,6 +130,16 @@ def _check_free(out: Path, overwrite: bool) -> None:
             f"--out {out} holds something else than an entry (it has no {folder.INFO_FILE}), so "
             f"--overwrite does not replace it"
         )
+    name = next(line for line in info.yaml().splitlines() if line.startswith("submission_name:"))
+    if any(out.iterdir()) and name not in _lines_of(out / folder.INFO_FILE):
+        raise BundleError(
+            f"--out {out} holds another entry (its {folder.INFO_FILE} does not say `{name}`), so "
+            f"--overwrite does not replace it"
+        )
+
+
+def _lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _parser() -> argparse.ArgumentParser:

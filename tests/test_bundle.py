@@ -14,7 +14,7 @@ from submission.batch_sizes import BATCH_SIZES
 from submission.bundle import BundleError, check, main
 from submission.leaderboard import folder
 from submission.leaderboard.contents import Module, entry_modules
-from submission.leaderboard.description import describe
+from submission.leaderboard.description import DEFAULT_NAME, describe
 
 RULESETS = {"external": "external_tuning", "self": "self_tuning"}
 NAME = "shampoo"
@@ -172,11 +172,21 @@ def test_an_existing_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert [path.name for path in tmp_path.rglob("*")] == [NAME, "precious"]
 
 
+def test_another_entry_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a fork of the leaderboard every entry's folder has a description."""
+    out = tmp_path / NAME
+    out.mkdir()
+    (out / "submission_info.yml").write_text('submission_name: "Somebody else"\n')
+    assert main(["--ruleset", "self", "--out", str(out), "--overwrite"]) == 1
+    assert "holds another entry" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["submission_info.yml"]
+
+
 @pytest.mark.slow
 def test_an_earlier_entry_is_replaced_whole(tmp_path: Path) -> None:
     out = tmp_path / NAME
     out.mkdir()
-    (out / "submission_info.yml").write_text("")
+    (out / "submission_info.yml").write_text(f'submission_name: "{DEFAULT_NAME}"\nversion: "0.9"\n')
     (out / "stale.py").write_text("")
     assert main(["--ruleset", "self", "--out", str(out), "--overwrite"]) == 0
     assert not (out / "stale.py").exists()

@@ -14,7 +14,7 @@ DOCKER = REPOSITORY / "docker"
 
 STUB = """#!/bin/sh
 test "$PWD" -ef . || exit 3  # a folder that was deleted
-echo "${0##*/} $*" >> {log}
+echo "${0##*/} $*" >> '{log}'
 """
 
 
@@ -29,24 +29,24 @@ def test_the_system_script_installs_python_whatever_the_base_has(
     bodies = {
         "apt-get": "",
         "apt-cache": f"echo '  Candidate: {candidate}'\n",
-        "wget": f"mkdir -p {tmp_path}/tmp/Python-3.11.10\ntouch Python-3.11.10.tgz\n"
-        f"printf '#!/bin/sh\\n' > {tmp_path}/tmp/Python-3.11.10/configure\n"
-        f"chmod +x {tmp_path}/tmp/Python-3.11.10/configure\n",
+        "wget": f"mkdir -p '{tmp_path}/tmp/Python-3.11.10'\ntouch Python-3.11.10.tgz\n"
+        f"printf '#!/bin/sh\\n' > '{tmp_path}/tmp/Python-3.11.10/configure'\n"
+        f"chmod +x '{tmp_path}/tmp/Python-3.11.10/configure'\n",
         "tar": "",
         "make": "",
         "python3.11": "",
     }
     if python != "of the base":
-        install = (
-            f'case "$*" in *python3.11-venv*|altinstall) cp {stubs}/pip {stubs}/python3.11;; esac\n'
-        )
+        copy = f'cp "{stubs}/pip" "{stubs}/python3.11"'
+        install = f'case "$*" in *python3.11-venv*|altinstall) {copy};; esac\n'
         bodies["make"] = bodies["apt-get"] = install
         del bodies["python3.11"]
     for name, body in {**bodies, "pip": ""}.items():
         (stubs / name).write_text(STUB.replace("{log}", str(log)) + body)
         (stubs / name).chmod(0o755)
     script = (DOCKER / "install_system.sh").read_text()
-    script = re.sub(r"/opt/venv/bin|/tmp|/var/lib", rf"{tmp_path}\g<0>", script)
+    quoted = str(tmp_path).replace(" ", "\\ ")
+    script = re.sub(r"/opt/venv/bin|/tmp|/var/lib", lambda found: quoted + found[0], script)
     (tmp_path / "opt/venv").mkdir(parents=True)
     (tmp_path / "opt/venv/bin").symlink_to(stubs)
     (tmp_path / "tmp").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -197,9 +198,9 @@ def test_trials_of_other_settings_are_not_resumed(
         ("--step_budget=2", "--step_budget=1.0, and not with --step_budget=2.0;"),
         ("--tuning_ruleset=self", "--tuning_ruleset=external, --step_budget=1.0, and not with "),
         ("--submissions=shampoo --step_budget=2", "not with --step_budget=2.0;"),
-        (f"--submissions=nadamw={muon}", f"and not with --submission_path={muon};"),
+        (shlex.quote(f"--submissions=nadamw={muon}"), f"and not with --submission_path={muon};"),
     ):
-        assert smoke.main([*arguments, "--resume_last_run", *other.split()]) == 1
+        assert smoke.main([*arguments, "--resume_last_run", *shlex.split(other)]) == 1
         error = capsys.readouterr().err
         assert difference in error and error.count("\n") == 1
     assert commands.read_text() == first and len(runner.commands) == 1

@@ -4,6 +4,7 @@ Source: behaviour of mlcommons/algorithmic-efficiency v0.6, `submission_runner.p
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +291,8 @@ def read_settings(values: flags.FlagValues) -> RunSettings:
         submission_path=Path(values.submission_path).expanduser(),
         tuning_ruleset=values.tuning_ruleset,
         tuning_search_space=None if space is None else Path(space).expanduser(),
-        data_dir=str(Path(values.data_dir).expanduser()),
+        # Unlike Path's, it takes a user without a home, as in some containers: nothing is read there.
+        data_dir=os.path.expanduser(values.data_dir),
         imagenet_v2_data_dir=values.imagenet_v2_data_dir,
         max_global_steps=values.max_global_steps,
         step_budget=values.step_budget,

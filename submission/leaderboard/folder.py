@@ -39,6 +39,12 @@ def fill(made: Path, ruleset: Ruleset, info: SubmissionInfo, root: Path) -> None
             in the requirements.
         OSError: A file is missing or cannot be written.
     """
+    lacking = [name for name in (SPACE_FILE, LICENCE_FILE) if not (root / name).is_file()]
+    if lacking:
+        raise FileNotFoundError(
+            f"{root} has no {' and no '.join(lacking)}: an entry is made in a checkout of the repository, "
+            "of which an installed package holds a part"
+        )
     modules = entry_modules(root)
     for module in modules:
         place = made / module.place
