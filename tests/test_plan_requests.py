@@ -99,7 +99,8 @@ def test_flags_are_those_of_a_request(sharding: Any, tmp_path: Path) -> None:
         f"--shapes {shlex.quote(str(file))} --world_size 8 --sharding {sharding} --ranks_per_group 4 "
         "--device h100 --memory_gib 3 --preconditioner kl_soap --storage 8bit --solver eigh "
         "--averaging heavy_ball --weight_decay 0.5 --max_block_size 16 --max_wave_numel 300 "
-        f"--refresh_interval 7 --table_rows 40 --reserved_gib 1 --step_ms 20 --overhead_percent 3 {of_sharding}"
+        "--refresh_interval 7 --table_rows 40 --reserved_gib 1 --step_ms 20 --overhead_percent 3 "
+        f"{of_sharding}"
     )
     assert _request(_parser().parse_args(shlex.split(flags))) == expected
 
