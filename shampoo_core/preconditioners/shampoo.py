@@ -69,6 +69,9 @@ from shampoo_core.statistics import (
 
 Statistics = Literal["gram", "whitened", "whitened_mean"]
 
+WHITENING_RIDGE = 1e-6
+"""In units of the largest eigenvalue, some times the rounding of float32."""
+
 
 @dataclass(frozen=True)
 class ShampooConfig:
@@ -88,7 +91,7 @@ class ShampooConfig:
             ones; ``"whitened"`` multiplied by the stored roots of the other axes; ``"whitened_mean"``
             also divided by the product of the other dimensions. For whitening proper the exponent has
             to be 1/2. Roots that whiten are not truncated: without a ridge they get a relative one of
-            machine epsilon.
+            1e-6.
         statistics_interval: Steps from one update of the factors to the next; a parameter's first
             gradient counts at any step.
         precondition_vectors: Whether blocks with one axis get a full matrix too; by default they
@@ -314,7 +317,7 @@ class Shampoo:
         config = self._config
         if config.statistics == "gram" or config.ridge > 0.0 or config.relative_ridge > 0.0:
             return config.relative_ridge
-        return torch.finfo(self._stack_set.dtype).eps
+        return WHITENING_RIDGE
 
     def _wakes(self, where: FactorSlice, basis: Tensor, diagonals: Tensor) -> Tensor:
         """Whether gradients have come along directions that the root dropped: see `TooOld`.
