@@ -329,7 +329,6 @@ def test_an_error_inside_the_submission_is_its_own(tmp_path: Path, clock: Clock)
 
 def test_what_a_submission_logged_before_it_failed_is_kept(tmp_path: Path, clock: Clock) -> None:
     """Between evaluations rows are in memory; officially every one is written at once."""
-    case: Case
 
     def log_and_fail(step: int) -> None:
         logger = case.workload.metrics_logger
