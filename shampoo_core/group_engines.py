@@ -105,13 +105,15 @@ class GroupEngines:
         Raises:
             RuntimeError: One has got another shape.
         """
-        for index, parameter in enumerate(self._parameters):
-            if parameter.shape != self._shapes[index]:
-                raise RuntimeError(
-                    f"{OWNER}: parameter {index} of a group has shape {tuple(parameter.shape)} and had "
-                    f"{tuple(self._shapes[index])} when it was added, which its state belongs to; make a "
-                    "new optimizer after a model has changed"
-                )
+        shapes = [parameter.shape for parameter in self._parameters]
+        if shapes == self._shapes:  # in every step, so in one comparison
+            return
+        index = next(i for i, shape in enumerate(shapes) if shape != self._shapes[i])
+        raise RuntimeError(
+            f"{OWNER}: parameter {index} of a group has shape {tuple(shapes[index])} and had "
+            f"{tuple(self._shapes[index])} when it was added, which its state belongs to; make a new "
+            "optimizer after a model has changed"
+        )
 
     def warn_of_overwritten_options(self) -> None:
         """Warn, once of each, of options that were changed in the group to no effect."""

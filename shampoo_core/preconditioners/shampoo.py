@@ -70,7 +70,7 @@ from shampoo_core.statistics import (
 Statistics = Literal["gram", "whitened", "whitened_mean"]
 
 WHITENING_RIDGE = 1e-6
-"""In units of the largest eigenvalue, some times the rounding of float32."""
+"""Relative to the largest eigenvalue; several times what float32 rounds it by."""
 
 
 @dataclass(frozen=True)
