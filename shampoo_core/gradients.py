@@ -30,8 +30,6 @@ class StackedGradients:
     """Block vector: 1 where the parameter has a gradient at all; None when all have."""
     missing: tuple[int, ...] = ()
     """The parameters of the set that have none, by number in their group."""
-    unused: tuple[int, ...] = ()
-    """Those of them that never had one, as far as the host has seen."""
 
     def decaying(self, *, corrected: bool) -> Tensor | None:
         """Block vector: 1 where an average decays at this step, else 0; None means in all blocks.
@@ -72,7 +70,6 @@ class GradientGuard:
         self._pattern: tuple[bool, ...] = ()
         self._presence: Tensor | None = None
         self._missing: tuple[int, ...] = ()
-        self._unused = tuple(stack_set.parameters)
 
     def close_bad_blocks(
         self, stacks: list[Tensor], gradients: Sequence[Tensor | None]
@@ -99,7 +96,7 @@ class GradientGuard:
         # Zero times NaN is NaN. Both are faster than filling under a mask, and two operations for all.
         self._stack_set.flat(stacks).nan_to_num_(0.0, 0.0, 0.0)
         torch._foreach_mul_(stacks, self._stack_set.split(is_open))
-        return StackedGradients(stacks, is_open, presence, self._missing, self._unused)
+        return StackedGradients(stacks, is_open, presence, self._missing)
 
     def _are_seen_to_be_good(self, stacks: Sequence[Tensor]) -> bool:
         """Whether all blocks together are finite and short enough, as far as that is known without waiting.
@@ -118,5 +115,4 @@ class GradientGuard:
             self._pattern = pattern
             self._presence = None if all(pattern) else self._stack_set.presence(gradients)
             self._missing = tuple(p for p in self._stack_set.parameters if gradients[p] is None)
-            self._unused = tuple(p for p in self._missing if p in self._unused)
         return self._presence

@@ -86,7 +86,6 @@ class KroneckerFactors:
         shares = companion is not None and interval == 1 and companion.decay == decay
         self._companion = companion if shares else None
         self._own_weight = stack_set.block_vector()
-        self._some_are_unused = True
         self._seen: set[int] = set()
         """Parameters whose first gradient has counted, as far as the host knows."""
 
@@ -110,7 +109,6 @@ class KroneckerFactors:
         Returns:
             The gradients that counted, None if none did.
         """
-        self._some_are_unused = bool(gradients.unused)
         counting = gradients if self.axes else None
         if counting is not None and self._interval > 1:
             counting = self._counting(counting, step)
@@ -154,19 +152,6 @@ class KroneckerFactors:
         self._store.add_grams(rows, decay=decay, gain=self._gain)
         if self._companion is None:
             absorb_weight(self._own_weight, self._decay, self._gain, gradients)
-
-    def are_known(self, where: Sequence[FactorSlice], *, asks: bool = False) -> Tensor | None:
-        """Whether some factors have a gradient in them, (K,) bool for all slices; None: all have.
-
-        Args:
-            where: Which.
-            asks: Whether to look for those, too, whose parameter has had gradients, but none finite.
-        """
-        if not (self._some_are_unused or asks):
-            return None
-        per_stack = self._weights().split(self._stack_set.sizes)
-        weights = [per_stack[self.axes[i.stack].stack][i.start : i.stop] for i in where]
-        return torch.cat(weights) > 0
 
     def due(self, policy: RefreshPolicy, step: int) -> list[FactorSlice]:
         """The factors of this set that a policy, asked about the whole set, makes due."""

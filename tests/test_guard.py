@@ -16,6 +16,7 @@ from shampoo_core import (
     KLShampooConfig,
     KLSOAPConfig,
     OrthogonalIterationSolver,
+    PerFactorCorrectedConfig,
     RMSpropConfig,
     RMSpropGrafting,
     RowWiseAdaGradConfig,
@@ -236,3 +237,36 @@ def test_matrices_that_are_never_used_are_no_failures_beside_vectors(config: Any
     health = log_health(optimizer)
     assert health.failed_refreshes == 0
     assert health.refreshes == 2 * 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_that_are_zero_are_no_failures(name: str) -> None:
+    """As of a layer behind a weight that starts at zero."""
+    params = parameters([(8, 8)])
+    optimizer = optimizer_for(params, **{**METHODS[name], "refresh": FixedRefresh(2, start=1)})
+    for _ in range(4):
+        params[0].grad = torch.zeros_like(params[0])
+        optimizer.step()
+    health = log_health(optimizer)
+    assert health.refreshes == health.failed_refreshes == 0
+    run(optimizer, params, range(5, 9))
+    health = log_health(optimizer)
+    assert health.failed_refreshes == 0
+    assert health.refreshes > 0 or not any(
+        ".refreshes." in key for key in optimizer.state[params[0]]
+    )
+
+
+@pytest.mark.parametrize("make", [ShampooConfig, PerFactorCorrectedConfig])
+def test_a_ridge_is_no_root_of_gradients_that_are_zero(make: Any) -> None:
+    """It would be one of any length, for all gradients until the next refresh."""
+    (weight,) = params = parameters([(8, 8)], dtype=torch.float32)
+    config = make(ridge=1e-12)
+    optimizer = optimizer_for(
+        params, preconditioner=config, grafting=None, lr=1e-3, refresh=FixedRefresh(4, start=1)
+    )
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    before = weight.detach().clone()
+    run(optimizer, params, range(2, 4))
+    assert (weight - before).abs().max() < 0.1

@@ -100,7 +100,6 @@ class FactorMatrices:
         storage: Storage = "dense",
         portion_numel: int | None = None,
         limits: Sequence[float] | None = None,
-        accepts_nothing: bool = False,
     ) -> None:
         """Allocate one identity per factor.
 
@@ -113,9 +112,7 @@ class FactorMatrices:
             storage: How the matrices are kept.
             portion_numel: Numbers in the factors of a portion, see `portions`; None makes one of all.
             limits: Per preconditioned axis; handed to the solver, see `Batch`. None is no limit.
-            accepts_nothing: Whether the solver makes a matrix of a factor of zeros, as with a ridge.
         """
-        self._accepts_nothing = accepts_nothing
         self._stack_set = stack_set
         self._portion_numel = portion_numel
         self._factors = factors
@@ -164,14 +161,20 @@ class FactorMatrices:
         return portions(in_groups, self._factors.sizes, self._portion_numel)
 
     @torch.compiler.disable
-    def refresh(self, due: Sequence[FactorSlice], solve: Solve) -> None:
+    def refresh(self, due: Sequence[FactorSlice], solve: Solve) -> Tensor:
         """Recompute the matrices of the due factors in place.
 
         Args:
             due: Slices of factor stacks, not none.
             solve: Computes all batches.
+
+        Returns:
+            (K,) bool for all slices, what `write` is to know.
         """
-        self.write(due, solve(self._batches(due)))
+        batches = self._batches(due)
+        has_gradient = _has_gradient(batches)
+        self.write(due, solve(batches), has_gradient)
+        return has_gradient
 
     @torch.compiler.disable
     def replace(self, due: Sequence[FactorSlice], solve: Solve) -> list[Replacement]:
@@ -182,10 +185,13 @@ class FactorMatrices:
         """
         groups = [group for _, group in self._grouped(due)]
         slices = list(itertools.chain.from_iterable(groups))
-        solutions = solve(self._batches(due))
+        batches = self._batches(due)
+        has_gradient = _has_gradient(batches)
+        solutions = solve(batches)
+        del batches
         orders = list(itertools.chain.from_iterable(map(_orders, groups, solutions)))
         old = [matrices.clone() for matrices in self._store.read(slices)]
-        self.write(due, solutions)
+        self.write(due, solutions, has_gradient)
         del solutions  # as large as what follows
         new = self._store.read(slices)  # what was accepted, as it is kept
         turn = turn_of_rounded if self._is_rounded else turn_of
@@ -193,22 +199,22 @@ class FactorMatrices:
         return [Replacement(*one) for one in zip(slices, turns, orders, strict=True)]
 
     @torch.compiler.disable
-    def write(self, due: Sequence[FactorSlice], solutions: Sequence[Solution]) -> None:
+    def write(
+        self, due: Sequence[FactorSlice], solutions: Sequence[Solution], has_gradient: Tensor
+    ) -> None:
         """Put what was accepted into the place of the old matrices, and count.
 
         Args:
             due: Slices of factor stacks.
             solutions: Of the batches that a solver was given for them.
+            has_gradient: (K,) bool, batch by batch, whether a factor has any gradient in it. What has none
+                has no root or basis to find, so that none failed; an absolute ridge alone would be one.
         """
         groups = [group for _, group in self._grouped(due)]
         slices = list(itertools.chain.from_iterable(groups))
         counts = [item.stop - item.start for item in slices]
-        accepted = torch.cat([solution.accepted for solution in solutions])
-        known = self._factors.are_known(slices, asks=self._accepts_nothing)
-        failed = ~accepted
-        if known is not None:
-            # What never had a gradient has no root or basis to find; an absolute ridge alone would be one.
-            accepted, failed = accepted & known, failed & known
+        accepted = torch.cat([solution.accepted for solution in solutions]) & has_gradient
+        failed = has_gradient & ~accepted
         weights = accepted.to(solutions[0].matrices.dtype).split(counts)
         new: list[Tensor] = []
         for group, solution in zip(groups, solutions, strict=True):
@@ -372,6 +378,13 @@ class FactorMatrices:
             key = (self._factors.sizes[item.stack].dimension, self._exponents[item.stack])
             groups.setdefault(key, []).append(item)
         return [(exponent, group) for (_, exponent), group in groups.items()]
+
+
+def _has_gradient(batches: Sequence[Batch]) -> Tensor:
+    """(K,) bool: whether factors are not zero; those that are not finite are not."""
+    factors = [factor for batch in batches for factor in batch.factors]
+    # Sums of absolute values: the smallest squares would be zero.
+    return torch.stack(list(torch._foreach_norm(factors, ord=1))) != 0
 
 
 def _orders(group: Sequence[FactorSlice], solution: Solution) -> Sequence[Tensor | None]:

@@ -85,7 +85,6 @@ class Part:
             gradients.is_open[self.blocks],
             None if gradients.presence is None else gradients.presence[self.blocks],
             gradients.missing,
-            gradients.unused,
         )
         return self.preconditioner.step(share, step)
 

@@ -230,7 +230,6 @@ class Shampoo:
             storage=config.storage,
             portion_numel=options.portion_numel,
             limits=root_limits(stack_set, axes, exponents),
-            accepts_nothing=config.ridge > 0.0,
         )
         self._root_exponents = exponents
         self.roots = create(kind="roots")
@@ -354,8 +353,8 @@ class Shampoo:
                 if result.eigenvectors is not None
             ]
 
-        bases.refresh(due, solve_in_basis)
-        self.roots.write(due, solved)
+        has_gradient = bases.refresh(due, solve_in_basis)
+        self.roots.write(due, solved, has_gradient)
 
     def _solve(self, solver: RootSolver, batches: list[Batch]) -> list[Solution]:
         results = self._inverse_roots(solver, batches, None)
