@@ -195,7 +195,9 @@ class GroupEngines:
             left_out = {i for i, p in enumerate(self._parameters) if not p.requires_grad}
         arrived = {i for i, number in enumerate(arrivals) if number >= 0} - left_out
         # What ranks read each for itself is of the blocks that they own here.
-        is_of_ranks = not is_complete and self._exchanges.group is not None
+        is_of_ranks = self._exchanges.group is not None and (
+            not is_complete or self._were_read_by_ranks(states)
+        )
         if is_of_ranks and self._known - left_out == arrived:
             fitting = self._arrivals
         else:
@@ -218,6 +220,19 @@ class GroupEngines:
                 is_complete=is_complete,
             )
         return Fitted(fitting, engines, pairs)
+
+    def _were_read_by_ranks(self, states: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether of a complete state each rank was given its own blocks alone; the same on all ranks.
+
+        As by `torch.distributed.checkpoint.load`. Where one rank has all blocks it cannot tell.
+        """
+        if not any(engine.division.is_shared for engine in self.engines):
+            return False
+        views = views_of(self.engines)
+        return all(
+            without_training_weights(state).keys() <= views.get(index, {}).keys()
+            for index, state in enumerate(states)
+        )
 
     def _make(self, indices: Sequence[int]) -> list[Engine]:
         return list(make_engines(self.described(), indices, self._exchanges))

@@ -28,6 +28,11 @@ class Division:
         """Geometry of this rank's blocks; may be none."""
         return self.by_rank[self.rank]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks own blocks; the same on all ranks."""
+        return sum(own.num_blocks > 0 for own in self.by_rank) > 1
+
     def waves(self, max_numel: int | None) -> list[Division]:
         """The same owners, with few blocks of each at a time.
 
