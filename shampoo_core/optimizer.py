@@ -372,14 +372,16 @@ class DistributedShampoo(WithLoadHooks):
         fitted: list[Fitted] = []
         kept_aside: dict[Tensor, Tensor] = {}
         complete = state_dict["complete"]
-        for index, (own, saved) in enumerate(zip(self._owned, saved_groups, strict=True)):
-            states = [state_dict["state"].get(key, {}) for key in saved["params"]]
-            fitted.append(own.fitted(index, states, saved[ARRIVALS], is_complete=complete))
-            for parameter, state in zip(own.group["params"], states, strict=True):
-                if state_dict["evaluates"] and TRAINING_WEIGHTS in state:
-                    kept_aside[parameter] = placed_like(parameter, state[TRAINING_WEIGHTS])
-        averaged = any(engine.averages for fit in fitted for engine in fit.engines)
-        check_evaluated(OWNER, state_dict["evaluates"] and averaged, kept_aside)
+        assert self._exchanges is not None
+        with self._exchanges.loads_unless_refused():
+            for index, (own, saved) in enumerate(zip(self._owned, saved_groups, strict=True)):
+                states = [state_dict["state"].get(key, {}) for key in saved["params"]]
+                fitted.append(own.fitted(index, states, saved[ARRIVALS], is_complete=complete))
+                for parameter, state in zip(own.group["params"], states, strict=True):
+                    if state_dict["evaluates"] and TRAINING_WEIGHTS in state:
+                        kept_aside[parameter] = placed_like(parameter, state[TRAINING_WEIGHTS])
+            averaged = any(engine.averages for fit in fitted for engine in fit.engines)
+            check_evaluated(OWNER, state_dict["evaluates"] and averaged, kept_aside)
         self.state.clear()
         for own, fit, saved in zip(self._owned, fitted, saved_groups, strict=True):
             with torch.no_grad():

@@ -199,6 +199,32 @@ def refusals(folder: str) -> list[str]:
     return said
 
 
+def owners_of_a_late_layer() -> list[list[list[int]]]:
+    """By rank: parameters that it owns blocks of, without and with a load that was refused before."""
+    found = []
+    for is_refused in (False, True):
+        model = model_of("plain", frozen=True)
+        optimizer = optimizer_of(model)
+        train(model, optimizer, range(1, 3))
+        if is_refused:
+            state = optimizer.state_dict()
+            # As if all had come together, so that blocks are dealt out anew; and of another model.
+            state["param_groups"][0]["arrivals"] = [0] * len(list(model.parameters()))
+            state["state"][0]["block.99.of_another_model"] = torch.zeros(())
+            with pytest.raises(ValueError, match="the checkpoint"):
+                optimizer.load_state_dict(state)
+        model.requires_grad_(True)
+        train(model, optimizer, range(3, STOP))
+        late = optimizer._engines[0][-1].division
+        found.append([[tile.parameter for tile in own.tiles] for own in late.by_rank])
+    return found
+
+
+def test_a_refused_load_leaves_owners_as_they_were(tmp_path: Path) -> None:
+    for expected, found in on_ranks(2, tmp_path, owners_of_a_late_layer):
+        assert found == expected
+
+
 def numbered(model: nn.Module, state: Any) -> dict[str, Any]:
     """As torch's helpers hand it on: parameters by number instead of by name."""
     numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}

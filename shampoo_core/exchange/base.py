@@ -76,6 +76,8 @@ class Exchange(Protocol):
 
     num_messages: int
     """Messages as long as a rank's own that come to each rank in `deliver`; 0 where nothing is sent."""
+    loads: list[float]
+    """Modelled cost of the blocks that each rank was given; none where nothing is shared."""
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """Decide who owns which blocks, the same on every rank.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,23 @@ class Exchanges:
             )
         replicas = sharing_replicas(self._owner, distribution, mesh, axis)
         return ShardedExchange(mesh.get_group(axis), replicas, communication_dtype=dtype)
+
+    @contextmanager
+    def loads_unless_refused(self) -> Iterator[None]:
+        """Give ranks the loads of before back if what is done inside raises: its blocks are not kept."""
+        before = {exchange: list(exchange.loads) for exchange in self._all()}
+
+        def restore() -> None:
+            for exchange in self._all():
+                exchange.loads[:] = before.get(exchange, [0.0] * len(exchange.loads))
+
+        with ExitStack() as undo:
+            undo.callback(restore)
+            yield
+            undo.pop_all()
+
+    def _all(self) -> list[Exchange]:
+        return [self._of_plain, *self._of_meshes.values()]
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
         """Raise on all ranks if they differ; a collective."""

@@ -17,6 +17,10 @@ class LocalExchange:
 
     num_messages = 0
 
+    def __init__(self) -> None:
+        """Nothing is shared."""
+        self.loads: list[float] = []
+
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """Everything is this rank's."""
         del cost_of

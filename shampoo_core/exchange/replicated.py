@@ -51,11 +51,11 @@ class ReplicatedExchange:
         self._num_ranks = self.num_messages = dist.get_world_size(group)
         self._communication_dtype = communication_dtype
         self._overlap = overlap
-        self._loads = [0.0] * self._num_ranks
+        self.loads = [0.0] * self._num_ranks
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """See `Exchange`; balances what it is asked about on top of what it was asked before."""
-        return divide(whole, cost_of, self._loads, self._rank)
+        return divide(whole, cost_of, self.loads, self._rank)
 
     def __deepcopy__(self, memo: object) -> ReplicatedExchange:
         """Copies of an optimizer use the same process group."""

@@ -63,13 +63,13 @@ class ShardedExchange:
             replica=0 if replicas is None else dist.get_rank(replicas),
         )
         self._communication_dtype = communication_dtype
-        self._loads = [0.0] * self._crew.num_owners
+        self.loads = [0.0] * self._crew.num_owners
         self._lanes: dict[Division, list[Lane]] = {}
 
     def divide(self, whole: StackSet, cost_of: Callable[[Shape], float]) -> Division:
         """See `Exchange`; balances what it is asked about on top of what it was asked before."""
         crew = self._crew
-        return divide(whole, cost_of, self._loads, crew.owner, num_replicas=crew.num_replicas)
+        return divide(whole, cost_of, self.loads, crew.owner, num_replicas=crew.num_replicas)
 
     def __deepcopy__(self, memo: object) -> ShardedExchange:
         """Copies of an optimizer use the same process group."""
