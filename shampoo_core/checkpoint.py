@@ -137,8 +137,26 @@ _WHY_MISSING = (
 )
 
 
+def has_all_state(
+    group: dist.ProcessGroup | None, gathered: Mapping[tuple[int, str], Tensor] | None
+) -> bool:
+    """Whether what this rank saves has the state of all blocks; warns on rank 0 where it has not.
+
+    Args:
+        group: All ranks; None where there is one.
+        gathered: From `gather_states`, if that was called.
+    """
+    if group is None:
+        return True
+    if dist.get_rank(group) != 0:
+        return False
+    if gathered is None:
+        _warn_of_incomplete_state()
+    return gathered is not None
+
+
 @functools.cache  # once a process
-def warn_of_incomplete_state() -> None:
+def _warn_of_incomplete_state() -> None:
     """Warn of checkpoints that one rank writes without having everything."""
     LOGGER.warning(
         "state_dict() on rank 0 has the state of its own blocks alone. A file that rank 0 writes alone, "

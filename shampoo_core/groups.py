@@ -28,7 +28,7 @@ from shampoo_core.weight_decay import (
 
 OWNER = "DistributedShampoo"
 
-CHANGEABLE = ("lr", "weight_decay")
+CHANGEABLE = ("lr", "weight_decay", "maximize")
 """Options that may change during training; a checkpoint sets them, as it does what is not an option:
 the step, and what schedulers keep in a group. All others are part of the state's shape or meaning and
 have to agree with the checkpoint's."""
@@ -102,6 +102,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         OWNER, "momentum_normaliser", group["momentum_normaliser"], ("exact", "algoperf_v05")
     )
     check_flag(OWNER, "bias_correction", group["bias_correction"])
+    check_flag(OWNER, "maximize", group["maximize"])
     wanted = "one of the {} that shampoo_core exports"
     check_object(
         OWNER, "preconditioner", group["preconditioner"], "block_flops", wanted.format("methods")

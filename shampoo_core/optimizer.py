@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from typing import Any, Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,7 +21,7 @@ from shampoo_core.checkpoint import (
     check_groups,
     describe,
     gather_states,
-    warn_of_incomplete_state,
+    has_all_state,
     with_outer_entries,
 )
 from shampoo_core.config import MomentumNormaliser
@@ -44,8 +43,8 @@ from shampoo_core.weight_decay import WeightDecayKind
 class DistributedShampoo(WithLoadHooks):
     """Shampoo and its relatives, blocked, batched by block shape.
 
-    Every option but ``params`` can be overridden in a parameter group. ``lr`` and ``weight_decay`` are
-    read at every step; the others when the group is added.
+    Every option but ``params`` can be overridden in a parameter group. ``lr``, ``weight_decay`` and
+    ``maximize`` are read at every step; the others when the group is added.
 
     Args:
         params: Parameters or parameter groups. Those that do not require a gradient get state when
@@ -80,6 +79,7 @@ class DistributedShampoo(WithLoadHooks):
             and a host synchronisation per portion. None steps all at once; ``"auto"`` makes waves and
             portions of 2^27 numbers (waves of replicas: 2^28 of all ranks) where a group and rank has more;
             on one CPU of a million, which are quicker. Changes results by rounding, no checkpoints.
+        maximize: Whether to climb, as if the loss were negated.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
             every rank work for itself. Not an option of a parameter group.
@@ -114,6 +114,7 @@ class DistributedShampoo(WithLoadHooks):
         bias_correction: bool = True,
         momentum_normaliser: MomentumNormaliser = "exact",
         max_wave_numel: int | Literal["auto"] | None = "auto",
+        maximize: bool = False,
         distributed: Distribution | Literal["auto"] | None = "auto",
     ) -> None:
         defaults = dict(
@@ -134,6 +135,7 @@ class DistributedShampoo(WithLoadHooks):
             bias_correction=bias_correction,
             momentum_normaliser=momentum_normaliser,
             max_wave_numel=max_wave_numel,
+            maximize=maximize,
         )
         self._exchanges: Exchanges | None = None
         self._owned: list[GroupEngines] = []
@@ -332,7 +334,8 @@ class DistributedShampoo(WithLoadHooks):
             describe({**group, **own.constants})
             for own, group in zip(self._owned, state_dict["param_groups"], strict=True)
         ]
-        state_dict["complete"] = self._is_complete()
+        group = None if self._exchanges is None else self._exchanges.group
+        state_dict["complete"] = has_all_state(group, self._status.gathered)
         # Dicts of its own: train() takes entries out of those of the optimizer.
         state = {index: dict(entries) for index, entries in state_dict["state"].items()}
         for (index, name), tensor in (self._status.gathered or {}).items():
@@ -342,13 +345,6 @@ class DistributedShampoo(WithLoadHooks):
         state_dict["evaluates"] = self._status.evaluates
         state_dict["format_version"] = FORMAT_VERSION
         return state_dict
-
-    def _is_complete(self) -> bool:
-        group = None if self._exchanges is None else self._exchanges.group
-        is_first = group is None or dist.get_rank(group) == 0
-        if is_first and group is not None and self._status.gathered is None:
-            warn_of_incomplete_state()
-        return is_first and (group is None or self._status.gathered is not None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state; nothing is changed unless all of it fits.

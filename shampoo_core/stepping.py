@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from shampoo_core.engine import Engine
@@ -65,6 +66,8 @@ def updates(exchange: Exchange, tasks: list[Task]) -> Iterator[Result]:
         engine, group, gradients = task
         update = None
         if any(gradient is not None for gradient in gradients):
+            if group["maximize"] and collected.gradients:  # none where others own all blocks
+                torch._foreach_neg_(collected.gradients)
             update = engine.step(collected, gradients, group["step"], chosen)
         decay = Decay(engine.decay_left(chosen), chosen.lr)
         yield Result(engine.division, update, group["params"], collected.weights, decay)

@@ -11,12 +11,15 @@ import torch
 from quadratic import assert_same, gradient, optimizer_for, parameters, run
 
 from shampoo_core import (
+    AdamConfig,
     AdamGrafting,
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     FixedRefresh,
+    HeavyBall,
     SGDGrafting,
     ShampooConfig,
+    SpectralConfig,
     StaggeredRefresh,
 )
 
@@ -310,6 +313,42 @@ def test_one_process_needs_no_process_group_and_closures_work() -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"refresh": FixedRefresh(3)},
+        {"preconditioner": EigenvalueCorrectedConfig(), "refresh": FixedRefresh(3, 1)},
+        {"weight_decay": 0.1, "weight_decay_kind": "l2", "max_wave_numel": 300},
+        {"preconditioner": SpectralConfig(), "averaging": HeavyBall(0.9)},
+    ],
+)
+def test_climbing_is_descending_on_negated_gradients(options: dict[str, Any]) -> None:
+    """Also where it is switched on later; missing gradients stay missing."""
+    climbing, descending = parameters(), parameters()
+    optimizers = optimizer_for(climbing, **options), optimizer_for(descending, **options)
+    for step in range(1, 8):
+        climbs = step > 2
+        optimizers[0].param_groups[0]["maximize"] = climbs
+        for index, (up, down) in enumerate(zip(climbing, descending, strict=True)):
+            grad = None if index == step else gradient(down, step, index)
+            down.grad = grad
+            up.grad = grad if grad is None or not climbs else -grad
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same(climbing, descending)
+    resumed = optimizer_for(climbing, **options)
+    resumed.load_state_dict(optimizers[0].state_dict())
+    assert resumed.param_groups[0]["maximize"]
+    torch_weight, weight = parameters([(4,)])[0], parameters([(4,)])[0]
+    adamw = torch.optim.AdamW([torch_weight], lr=0.01, maximize=True)
+    ours = optimizer_for([weight], preconditioner=AdamConfig(), maximize=True)
+    for step in range(3):
+        torch_weight.grad = weight.grad = gradient(weight, step, 0)
+        adamw.step()
+        ours.step()
+    assert_same([weight], [torch_weight], 1e-12)
+
+
+@pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"lr": -0.1}, ValueError, "lr must lie in [0.0, inf], got -0.1"),
@@ -317,6 +356,7 @@ def test_one_process_needs_no_process_group_and_closures_work() -> None:
         ({"betas": (1.0, 0.9)}, ValueError, "betas[0] must lie in [0.0, 1.0), got 1.0"),
         ({"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
         ({"eps": 0.0}, ValueError, "eps must lie in (0.0, inf], got 0.0"),
+        ({"maximize": 1}, TypeError, "maximize must be True or False, got 1"),
         ({"weight_decay": -1.0}, ValueError, "weight_decay must lie in [0.0, inf], got -1.0"),
         ({"max_block_size": 0}, ValueError, "max_block_size must be at least 1, got 0"),
         (
