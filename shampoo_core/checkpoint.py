@@ -197,7 +197,7 @@ def with_outer_entries(owner: str, state_dict: Mapping[str, Any]) -> dict[str, A
 
 
 def _check_keys(owner: str, state_dict: Mapping[str, Any]) -> None:
-    """Raise where state is of no parameter, or groups do not say whose there is."""
+    """Raise where state is of no parameter, or groups do not say whose there is, and of which step."""
     numbers = {number for group in state_dict["param_groups"] for number in group["params"]}
     unknown = [key for key in state_dict["state"] if key not in numbers]
     if unknown:
@@ -213,6 +213,12 @@ def _check_keys(owner: str, state_dict: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{owner}: {ARRIVALS} of group {index} of the checkpoint must be a whole number from -1 on "
                 f"for each of its {len(group['params'])} parameters, got {arrivals!r}"
+            )
+        step = group.get("step")
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(
+                f"{owner}: step of group {index} of the checkpoint must be a whole number from 0 on, got "
+                f"{step!r}; load a state as state_dict() made it"
             )
 
 

@@ -353,6 +353,9 @@ class DistributedShampoo(WithLoadHooks):
             state_dict: From `state_dict` of an optimizer with the same groups and options, on any
                 number of ranks. Learning rate, weight decay and step are taken from it.
 
+        ``torch.distributed.checkpoint.load`` reads into the state itself before it calls this: after its
+        refusal of other options make a new optimizer.
+
         After a state saved in evaluation the parameters are taken to hold evaluated weights, and
         `train` brings the training weights back.
 

@@ -42,6 +42,25 @@ def test_a_state_without_that_of_a_parameter_is_refused(
         optimizer_for(parameters([(4, 4), (3,)])).load_state_dict(state)
 
 
+@pytest.mark.parametrize("step", [None, -1, "3"])
+def test_a_step_that_cannot_be_is_refused_before_anything_is_changed(step: Any) -> None:
+    saved, loading = parameters([(4, 4)]), parameters([(4, 4)])
+    run(optimizer := optimizer_for(saved), saved, range(1, 4))
+    state = optimizer.state_dict()
+    if step is None:
+        del state["param_groups"][0]["step"]
+    else:
+        state["param_groups"][0]["step"] = step
+    other = optimizer_for(loading)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=f"step of group 0 .* got {step!r}"):
+        other.load_state_dict(state)
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for name, tensor in before["state"][0].items():
+        assert torch.equal(after["state"][0][name], tensor), name
+
+
 @pytest.mark.parametrize("arrivals", [[0], [0, -2], [[0], [1]], [0, 0, 1]])
 def test_arrivals_that_cannot_be_are_refused(arrivals: Any) -> None:
     optimizer = optimizer_for(parameters([(4, 4), (3,)]))
