@@ -94,7 +94,10 @@ class GradientGuard:
         if presence is not None:
             is_open = is_open * presence
         # Zero times NaN is NaN. Both are faster than filling under a mask, and two operations for all.
-        self._stack_set.flat(stacks).nan_to_num_(0.0, 0.0, 0.0)
+        # A compiler makes one of many by itself, and does not know what lies behind the first stack.
+        is_compiling = torch.compiler.is_compiling()
+        for numbers in stacks if is_compiling else [self._stack_set.flat(stacks)]:
+            numbers.nan_to_num_(0.0, 0.0, 0.0)
         torch._foreach_mul_(stacks, self._stack_set.split(is_open))
         return StackedGradients(stacks, is_open, presence, self._missing)
 

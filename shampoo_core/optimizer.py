@@ -236,9 +236,13 @@ class DistributedShampoo(WithLoadHooks):
                     self._show_state(own)
                 own.group["step"] += 1
             tasks += [Task(engine, own.group, gradients) for engine in own.engines]
-        deliver(tasks, updates)
+        is_alone = self._exchanges is None or self._exchanges.group is None
+        # What ranks send each other no compiler can follow.
+        run = deliver if is_alone else torch.compiler.disable(deliver)
+        run(tasks, updates)
         return loss
 
+    @torch.compiler.disable
     def _check_replicas(self) -> None:
         """At the first step: raise where ranks hold different weights."""
         if self._exchanges is not None and not self._status.replicas_checked:

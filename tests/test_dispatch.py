@@ -214,6 +214,7 @@ def test_warm_started_roots_agree_with_exact_ones() -> None:
 def test_compiled_steps_reuse_their_graphs() -> None:
     """After two intervals every kind of step has been seen: the third compiles nothing.
 
+    As functional graphs, in which tensors that share memory are told apart, as by the default backend.
     Torch 2.5 compiles any function anew for every new value of a float that it reads, which its own
     optimizers avoid by a learning rate in a tensor; there the learning rate has to stand still.
     """
@@ -221,19 +222,25 @@ def test_compiled_steps_reuse_their_graphs() -> None:
 
     torch._dynamo.reset()
     torch_reads_floats = torch.__version__ >= torch.torch_version.TorchVersion("2.6")
-    params = parameters([(8, 12)], dtype=torch.float32)
-    optimizer = optimizer_for(params, refresh=FixedRefresh(3))
-    step = torch.compile(optimizer.step, backend="eager")
+    shapes = [(8, 12), (12, 8)]
+    plain, params = (parameters(shapes, dtype=torch.float32) for _ in range(2))
+    optimizers = [optimizer_for(held, refresh=FixedRefresh(3)) for held in (plain, params)]
+    step = torch.compile(optimizers[1].step, backend="aot_eager")
     graphs = []
     for number in range(1, 10):
         if torch_reads_floats:
-            optimizer.param_groups[0]["lr"] = 0.01 / number
-        for index, parameter in enumerate(params):
-            parameter.grad = torch.full_like(parameter, 0.1 * (index + number))
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 0.01 / number
+        for held in (plain, params):
+            for index, parameter in enumerate(held):
+                parameter.grad = torch.full_like(parameter, 0.1 * (index + number))
+        optimizers[0].step()
         step()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0
     assert graphs[-1] == graphs[5], graphs
+    for left, right in zip(params, plain, strict=True):
+        torch.testing.assert_close(left, right)
 
 
 def test_kernels_are_one_for_a_list_that_fits_together_and_else_one_for_each() -> None:
