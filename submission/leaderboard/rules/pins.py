@@ -83,8 +83,8 @@ def _admits(relation: str, limit: str, wanted: str) -> bool:
         # Which version is installed is open; only a floor that lies no higher changes nothing.
         return relation == ">=" and _version(limit) <= _version(wanted.removeprefix(">="))
     ours, theirs = _version(limit), _version(wanted.removeprefix("=="))
-    if relation in ("==", "===") and limit.endswith(".*"):
-        return theirs[: len(ours)] == ours
+    if relation in ("==", "!=") and limit.endswith(".*"):
+        return _begins(theirs, limit.removesuffix(".*")) == (relation == "==")
     return {
         "==": ours == theirs,
         "===": limit == wanted.removeprefix("=="),
@@ -93,8 +93,14 @@ def _admits(relation: str, limit: str, wanted: str) -> bool:
         ">=": theirs >= ours,
         "<": theirs < ours,
         ">": theirs > ours,
-        "~=": theirs >= ours and theirs[: len(ours) - 1] == ours[:-1],
+        "~=": theirs >= ours and _begins(theirs, limit.rpartition(".")[0]),
     }[relation]
+
+
+def _begins(version: tuple[int, ...], prefix: str) -> bool:
+    """Return whether a release begins with the numbers of a prefix, of which zeros count: 2.0 is not 2."""
+    numbers = tuple(map(int, re.findall(r"\d+", prefix)))
+    return (*version, *[0] * len(numbers))[: len(numbers)] == numbers
 
 
 def _version(text: str) -> tuple[int, ...]:
