@@ -74,8 +74,9 @@ class FixedRefresh:
     start: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("FixedRefresh", "interval", self.interval)
-        check_count("FixedRefresh", "start", self.start, optional=True)
+        owner = type(self).__name__
+        check_count(owner, "interval", self.interval)
+        check_count(owner, "start", self.start, optional=True)
 
     @property
     def first_step(self) -> int:

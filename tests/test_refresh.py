@@ -225,6 +225,14 @@ def test_staggered_and_adaptive_tests_what_staggered_refreshes() -> None:
         StaggeredAdaptiveRefresh(threshold=1.5)
 
 
+@pytest.mark.parametrize(
+    "policy", [FixedRefresh, AdaptiveRefresh, StaggeredRefresh, StaggeredAdaptiveRefresh]
+)
+def test_a_policy_is_refused_by_its_own_name(policy: type[FixedRefresh | StaggeredRefresh]) -> None:
+    with pytest.raises(ValueError, match=f"^{policy.__name__}: interval .* got 0"):
+        policy(interval=0)
+
+
 @pytest.mark.parametrize("policy", [AdaptiveRefresh, StaggeredAdaptiveRefresh])
 def test_a_first_root_is_made_whatever_the_test_says(
     policy: type[AdaptiveRefresh | StaggeredAdaptiveRefresh],
