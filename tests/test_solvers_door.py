@@ -88,9 +88,12 @@ def test_exponents_a_method_cannot_do(solver: RootSolver, exponent: float, messa
         (lambda: CoupledNewtonSolver(max_iterations=0), r"max_iterations .* got 0"),
         (lambda: CoupledNewtonSolver(relative_ridge_floor=0.0), r"relative_ridge_floor .* got 0.0"),
         (lambda: CoupledNewtonSolver(tolerance=-1.0), r"tolerance .* got -1.0"),
-        (lambda: HigherOrderNewtonSolver(order=1), r"order must be in \[2, 8\], got 1"),
+        (lambda: HigherOrderNewtonSolver(order=1), r"^HigherOrderNewtonSolver: order .* got 1"),
         (lambda: NewtonDBSolver(max_iterations=-3), r"max_iterations .* got -3"),
+        (lambda: HigherOrderNewtonSolver(order=9), r"order .* \[2, 8\], got 9"),
+        (lambda: HigherOrderNewtonSolver(tolerance=2.0), r"^HigherOrderNewtonSolver: tolerance"),
         (lambda: ChebyshevSolver(degree=1), r"degree .* got 1"),
+        (lambda: ChebyshevSolver(degree=1025), r"degree .* 1024\], got 1025"),
         (lambda: ChebyshevSolver(residual_bound=float("nan")), r"residual_bound .* got nan"),
     ],
 )
@@ -106,12 +109,12 @@ def test_settings_out_of_range(make: Callable[[], RootSolver], message: str) -> 
         (
             CoupledNewtonSolver,
             {"max_iterations": 1.5},
-            "max_iterations must be a whole number, got 1",
+            "max_iterations must be a whole number or None, got 1",
         ),
         (
             NewtonDBSolver,
             {"max_iterations": True},
-            "max_iterations must be a whole number, got True",
+            "max_iterations must be a whole number or None, got True",
         ),
         (
             OrthogonalIterationSolver,

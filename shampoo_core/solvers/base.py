@@ -299,20 +299,3 @@ def _check_exponent_range(exponent: float) -> None:
             f"exponent must be a finite number > 0, got {exponent}; to leave a side without "
             "preconditioner do not call the solver for it"
         )
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse a setting of a solver that is not a number in ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(
-            f"{name} must be in [{low}, {high}], got {value}; choose a number in there"
-        )
-
-
-def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
-    """Refuse a setting of a solver that is not a whole number in ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    check_number(name, value, low, high)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shampoo_core.solvers.base import check_whole
+from shampoo_core.config import check_count, check_range
 from shampoo_core.solvers.matrix_products import MatrixProductSolver
 
 NUM_NODES = 4096
@@ -35,7 +35,8 @@ class ChebyshevSolver(MatrixProductSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("degree", self.degree, 2, NUM_NODES // 4)
+        check_count("ChebyshevSolver", "degree", self.degree, minimum=2)
+        check_range("ChebyshevSolver", "degree", self.degree, low=2, high=NUM_NODES // 4)
 
     def _ridge_floor(self, dtype: torch.dtype) -> float:
         return 1e-3 if self.relative_ridge_floor is None else self.relative_ridge_floor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shampoo_core.solvers.base import check_number, check_whole
+from shampoo_core.config import check_count, check_range
 from shampoo_core.solvers.matrix_products import (
     MatrixProductSolver,
     distance_to_identity,
@@ -38,10 +38,10 @@ class CoupledNewtonSolver(MatrixProductSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_iterations is not None:
-            check_whole("max_iterations", self.max_iterations, 1)
+        owner = type(self).__name__
+        check_count(owner, "max_iterations", self.max_iterations, optional=True)
         if self.tolerance is not None:
-            check_number("tolerance", self.tolerance, 0.0, 1.0)
+            check_range(owner, "tolerance", self.tolerance, low=0.0, high=1.0)
 
     def _root(self, matrices: Tensor, denominator: int, least_eigenvalue: float) -> Tensor:
         return self._iterate(matrices, denominator, least_eigenvalue, order=2)
@@ -86,7 +86,8 @@ class HigherOrderNewtonSolver(CoupledNewtonSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("order", self.order, 2, 8)
+        check_count("HigherOrderNewtonSolver", "order", self.order, minimum=2)
+        check_range("HigherOrderNewtonSolver", "order", self.order, low=2, high=8)
 
     def _root(self, matrices: Tensor, denominator: int, least_eigenvalue: float) -> Tensor:
         return self._iterate(matrices, denominator, least_eigenvalue, order=self.order)

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_core.config import check_flags
+from shampoo_core.config import check_flags, check_range
 from shampoo_core.grams import add_gram, mirror, strip_bounds
 from shampoo_core.solvers.base import (
     BasisResult,
@@ -17,7 +17,6 @@ from shampoo_core.solvers.base import (
     Regularization,
     RootResult,
     check_matrices,
-    check_number,
     check_regularization,
 )
 from shampoo_core.solvers.decomposition import decompose
@@ -64,7 +63,7 @@ class EighSolver(ManyBatchesSolver):
 
     def __post_init__(self) -> None:
         check_flags(self)
-        check_number("residual_bound", self.residual_bound, 1.0)
+        check_range("EighSolver", "residual_bound", self.residual_bound, low=1.0)
 
     def without_fallback(self) -> EighSolver:
         """See :meth:`RootSolver.without_fallback`."""

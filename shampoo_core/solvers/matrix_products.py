@@ -11,12 +11,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from shampoo_core.config import check_flags
+from shampoo_core.config import check_flags, check_range
 from shampoo_core.solvers.base import (
     ManyBatchesSolver,
     RootResult,
     check_matrices,
-    check_number,
     check_regularization,
 )
 from shampoo_core.solvers.eigh import EighSolver
@@ -56,9 +55,10 @@ class MatrixProductSolver(ManyBatchesSolver):
 
     def __post_init__(self) -> None:
         check_flags(self)
-        if self.relative_ridge_floor is not None:
-            check_number("relative_ridge_floor", self.relative_ridge_floor, 1e-15, 1.0)
-        check_number("residual_bound", self.residual_bound, 0.0)
+        owner, floor = type(self).__name__, self.relative_ridge_floor
+        if floor is not None:
+            check_range(owner, "relative_ridge_floor", floor, low=1e-15, high=1.0)
+        check_range(owner, "residual_bound", self.residual_bound, low=0.0)
 
     def without_fallback(self) -> Self:
         """See :meth:`RootSolver.without_fallback`."""

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from shampoo_core.solvers.base import check_number, check_whole
+from shampoo_core.config import check_count, check_range
 from shampoo_core.solvers.matrix_products import (
     MatrixProductSolver,
     distance_to_identity,
@@ -40,10 +40,9 @@ class NewtonDBSolver(MatrixProductSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_iterations is not None:
-            check_whole("max_iterations", self.max_iterations, 1)
+        check_count("NewtonDBSolver", "max_iterations", self.max_iterations, optional=True)
         if self.tolerance is not None:
-            check_number("tolerance", self.tolerance, 0.0, 1.0)
+            check_range("NewtonDBSolver", "tolerance", self.tolerance, low=0.0, high=1.0)
 
     def _fraction(self, exponent: float) -> Fraction:
         fraction = super()._fraction(exponent)

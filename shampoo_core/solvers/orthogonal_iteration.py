@@ -10,16 +10,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo_core.config import check_flags
+from shampoo_core.config import check_count, check_flags, check_range
 from shampoo_core.solvers.base import (
     BasisResult,
     ManyBatchesSolver,
     Regularization,
     RootResult,
     check_matrices,
-    check_number,
     check_regularization,
-    check_whole,
 )
 from shampoo_core.solvers.criterion import relative_off_diagonal
 from shampoo_core.solvers.eigh import EighSolver
@@ -73,10 +71,11 @@ class OrthogonalIterationSolver(ManyBatchesSolver):
     finds_eigenvectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        owner = "OrthogonalIterationSolver"
         check_flags(self)
-        check_whole("max_iterations", self.max_iterations, 1)
-        check_number("tolerance", self.tolerance, 0.0, 1.0)
-        check_number("residual_bound", self.residual_bound, 0.0)
+        check_count(owner, "max_iterations", self.max_iterations)
+        check_range(owner, "tolerance", self.tolerance, low=0.0, high=1.0)
+        check_range(owner, "residual_bound", self.residual_bound, low=0.0)
 
     def basis(self, matrices: Tensor, warm_start: Tensor | None = None) -> BasisResult:
         """See :meth:`BasisSolver.basis`."""
