@@ -142,7 +142,7 @@ class AdaGradGrafting:
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, beta2=None, eps=self.eps)
+        check_beta2_and_eps(self, None, self.eps)
 
     def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         """Allocate the sum of squares."""
@@ -168,7 +168,7 @@ class RMSpropGrafting:
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.beta2, self.eps)
+        check_beta2_and_eps(self, self.beta2, self.eps)
 
     def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         """Allocate the average of squares."""
@@ -195,7 +195,7 @@ class AdamGrafting:
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.beta2, self.eps)
+        check_beta2_and_eps(self, self.beta2, self.eps)
 
     def create(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         """Allocate the average of squares."""
@@ -233,7 +233,13 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _check(config: object, beta2: float | None, eps: float | None) -> None:
+def check_beta2_and_eps(config: object, beta2: float | None, eps: float | None) -> None:
+    """Check options of a diagonal method; None, the group's, is checked there.
+
+    Raises:
+        TypeError: One is not a number.
+        ValueError: ``beta2`` is outside (0, 1] or ``eps`` is not positive.
+    """
     owner = type(config).__name__
     if beta2 is not None:
         check_range(owner, "beta2", beta2, low=0.0, high=1.0, low_open=True)

@@ -1,10 +1,11 @@
-"""Checks at the door of options that several methods share: solvers, and what keeps roots finite."""
+"""Checks at the door of options that several methods share: solvers, grafting, what keeps roots finite."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from shampoo_core.config import check_object, check_range
+from shampoo_core.grafting import GraftingConfig
 from shampoo_core.preconditioners.axes import ExponentOverride, Sides, inverse_exponents
 from shampoo_core.solvers import BasisSolver, RootSolver
 from shampoo_core.stacks import StackSet
@@ -84,6 +85,18 @@ def check_default_exponents(
         shape = stack_set.layouts[axis.stack].block_shape
         why = f", of blocks {shape}; a smaller target_order makes them matrices"
         _check_exponent(owner, solver, exponent, why)
+
+
+def refuse_grafting(config: object, grafting: GraftingConfig | None, reason: str) -> None:
+    """Raise unless ``grafting`` is None.
+
+    Raises:
+        ValueError: Grafting was asked for.
+    """
+    if grafting is not None:
+        raise ValueError(
+            f"{type(config).__name__}: grafting must be None or 'auto', got {grafting!r}; {reason}"
+        )
 
 
 def _check_exponent(owner: str, solver: RootSolver, exponent: float, why: str) -> None:

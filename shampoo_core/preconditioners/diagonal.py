@@ -29,8 +29,10 @@ from shampoo_core.grafting import (
     GraftingConfig,
     RMSpropGrafting,
     SGDGrafting,
+    check_beta2_and_eps,
 )
 from shampoo_core.moments import absorb_weight, decay_stacks, nonzero_weight
+from shampoo_core.preconditioners.checks import refuse_grafting
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, merge_states, stacked_state
@@ -89,7 +91,7 @@ class AdaGradConfig(_DiagonalConfig):
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, None, self.eps)
+        check_beta2_and_eps(self, None, self.eps)
 
     def _method(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         return AdaGradGrafting(self.eps).create(stack_set, options)
@@ -111,7 +113,7 @@ class RMSpropConfig(_DiagonalConfig):
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.beta2, self.eps)
+        check_beta2_and_eps(self, self.beta2, self.eps)
 
     def _method(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         return RMSpropGrafting(self.beta2, self.eps).create(stack_set, options)
@@ -137,7 +139,7 @@ class AdamConfig(_DiagonalConfig):
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, self.beta2, self.eps)
+        check_beta2_and_eps(self, self.beta2, self.eps)
 
     def _method(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         return AdamGrafting(self.beta2, self.eps).create(stack_set, options)
@@ -168,7 +170,7 @@ class RowWiseAdaGradConfig(_DiagonalConfig):
         owner = type(self).__name__
         if self.decay is not None:
             check_range(owner, "decay", self.decay, low=0.0, high=1.0, low_open=True)
-        _check(self, None, self.eps)
+        check_beta2_and_eps(self, None, self.eps)
 
     def _method(self, stack_set: StackSet, options: GroupOptions) -> DiagonalMethod:
         decay = options.betas[1] if self.decay is None else self.decay
@@ -249,23 +251,3 @@ class _RowWiseScaling:
     def state(self) -> StackState:
         weights = self.weight.split(self._stack_set.sizes)
         return stacked_state(len(self._stack_set), {"rows": self.rows, "weight": weights})
-
-
-def refuse_grafting(config: object, grafting: GraftingConfig | None, reason: str) -> None:
-    """Raise unless ``grafting`` is None.
-
-    Raises:
-        ValueError: Grafting was asked for.
-    """
-    if grafting is not None:
-        raise ValueError(
-            f"{type(config).__name__}: grafting must be None or 'auto', got {grafting!r}; {reason}"
-        )
-
-
-def _check(config: object, beta2: float | None, eps: float | None) -> None:
-    owner = type(config).__name__
-    if beta2 is not None:
-        check_range(owner, "beta2", beta2, low=0.0, high=1.0, low_open=True)
-    if eps is not None:
-        check_range(owner, "eps", eps, low=0.0, low_open=True)

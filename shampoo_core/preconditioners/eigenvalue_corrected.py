@@ -43,7 +43,7 @@ from shampoo_core.preconditioners.basis_change import (
     turn_first_moment,
     turn_second_moment,
 )
-from shampoo_core.preconditioners.checks import check_basis_solver
+from shampoo_core.preconditioners.checks import check_basis_solver, refuse_grafting
 from shampoo_core.preconditioners.eigenbases import eigenbases
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve
 from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
@@ -134,11 +134,9 @@ class EigenvalueCorrectedConfig:
         Raises:
             ValueError: Grafting was asked for.
         """
-        if grafting is not None:
-            raise ValueError(
-                f"EigenvalueCorrectedConfig: grafting must be None or 'auto', got {grafting!r}; "
-                "the second moments of the eigenbasis set the length already"
-            )
+        refuse_grafting(
+            self, grafting, "the second moments of the eigenbasis set the length already"
+        )
         return EigenvalueCorrected(self, stack_set, options, refresh)
 
 

@@ -41,8 +41,7 @@ from shampoo_core.preconditioners.basis_change import (
     SecondMoments,
     turn_first_moment,
 )
-from shampoo_core.preconditioners.checks import check_basis_solver
-from shampoo_core.preconditioners.diagonal import refuse_grafting
+from shampoo_core.preconditioners.checks import check_basis_solver, refuse_grafting
 from shampoo_core.preconditioners.factor_matrices import Replacement
 from shampoo_core.preconditioners.kl_factors import KLFactors
 from shampoo_core.preconditioners.parts import with_adam_for_rest

@@ -30,7 +30,7 @@ from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.grafting import GraftingConfig
 from shampoo_core.preconditioners.base import Preconditioner
-from shampoo_core.preconditioners.diagonal import refuse_grafting
+from shampoo_core.preconditioners.checks import refuse_grafting
 from shampoo_core.preconditioners.parts import with_adam_for_rest
 from shampoo_core.refresh import RefreshPolicy
 from shampoo_core.solvers.polar import COEFFICIENTS, orthogonalize
