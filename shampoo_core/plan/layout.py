@@ -13,7 +13,7 @@ import torch
 
 from shampoo_core.blocking import Shape, Tile, merge_dimensions, tiles_of
 from shampoo_core.config import check_choice, check_count
-from shampoo_core.exchange.assignment import imbalance
+from shampoo_core.exchange.assignment import imbalance, loads_of
 from shampoo_core.exchange.division import Division, divide
 from shampoo_core.groups import wave_limit
 from shampoo_core.model_shapes import NamedShape
@@ -255,15 +255,14 @@ def held_numbers(parameters: Sequence[NamedShape], placement: Placement) -> int:
 
 def balance(methods: Sequence[MethodBlocks], placement: Placement) -> float:
     """Largest modelled load of a rank over the mean load."""
-    costs = [cost for method in methods for cost in method.costs]
-    owners = [owner for method in methods for owner in method.owners]
-    return imbalance(costs, owners, placement.num_owners)
+    return imbalance(*_costs_and_owners(methods), placement.num_owners)
 
 
 def loads(methods: Sequence[MethodBlocks], placement: Placement) -> list[float]:
     """Modelled load of each owner."""
-    totals = [0.0] * placement.num_owners
-    for method in methods:
-        for cost, owner in zip(method.costs, method.owners, strict=True):
-            totals[owner] += cost
-    return totals
+    return loads_of(*_costs_and_owners(methods), placement.num_owners)
+
+
+def _costs_and_owners(methods: Sequence[MethodBlocks]) -> tuple[list[float], list[int]]:
+    costs = [cost for method in methods for cost in method.costs]
+    return costs, [owner for method in methods for owner in method.owners]

@@ -264,7 +264,7 @@ def make_plan(request: Request) -> Plan:
     steps = steps_of[alike[heaviest]]
     messages = _messages(request, methods)
     of_heaviest = steps.plain, steps.bare, steps.refresh
-    times = _times(request, methods, of_heaviest, messages, schedule)
+    times = _times(request, methods, heaviest, of_heaviest, messages, schedule)
     states = state_bytes(methods, placement.num_owners, request.averaging)
     memory = [
         _rank_memory(rank, states[rank], steps_of[first], messages.most)
@@ -357,13 +357,13 @@ def _rank_memory(rank: int, state: int, steps: RankSteps, travelling: Travel) ->
 def _times(
     request: Request,
     methods: Sequence[MethodBlocks],
+    rank: int,
     steps: tuple[Step, Step, Step],
     messages: Messages,
     schedule: Schedule,
 ) -> Times:
-    placement = request.placement
-    rank = _heaviest(methods, placement)
-    return times_of(request.device, placement, methods, rank, steps, messages, schedule.waiting)
+    device, placement = request.device, request.placement
+    return times_of(device, placement, methods, rank, steps, messages, schedule.waiting)
 
 
 def _overhead(request: Request, times: Times) -> float | None:
@@ -385,7 +385,7 @@ def _shortest_interval(request: Request, times: Times) -> tuple[int | None, str 
         rank = _heaviest(methods, placement)
         steps = plain_and_refresh(methods, rank, request.rule)
         schedule = _schedule(request, methods, interval)
-        return _times(request, methods, steps, _messages(request, methods), schedule)
+        return _times(request, methods, rank, steps, _messages(request, methods), schedule)
 
     allowed = request.step_ms * request.overhead_percent / 100.0
     interval, of_interval = shortest_interval(allowed, request.refresh_interval, times_at)
