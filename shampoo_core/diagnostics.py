@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shampoo_core.optimizer import DistributedShampoo
+
 LOGGER = logging.getLogger("shampoo_core")
 
 
@@ -45,7 +47,7 @@ def health_report(optimizer: torch.optim.Optimizer) -> HealthReport:
     Raises:
         TypeError: It is another optimizer, which counts nothing.
     """
-    if not hasattr(optimizer, "gather_state"):  # this module stands below the optimizer
+    if not isinstance(optimizer, DistributedShampoo):
         raise TypeError(
             f"health_report: optimizer must be a DistributedShampoo, got {type(optimizer).__name__}, which "
             "keeps no counters"
