@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shampoo_core.costs import EIGH_FLOPS_PER_CUBE
+from shampoo_core.live_memory import tensors_in
 
 NOT_FLAGGED_AS_VIEWS = frozenset({"aten::_unsafe_view", "aten::lift_fresh"})
 READS = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.cpu: "Tensor.cpu"}
@@ -94,7 +95,7 @@ class OperationCounter(TorchDispatchMode):
             self.operations.append(Operation(name, 0.0, 0))
             return False if args[0].dtype == torch.bool else 0
         result = func(*args, **kwargs)
-        touched = [*_tensors(args), *_tensors(kwargs.values()), *_tensors((result,))]
+        touched = tensors_in((args, kwargs, result))
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in touched)
         operation = _operation(name, args, num_bytes)
         self.operations.append(operation._replace(num_kernels=_num_kernels(name, args)))
@@ -203,11 +204,3 @@ def _fit_together(*tensors: Tensor) -> bool:
             return False
         reach *= side
     return True
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)

@@ -15,8 +15,8 @@ ROOT = PACKAGE.parent
 
 LAYERS = (
     ("config", "blocking", "grams", "load_hooks", "status"),
-    ("state", "costs"),
-    ("counting", "live_memory", "model_shapes", "refresh"),
+    ("state", "costs", "live_memory"),
+    ("counting", "model_shapes", "refresh"),
     ("stacks",),
     ("gradients", "solvers", "storage"),
     ("moments",),
