@@ -217,7 +217,9 @@ class KLFactors:
             carry_over(self.factors.axes[change.where.stack], change)
 
     def _identities(self, where: FactorSlice) -> Tensor:
-        return _identity_like(self.bases.read_slice(where))
+        side = self.factors.sizes[where.stack].dimension
+        one = torch.eye(side, dtype=self._stack_set.dtype, device=self._stack_set.device)
+        return one.expand(where.stop - where.start, -1, -1)
 
     def _rotate_bases(
         self, batches: list[Batch], *, continued: bool, may_wait: bool
