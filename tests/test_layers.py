@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_workloads_never_import_the_submission() -> None:
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             assert not any(name.split(".")[0] == "submission" for name in names), path
+
+
+@pytest.mark.parametrize("package", ["exchange", "preconditioners"])
+def test_a_guide_names_every_module(package: str) -> None:
+    guide = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in (PACKAGE / package).glob("*.py")} - {"__init__"}
+    assert not modules - set(re.findall(r"\w+", guide))
 
 
 @pytest.mark.parametrize("name", [n for n in shampoo_core.__all__ if n != "HealthReport"])

@@ -9,7 +9,11 @@ To read in this order:
     replicated      plain parameters and DDP: one all-gather
     wire            in which form updates travel
     pieces          which part of which block is held where
+    orders          where the numbers of a message lie in memory
+    lanes           parameters whose pieces travel together
+    shipments       messages of several parts, in one all-to-all
     sharded         FSDP2 and HSDP: one all-to-all each way
+    collectives     under the names that they have in every torch
     distribution    what a user may choose
     choice          which of these a parameter travels by
     agreement       do all ranks mean the same?
