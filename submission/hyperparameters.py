@@ -69,7 +69,7 @@ class Hyperparameters:
     one_minus_beta1: float = _number(_DECAY)
     #: One minus the decay rate of factors and second moments. Raised in short runs, see pace.py.
     one_minus_beta2: float = _number(_DECAY)
-    #: Added to second-moment denominators and to the spectrum of the factors.
+    #: Added to second-moment denominators; factors get no ridge.
     epsilon: float = _number(_POSITIVE)
     #: Decoupled weight decay: a step shrinks weights by learning rate times this.
     weight_decay: float = _number(_NOT_NEGATIVE)

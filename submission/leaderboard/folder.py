@@ -20,7 +20,6 @@ NUM_POINTS = 5
 #: Package on the index by the name that is imported, and what the entry needs it for.
 _PACKAGES = {
     "absl": ("absl-py", "messages, in the harness's own log"),
-    "numpy": ("numpy", "numbers on the host"),
     "torch": ("torch", "tensors; the benchmark's own version"),
 }
 
