@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from shampoo_core.averaging import StepOptions
+from shampoo_core.blocking import Cut, MergeDirection
 from shampoo_core.config import (
     GroupOptions,
+    MomentumNormaliser,
     check_choice,
     check_count,
     check_flag,
@@ -94,13 +96,10 @@ def check_group(group: Mapping[str, Any]) -> None:
     check_count(OWNER, "target_order", group["target_order"], optional=True)
     if group["max_wave_numel"] != "auto":
         check_count(OWNER, "max_wave_numel", group["max_wave_numel"], optional=True)
-    check_choice(
-        OWNER, "merge_direction", group["merge_direction"], ("right_to_left", "left_to_right")
-    )
-    check_choice(OWNER, "cut", group["cut"], ("balanced", "greedy"))
-    check_choice(
-        OWNER, "momentum_normaliser", group["momentum_normaliser"], ("exact", "algoperf_v05")
-    )
+    check_choice(OWNER, "merge_direction", group["merge_direction"], get_args(MergeDirection))
+    check_choice(OWNER, "cut", group["cut"], get_args(Cut))
+    normalisers = get_args(MomentumNormaliser)
+    check_choice(OWNER, "momentum_normaliser", group["momentum_normaliser"], normalisers)
     check_flag(OWNER, "bias_correction", group["bias_correction"])
     check_flag(OWNER, "maximize", group["maximize"])
     wanted = "one of the {} that shampoo_core exports"

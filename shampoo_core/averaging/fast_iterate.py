@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from shampoo_core.filtering import Direction
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
 
-DECAY_PLACES = ("y", "z", "z_holding_y")
+DecayPlace = Literal["y", "z", "z_holding_y"]
+DECAY_PLACES: tuple[DecayPlace, ...] = get_args(DecayPlace)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ScheduleFree:
     interpolation: float = 0.9
     weight_power: float = 2.0
     step_power: float = 0.0
-    decay_at: str = "y"
+    decay_at: DecayPlace = "y"
 
     def __post_init__(self) -> None:
         owner = "ScheduleFree"
@@ -97,7 +99,7 @@ class PrimalAveraging:
 
     evaluation_decay: float = 0.9
     interpolation: float = 0.8
-    decay_at: str = "z"
+    decay_at: DecayPlace = "z"
 
     def __post_init__(self) -> None:
         owner = "PrimalAveraging"
@@ -143,7 +145,7 @@ class _FastIterateRule:
     by (1 - b) / b * lr * decay * z; it is kept because published results were obtained with it.
     """
 
-    def __init__(self, stack_set: StackSet, interpolation: float, decay_at: str) -> None:
+    def __init__(self, stack_set: StackSet, interpolation: float, decay_at: DecayPlace) -> None:
         self._stack_set = stack_set
         self._interpolation = interpolation
         self._decay_at = decay_at
