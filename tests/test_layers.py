@@ -36,6 +36,10 @@ LAYERS = (
 """Rooms from the ground up: a module imports only from rows above its own, or its own package."""
 
 
+LONGEST_FILE = 400
+"""Lines: one sitting."""
+
+
 def room(path: Path) -> str:
     """The module or sub-package of shampoo_core that a file belongs to."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -61,6 +65,12 @@ def test_a_module_imports_only_what_stands_below_it(path: Path) -> None:
     assert own in level, f"{own} has no place in LAYERS"
     for other in imported_rooms(path) - {own}:
         assert level[other] < level[own], f"{own} imports {other}"
+
+
+def test_no_file_is_longer_than_a_sitting() -> None:
+    packages = (PACKAGE, ROOT / "submission", ROOT / "workloads_smoke", ROOT / "benchmarks")
+    for path in (path for package in packages for path in package.rglob("*.py")):
+        assert len(path.read_text().splitlines()) <= LONGEST_FILE, path
 
 
 def test_workloads_never_import_the_submission() -> None:
