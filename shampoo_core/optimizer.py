@@ -328,7 +328,8 @@ class DistributedShampoo(WithLoadHooks):
         Returns:
             ``state``: per parameter index a flat dict, see `shampoo_core.checkpoint`;
             ``param_groups``: options in plain form, configurations as dicts;
-            ``complete``: whether the state of all blocks is there.
+            ``complete``: whether the state of all blocks is there;
+            ``evaluates``: whether it was saved after `eval`; ``format_version``.
         """
         check_unchanged(self._owned, self.param_groups)
         for own in self._owned:
