@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks import counts, memory, methods
 from benchmarks.tables import text_table
+from shampoo_core import DistributedShampoo
 from shampoo_core.model_shapes import official_workloads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,14 @@ def test_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         optimizer.step()
     assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_the_readme_has_every_option() -> None:
+    """In the first column of its table; what looks ahead stands beside the betas."""
+    first_column = re.findall(r"^\| (.*?) \| ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", "\n".join(first_column)))
+    options = set(inspect.signature(DistributedShampoo).parameters)
+    assert not options - named - {"params", "beta3"}
 
 
 def rows_of(text: str) -> list[tuple[str, ...]]:
