@@ -244,4 +244,4 @@ def check_beta2_and_eps(config: object, beta2: float | None, eps: float | None) 
     if beta2 is not None:
         check_range(owner, "beta2", beta2, low=0.0, high=1.0, low_open=True)
     if eps is not None:
-        check_range(owner, "eps", eps, low=0.0, low_open=True)
+        check_range(owner, "eps", eps, low=0.0, low_open=True, high_open=True)

@@ -79,7 +79,7 @@ def check_group(group: Mapping[str, Any]) -> None:
             f"{OWNER}: lr must be a number or a tensor of one, got a tensor of shape {tuple(lr.shape)}; "
             "give parameters with rates of their own a group of their own"
         )
-    check_range(OWNER, "lr", lr.item() if isinstance(lr, Tensor) else lr, low=0.0)
+    check_range(OWNER, "lr", _plain(lr), low=0.0, high_open=True)
     betas = group["betas"]
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise TypeError(f"{OWNER}: betas must be a pair of numbers, got {betas!r}")
@@ -88,8 +88,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     if group["beta3"] is not None:
         check_range(OWNER, "beta3", group["beta3"], low=0.0, high=1.0, high_open=True)
     # An element whose gradients were all zero would be 0 / 0 without eps.
-    check_range(OWNER, "eps", group["eps"], low=0.0, low_open=True)
-    check_range(OWNER, "weight_decay", group["weight_decay"], low=0.0)
+    check_range(OWNER, "eps", group["eps"], low=0.0, low_open=True, high_open=True)
+    check_range(OWNER, "weight_decay", _plain(group["weight_decay"]), low=0.0, high_open=True)
     check_choice(OWNER, "weight_decay_kind", group["weight_decay_kind"], WEIGHT_DECAY_KINDS)
     check_peak(OWNER, group["weight_decay_kind"], group["weight_decay"], group["lr"])
     check_block_sizes(group["max_block_size"])
@@ -225,8 +225,8 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # factors that follow from it are to be numbers, too
     else:  # of a tensor on a device nothing is known without waiting for it
-        check_range(OWNER, "lr", _plain(lr), low=0.0)
-    check_range(OWNER, "weight_decay", _plain(decay), low=0.0)
+        check_range(OWNER, "lr", _plain(lr), low=0.0, high_open=True)
+    check_range(OWNER, "weight_decay", _plain(decay), low=0.0, high_open=True)
     check_peak(OWNER, kind, decay, group["peak_lr"])
     return StepOptions(
         step=group["step"],
@@ -238,7 +238,7 @@ def step_options(group: Mapping[str, Any]) -> StepOptions:
 
 
 def _plain(number: Any) -> Any:
-    """A number of NumPy, such as a scheduler's arithmetic can leave behind, as one of Python."""
+    """A number of NumPy, as a scheduler's arithmetic can leave behind, or of a tensor, as one of Python."""
     return number.item() if hasattr(number, "item") else number
 
 

@@ -143,7 +143,7 @@ def test_a_row_moves_by_its_own_root_mean_square() -> None:
     ("make", "message"),
     [
         (lambda: AdamConfig(beta2=0.0), r"AdamConfig: beta2 must lie in \(0.0, 1.0\], got 0.0"),
-        (lambda: AdaGradConfig(eps=0.0), r"AdaGradConfig: eps must lie in \(0.0, inf\], got 0.0"),
+        (lambda: AdaGradConfig(eps=0.0), r"AdaGradConfig: eps must lie in \(0.0, inf\), got 0.0"),
         (
             lambda: RowWiseAdaGradConfig(decay=1.5),
             r"RowWiseAdaGradConfig: decay must lie in \(0.0, 1.0\], got 1.5",

@@ -187,6 +187,8 @@ def test_decay_in_units_of_the_peak_rate_needs_one(kind: Any) -> None:
         ({"merge_direction": "up"}, ValueError, "merge_direction must be one of .* got 'up'"),
         ({"momentum_normaliser": "v05"}, ValueError, "momentum_normaliser must be one of .*'v05'"),
         ({"lr": True}, TypeError, "lr must be a number, got True"),
+        ({"lr": float("inf")}, ValueError, r"lr must lie in \[0.0, inf\), got inf"),
+        ({"eps": float("inf")}, ValueError, r"eps must lie in \(0.0, inf\), got inf"),
         ({"lr": torch.ones(2)}, ValueError, r"lr must be a number or a tensor of one, .* \(2,\)"),
         ({"max_block_size": True}, TypeError, "max_block_size must be a whole number .* got True"),
     ],
@@ -203,7 +205,9 @@ def test_options_out_of_range(
     [
         ("lr", "x", TypeError, "lr must be a number, got 'x'"),
         ("lr", None, TypeError, "lr must be a number, got None"),
-        ("lr", -1.0, ValueError, r"lr must lie in \[0.0, inf\], got -1.0"),
+        ("lr", -1.0, ValueError, r"lr must lie in \[0.0, inf\), got -1.0"),
+        ("lr", float("inf"), ValueError, "lr must lie in .* got inf"),
+        ("weight_decay", float("inf"), ValueError, "weight_decay must lie in .* got inf"),
         ("lr", float("nan"), ValueError, "lr must lie in .* got nan"),
         ("weight_decay", -0.1, ValueError, "weight_decay must lie in .* got -0.1"),
     ],
@@ -224,7 +228,7 @@ def test_what_a_group_is_given_later_is_checked_too(
 def test_numbers_of_numpy_are_numbers() -> None:
     """Schedulers with factors of NumPy leave them in the group."""
     params, others = parameters(), parameters()
-    first, second = optimizer_for(params), optimizer_for(others)
+    first, second = optimizer_for(params, lr=np.float32(0.5)), optimizer_for(others, lr=0.5)
     first.param_groups[0]["lr"] = np.float32(0.25)
     second.param_groups[0]["lr"] = 0.25
     run(first, params, range(1, 3))

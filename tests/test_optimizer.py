@@ -351,13 +351,13 @@ def test_climbing_is_descending_on_negated_gradients(options: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"lr": -0.1}, ValueError, "lr must lie in [0.0, inf], got -0.1"),
-        ({"lr": float("nan")}, ValueError, "lr must lie in [0.0, inf], got nan"),
+        ({"lr": -0.1}, ValueError, "lr must lie in [0.0, inf), got -0.1"),
+        ({"lr": float("nan")}, ValueError, "lr must lie in [0.0, inf), got nan"),
         ({"betas": (1.0, 0.9)}, ValueError, "betas[0] must lie in [0.0, 1.0), got 1.0"),
         ({"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
-        ({"eps": 0.0}, ValueError, "eps must lie in (0.0, inf], got 0.0"),
+        ({"eps": 0.0}, ValueError, "eps must lie in (0.0, inf), got 0.0"),
         ({"maximize": 1}, TypeError, "maximize must be True or False, got 1"),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay must lie in [0.0, inf], got -1.0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay must lie in [0.0, inf), got -1.0"),
         ({"max_block_size": 0}, ValueError, "max_block_size must be at least 1, got 0"),
         (
             {"max_block_size": 2.5},
@@ -385,7 +385,7 @@ def test_other_bad_input_is_named() -> None:
         DistributedShampoo([{"params": parameters(), "learning_rate": 0.1}])
     with pytest.raises(ValueError, match="interval must be at least 1, got 0"):
         FixedRefresh(0)
-    with pytest.raises(ValueError, match=r"AdamGrafting: eps must lie in \(0.0, inf\], got -1.0"):
+    with pytest.raises(ValueError, match=r"AdamGrafting: eps must lie in \(0.0, inf\), got -1.0"):
         AdamGrafting(eps=-1.0)
     with pytest.raises(ValueError, match=r"ShampooConfig: exponent must lie in \(0.0, inf\)"):
         ShampooConfig(exponent={2: -0.5})
