@@ -19,7 +19,7 @@ from shampoo_core.checkpoint import (
 )
 from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges
-from shampoo_core.groups import CHANGEABLE, OWNER, state_dtype
+from shampoo_core.groups import CHANGEABLE, OWNER, check_rates, state_dtype
 from shampoo_core.refresh import SMALLEST_SHARE
 
 LOGGER = logging.getLogger("shampoo_core")
@@ -254,6 +254,19 @@ def check_unchanged(owned: Sequence[GroupEngines], groups: Sequence[Mapping[str,
     for own in owned:
         own.check_shapes()
         own.warn_of_overwritten_options()
+
+
+def check_ready(owned: Sequence[GroupEngines], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Check all that a step goes by, before any group has taken its part of it.
+
+    Raises:
+        RuntimeError: See `check_unchanged`.
+        TypeError: See `check_rates`.
+        ValueError: Likewise.
+    """
+    check_unchanged(owned, groups)
+    for own in owned:
+        check_rates(own.group)
 
 
 def views_of(engines: Sequence[Engine]) -> dict[int, dict[str, Tensor]]:

@@ -213,21 +213,26 @@ def constant_options(group: Mapping[str, Any], limit: int | None) -> GroupOption
     )
 
 
-def step_options(group: Mapping[str, Any]) -> StepOptions:
-    """Options read anew at every step.
+def check_rates(group: Mapping[str, Any]) -> None:
+    """Check the options that are read anew at every step.
 
     Raises:
         TypeError: The learning rate or the weight decay is no number any more.
         ValueError: One is out of range, or weight decay was switched on that needs a peak rate, and there
             is none.
     """
+    decay, lr = group["weight_decay"], group["lr"]
+    if not isinstance(lr, Tensor):  # of one on a device nothing is known without waiting for it
+        check_range(OWNER, "lr", _plain(lr), low=0.0, high_open=True)
+    check_range(OWNER, "weight_decay", _plain(decay), low=0.0, high_open=True)
+    check_peak(OWNER, group["weight_decay_kind"], decay, group["peak_lr"])
+
+
+def step_options(group: Mapping[str, Any]) -> StepOptions:
+    """Options read anew at every step, checked before by `check_rates`."""
     kind, decay, lr = group["weight_decay_kind"], group["weight_decay"], group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(())  # factors that follow from it are to be numbers, too
-    else:  # of a tensor on a device nothing is known without waiting for it
-        check_range(OWNER, "lr", _plain(lr), low=0.0, high_open=True)
-    check_range(OWNER, "weight_decay", _plain(decay), low=0.0, high_open=True)
-    check_peak(OWNER, kind, decay, group["peak_lr"])
     return StepOptions(
         step=group["step"],
         lr=lr,

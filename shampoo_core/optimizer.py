@@ -29,7 +29,7 @@ from shampoo_core.engine import Engine
 from shampoo_core.exchange.choice import Exchanges, placed_like
 from shampoo_core.exchange.distribution import Distribution, checked_distribution
 from shampoo_core.grafting import GraftingConfig
-from shampoo_core.group_engines import Fitted, GroupEngines, check_unchanged, views_of
+from shampoo_core.group_engines import Fitted, GroupEngines, check_ready, check_unchanged, views_of
 from shampoo_core.groups import OWNER, check_group, check_names, check_parameters, facts
 from shampoo_core.load_hooks import WithLoadHooks
 from shampoo_core.preconditioners.base import PreconditionerConfig
@@ -226,7 +226,7 @@ class DistributedShampoo(WithLoadHooks):
         self._check_replicas()
         self._status.gathered = None
         tasks: list[Task] = []
-        check_unchanged(self._owned, self.param_groups)
+        check_ready(self._owned, self.param_groups)
         for own in self._owned:
             gradients = [dense(parameter.grad) for parameter in own.group["params"]]
             if any(gradient is not None for gradient in gradients):

@@ -225,6 +225,17 @@ def test_what_a_group_is_given_later_is_checked_too(
     assert all(map(torch.equal, before, params))
 
 
+def test_a_step_that_is_refused_has_moved_no_group() -> None:
+    params = parameters([(3, 3), (4, 4)])
+    optimizer = optimizer_for([{"params": [parameter]} for parameter in params])
+    optimizer.param_groups[1]["lr"] = -1.0
+    before = [parameter.detach().clone() for parameter in params]
+    with pytest.raises(ValueError, match="lr must lie in"):
+        run(optimizer, params, range(1, 2))
+    assert all(map(torch.equal, before, params))
+    assert [group["step"] for group in optimizer.param_groups] == [0, 0]
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     """Schedulers with factors of NumPy leave them in the group."""
     params, others = parameters(), parameters()
