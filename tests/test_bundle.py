@@ -3,11 +3,13 @@
 import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 from official_harness import REPOSITORY, require_harness
 
 from submission.batch_sizes import BATCH_SIZES
@@ -280,6 +282,32 @@ def test_imports_of_the_library_become_relative(
     core = place.startswith("shampoo_core")
     module = Module(file, Path(place) if core else Path(place).relative_to("submission"))
     assert moved in module.text().splitlines()
+
+
+def test_an_installed_package_holds_all_that_an_entry_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wheel is what the build command makes; beside it lies what other packages leave there."""
+    commands = {}
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(setuptools, "setup", lambda cmdclass: commands.update(cmdclass))
+    runpy.run_path("setup.py")
+    packages = setuptools.find_packages(include=["submission*", "shampoo_core*"])
+    options = {"packages": packages, "script_name": "setup.py"}
+    build = commands["build_py"](setuptools.Distribution(options))
+    build.ensure_finalized()
+    build.build_lib = str(tmp_path / "site-packages")
+    build.run()
+    installed = Path(build.build_lib, "submission")
+    for name in ("LICENSE", "tuning_search_space.json"):
+        assert str(installed / name) in build.get_outputs(include_bytecode=False)
+    (tmp_path / "site-packages" / "LICENSE").write_text("another package's")
+    made = tmp_path / "made"
+    made.mkdir()
+    folder.fill(made, "external", describe("external", NAME), tmp_path / "site-packages")
+    for name in ("LICENSE", "tuning_search_space.json"):
+        assert (made / name).read_bytes() == (REPOSITORY / name).read_bytes()
+    assert list(folder.missing_files(made, "external")) == []
 
 
 def test_the_points_are_five_valid_ones() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from submission.hyperparameters import Hyperparameters
-from submission.leaderboard.contents import entry_modules, third_party_packages
+from submission.leaderboard.contents import ENTRY, entry_modules, third_party_packages
 from submission.leaderboard.description import Ruleset, SubmissionInfo
 from submission.leaderboard.rules import REQUIREMENTS
 from submission.leaderboard.rules.pins import benchmark_pins
@@ -31,32 +31,38 @@ def fill(made: Path, ruleset: Ruleset, info: SubmissionInfo, root: Path) -> None
         made: The folder.
         ruleset: "external" or "self".
         info: Its description.
-        root: The repository.
+        root: The repository, or the folder where its packages are installed.
 
     Raises:
         ValueError: The search space is not one that the ruleset allows, or an import has no place
             in the requirements.
         OSError: A file is missing or cannot be written.
     """
-    lacking = [name for name in (SPACE_FILE, LICENCE_FILE) if not (root / name).is_file()]
-    if lacking:
-        raise FileNotFoundError(
-            f"{root} has no {' and no '.join(lacking)}: an entry is made in a checkout of the repository, "
-            "of which an installed package holds a part"
-        )
+    space, licence = (_top_file(root, name) for name in (SPACE_FILE, LICENCE_FILE))
     modules = entry_modules(root)
     for module in modules:
         place = made / module.place
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(module.text(), encoding="utf-8")
     if ruleset == "external":
-        space = root / SPACE_FILE
         check_points(json.loads(space.read_text(encoding="utf-8")))
         shutil.copyfile(space, made / SPACE_FILE)
     requirements = requirements_text(third_party_packages(modules))
     (made / REQUIREMENTS).write_text(requirements, encoding="utf-8")
     (made / INFO_FILE).write_text(info.yaml(), encoding="utf-8")
-    shutil.copyfile(root / LICENCE_FILE, made / LICENCE_FILE)
+    shutil.copyfile(licence, made / LICENCE_FILE)
+
+
+def _top_file(root: Path, name: str) -> Path:
+    """Return a file that lies at the top of a checkout, and beside the entry where it is installed.
+
+    That place comes first: other packages leave a licence at the top of where they are installed.
+    """
+    places = [root / ENTRY / name, root / name]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"there is neither {places[0]} nor {places[1]}: restore it")
 
 
 def check_points(space: object) -> None:
