@@ -55,6 +55,18 @@ def test_the_entry_needs_nothing_but_what_it_lists() -> None:
         "kind = self.workload.__module__",
         "if isinstance(workload, Other): ...",
         "vars(workload)",
+        "kind = str(workload)",
+        "kind = repr(self._workload)",
+        'kind = f"{workload!r:>9}"',
+        'kind = "%s of %d" % (workload, 1)',
+        'kind = "{}".format(workload)',
+        'kind = getattr(workload, "__class__")',
+        "kind = workload.__repr__()",
+        "import inspect\nplace = inspect.getmodule(workload)",
+        "task = workload\nkind = type(task)",
+        "class A:\n    def f(self, workload): self.task = workload\n    def g(self): return str(self.task)",
+        "if workload.step_hint == 10_666: ...",
+        'rare = workload.target_metric_name in ("x", "y")',
     ],
 )
 def test_a_workload_named_or_told_apart(text: str) -> None:
@@ -76,6 +88,11 @@ def test_names_may_stand_in_the_batch_size_table_and_nowhere_else_in_its_file() 
         "def get_batch_size(workload_name): return table[workload_name]",
         "steps = workload.step_hint; kind = type(workload.loss_type)",
         "# tuned on imagenet\nx = 1",
+        'text = f"{workload.step_hint} steps"; share = 7 % workload.step_hint',
+        'log("%s", workload); last = name.format(workload=1); text = str(workload_name)',
+        "if workload.step_hint > 1000 and workload.loss_type == spec.LossType.A: ...",
+        "if workload.metrics_logger is None or workload.count == 1: ...",
+        'logger = getattr(workload, "metrics_logger", None)',
     ],
 )
 def test_what_names_no_workload_in_its_code(text: str) -> None:
@@ -84,6 +101,40 @@ def test_what_names_no_workload_in_its_code(text: str) -> None:
 
 def test_every_workload_name_is_recognised() -> None:
     assert all(any(stem in name for stem in STEMS) for name in BATCH_SIZES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import sys\nname = sys.argv",
+        "from sys import argv",
+        "import sys\nsys._getframe(1).f_locals",
+        "import sys\nnames = [name for name in sys.modules]",
+        "import inspect\ninspect.stack()",
+        "import gc\ngc.get_objects()",
+        "import __main__",
+        "from absl import flags\nname = flags.FLAGS.workload",
+        'from absl import flags\nname = flags.FLAGS["data_dir"].value',
+        "from absl import flags\nvalues = flags.FLAGS\nvalues.flag_values_dict()",
+        "from absl.flags import FLAGS\nname = FLAGS.experiment_dir",
+        'open("/proc/self/cmdline")',
+    ],
+)
+def test_a_look_around_for_the_workload(text: str) -> None:
+    assert set(rules_broken(text)) == {"surroundings"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import sys\nsys.modules[type(x).__module__]; sys.modules.get(name); sys.maxsize",
+        "import gc, inspect\ngc.collect(); inspect.signature(f)",
+        'from absl import flags\nvalues = flags.FLAGS\nsaved = values["save_checkpoints"].value',
+        "args.workload_path; self.argv",
+    ],
+)
+def test_what_does_not_look_around(text: str) -> None:
+    assert rules_broken(text) == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +150,11 @@ def test_every_workload_name_is_recognised() -> None:
         'import os\ngetattr(os, "environ").pop("A")',
         "import os\nchange(os.environ)",
         'import os\nos.environ |= {"A": "1"}',
+        'from os import *\nputenv("A", "1")',
+        'import posix\nposix.putenv("A", "1")',
+        'import os\nvars(os)["environ"]["A"] = "1"',
+        'import os\nos.__dict__["environ"]["A"] = "1"',
+        'import os\nsetattr(os, "environ", {})',
     ],
 )
 def test_an_environment_variable_set(text: str) -> None:
@@ -173,6 +229,22 @@ def test_what_is_not_private_to_torch(text: str) -> None:
         ('SOURCE = "__global__ void add(float* a)"', "kernel"),
         ("exec(text)", "hidden-code"),
         ("x = eval(text)", "hidden-code"),
+        ("import builtins\nbuiltins.exec(text)", "hidden-code"),
+        ("run = exec\nrun(text)", "hidden-code"),
+        ("import importlib\nimportlib.import_module(name)", "hidden-code"),
+        ("from importlib import import_module as load\nload('tor' + 'ch')", "hidden-code"),
+        ("__import__(name)", "hidden-code"),
+        ("from importlib import util", "hidden-code"),
+        ("import runpy", "hidden-code"),
+        ("import subprocess", "hidden-code"),
+        ("from subprocess import run", "hidden-code"),
+        ("import os\nos.system(command)", "hidden-code"),
+        ("from os import popen", "hidden-code"),
+        ("import os\nos.execvp(name, [])", "hidden-code"),
+        ("import os\nos.posix_spawn(name, [], {})", "hidden-code"),
+        ("import torch\ntorch.jit.CompilationUnit(text)", "hidden-code"),
+        ("import os\nos.fork()", "background-work"),
+        ("import torch\ntorch.jit.fork(f)", "background-work"),
         ("import threading", "background-work"),
         ("from concurrent.futures import ThreadPoolExecutor", "background-work"),
         ("import torch.multiprocessing as mp", "background-work"),
@@ -188,6 +260,11 @@ def test_kernels_hidden_code_and_threads(text: str, rule: str) -> None:
         "import torch\nstep = torch.compile(step)\nmodel.eval()",
         "import torch\nstream = torch.cuda.Stream()",
         "import re\npattern = re.compile('x')",
+        "from re import compile\npattern = compile('x')",
+        "import importlib\nimportlib.import_module('numpy')",
+        "from importlib import metadata\nmetadata.version('torch')",
+        "import os\nos.path.exists(os.getcwd()); os.cpu_count()",
+        "from .code import f\nself.compile = compile",
     ],
 )
 def test_what_is_no_kernel_and_not_hidden(text: str) -> None:

@@ -14,6 +14,7 @@ from submission.leaderboard.rules import (
     kernels,
     pins,
     private_torch,
+    surroundings,
     workload_names,
 )
 from submission.leaderboard.rules.source import Offence, Source
@@ -22,7 +23,13 @@ __all__ = ["REQUIREMENTS", "Offence", "Source", "check_files", "check_folder", "
 
 #: Name of the file that lists what has to be installed.
 REQUIREMENTS = "requirements.txt"
-_RULES = (workload_names.check, environment.check, private_torch.check, kernels.check)
+_RULES = (
+    workload_names.check,
+    surroundings.check,
+    environment.check,
+    private_torch.check,
+    kernels.check,
+)
 
 
 def check_source(path: str, text: str) -> list[Offence]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-_IMPORTERS = {"__import__", "importlib.import_module"}
+IMPORTERS = {"__import__", "importlib.import_module"}
 
 
 @dataclass(frozen=True, order=True)
@@ -85,7 +85,7 @@ class Source:
                 start = "." * node.level + (node.module + "." if node.module else "")
                 for alias in node.names:
                     yield node, start + alias.name
-            elif isinstance(node, ast.Call) and self.dotted(node.func) in _IMPORTERS:
+            elif isinstance(node, ast.Call) and self.dotted(node.func) in IMPORTERS:
                 name = node.args[0] if node.args else None
                 if isinstance(name, ast.Constant) and isinstance(name.value, str):
                     yield node, name.value
