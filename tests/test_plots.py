@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from workloads_smoke import plots
-from workloads_smoke.plot_style import COLOURS, STYLE, submission_colours
+from workloads_smoke.plot_style import COLOURS, STYLE, style, submission_colours
 from workloads_smoke.report import write_report
 from workloads_smoke.scoring import Scoreboard, read_results
 from workloads_smoke.scoring.verdict import headline, workload_verdict
@@ -120,6 +120,23 @@ def test_colours_stay_with_a_submission_and_are_told_apart(board: Scoreboard) ->
     lightness = [np.dot(to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in COLOURS[:2]]
     assert abs(lightness[0] - lightness[1]) > 0.03
     assert len(set(COLOURS)) == len(COLOURS)
+
+
+def test_many_submissions_are_told_apart_and_their_names_fit(tmp_path: Path) -> None:
+    names = [f"entry_{number}_of_a_team_with_a_long_name" for number in range(14)]
+    for number, name in enumerate(names):
+        write_reaching(tmp_path / name / "study_0/mnist_pytorch/trial_1", 200, 6.0 + number)
+    board = Scoreboard.of(read_results([tmp_path]))
+    assert len(set(submission_colours(board).values())) == len(names)
+    with style():
+        figure = plots.performance_profiles(board)
+        figure.draw_without_rendering()
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert figure.bbox.count_contains(legend.get_points()) == 2
+        assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+    left, right = (axes.get_legend().get_window_extent() for axes in figure.axes)
+    assert not left.overlaps(right)
 
 
 def test_plots_are_png_and_leave_the_callers_settings_alone(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -53,11 +54,22 @@ def style() -> Iterator[None]:
 
 
 def submission_colours(board: Scoreboard) -> dict[str, str]:
-    """Colour by submission, the same in every plot and whatever the ranking."""
+    """Colour by submission, the same in every plot and whatever the ranking.
+
+    Beyond as many as there are colours come shades of them.
+    """
     return {
-        name: COLOURS[i % len(COLOURS)]
+        name: _shade(COLOURS[i % len(COLOURS)], i // len(COLOURS))
         for i, name in enumerate(sorted(board.submissions, key=_reference_last(board)))
     }
+
+
+def _shade(colour: str, turn: int) -> str:
+    """The colour itself, then darker ones; black becomes lighter."""
+    kept = 0.55**turn
+    end = 0.7 if colour == "#000000" else 0.0
+    red, green, blue = (kept * part + (1 - kept) * end for part in to_rgb(colour))
+    return to_hex((red, green, blue)).upper()
 
 
 def _reference_last(board: Scoreboard) -> Callable[[str], tuple[bool, str]]:
