@@ -42,6 +42,20 @@ def test_an_existing_folder_is_left_alone_unless_told(
     assert runner.trial().exists()
 
 
+def test_what_a_link_leads_to_is_not_deleted(
+    runner: Runner, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_text("mine")
+    folder = runner.trial().parent
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(elsewhere)
+    assert runner.call(overwrite=True, max_global_steps=1) == 1
+    assert f"{folder} is one to {elsewhere}; remove the link" in capsys.readouterr().err
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
+
+
 BROKEN_JSON, NO_RATE, NO_UPDATE = "broken.json", "no_rate.json", "no_update.py"
 
 

@@ -163,6 +163,13 @@ def test_overwriting_deletes_all_before_it_runs_any(
         assert smoke.main([*arguments, "--overwrite"]) == 1
     assert "another process is training in" in capsys.readouterr().err
     assert all(path.exists() for path in old) and len(old) == len(runner.commands) == 2
+    moved = old[1].parent.rename(logs / "moved")
+    old[1].parent.symlink_to(moved.absolute())
+    assert smoke.main([*arguments, "--overwrite"]) == 1
+    assert "is one to" in capsys.readouterr().err
+    old[1].parent.unlink()
+    moved.rename(old[1].parent)
+    assert all(path.exists() for path in old)
     runner.interrupted_on = "shampoo"
     assert smoke.main([*arguments, "--overwrite"]) == 130
     assert sorted(logs.glob("*/*/*/trial_1")) == [theirs]

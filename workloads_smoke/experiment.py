@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads_smoke.errors import UserError
-from workloads_smoke.folders import check_folder
+from workloads_smoke.folders import check_deletable, check_folder
 from workloads_smoke.logs import OUTCOME, read_json_object
 
 # Flags that decide what a trial's numbers mean: a folder holds trials of one value each. Those of
@@ -45,10 +45,13 @@ def check_folders(folders: list[Path], overwrite: bool, resume: bool) -> None:
     """Refuse to write where something is, unless told how; changes nothing.
 
     Raises:
-        UserError: A folder exists and neither flag was given, or a file is in its place.
+        UserError: A folder exists and neither flag was given, a file is in its place, or a link to
+            what would be deleted.
     """
     for folder in folders:
         check_folder(folder, "--experiment_dir")
+        if overwrite:
+            check_deletable(folder)
         if folder.exists() and not (overwrite or resume):
             raise UserError(
                 f"experiment folder {folder} exists; --resume_last_run goes on with it, "

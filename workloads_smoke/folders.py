@@ -24,6 +24,19 @@ def check_folder(folder: Path, flag: str) -> None:
             raise UserError(f"{flag}: {path} is no folder; move it away or name another folder")
 
 
+def check_deletable(folder: Path) -> None:
+    """Refuse to delete what a link leads to; what lies elsewhere may be more than these results.
+
+    Raises:
+        UserError: The folder is a symbolic link.
+    """
+    if folder.is_symlink():
+        raise UserError(
+            f"--overwrite deletes no folder behind a symbolic link, and {folder} is one to"
+            f" {folder.resolve()}; remove the link, or name another folder"
+        )
+
+
 def _try_to_write(folder: Path, flag: str) -> None:
     """Rights alone do not tell: root has them all, and some systems make no folders."""
     try:

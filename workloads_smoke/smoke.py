@@ -30,7 +30,7 @@ from workloads_smoke.contenders import (
 )
 from workloads_smoke.errors import UserError
 from workloads_smoke.experiment import check_flags
-from workloads_smoke.folders import check_folder
+from workloads_smoke.folders import check_deletable, check_folder
 from workloads_smoke.locks import sole_user_of_trials
 from workloads_smoke.registry import WORKLOADS, load_workload
 from workloads_smoke.report import write_report
@@ -206,9 +206,11 @@ def delete_logs(jobs: Sequence[Job], logs: Path) -> None:
     """Delete earlier logs of all jobs, before the first: resumed later, none may pass for a new one.
 
     Raises:
-        UserError: if a process is training in one; nothing is deleted then.
+        UserError: if a process is training in one, or one is a link; nothing is deleted then.
     """
     folders = [job.folder(logs) for job in jobs]
+    for folder in folders:
+        check_deletable(folder)
     with sole_user_of_trials(folders):
         for folder in folders:
             if folder.exists():
