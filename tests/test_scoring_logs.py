@@ -154,6 +154,12 @@ def test_targets_files_are_checked(tmp_path: Path) -> None:
     path.write_text(json.dumps({"workloads": {"mnist": {"target_metric_name": "accuracy"}}}))
     with pytest.raises(ValueError, match=r"'mnist' lacks.*validation_target_value"):
         read_targets(path)
+    fields = {"target_metric_name": "accuracy", "validation_target_value": float("nan")}
+    path.write_text(json.dumps({"workloads": {"mnist": fields}}))
+    with pytest.raises(
+        ValueError, match="'mnist': validation_target_value must be a finite number"
+    ):
+        read_targets(path)
     with pytest.raises(ValueError, match="'speed' is unknown"):
         Target("speed", 1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Target:
                 f"target metric {self.metric!r} is unknown, so is its direction;"
                 f" known are {', '.join(sorted(LOWER_IS_BETTER))}"
             )
+        if not math.isfinite(self.value):
+            raise ValueError(f"validation_target_value must be a finite number, got {self.value}")
 
     @property
     def column(self) -> str:
