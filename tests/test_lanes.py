@@ -21,12 +21,15 @@ from shampoo_core.exchange.division import Division
 from shampoo_core.exchange.lanes import Crew, Lane, lanes_of
 from shampoo_core.exchange.orders import Order, View
 from shampoo_core.exchange.pieces import held_rows
+from shampoo_core.live_memory import LiveMemory
 
 SIDES = st.sampled_from([1, 2, 3, 5, 8, 12, 16, 24, 32])
 SHAPES = st.lists(st.lists(SIDES, min_size=1, max_size=3).map(tuple), min_size=1, max_size=3)
 CREWS = st.tuples(st.integers(1, 4), st.integers(1, 3))
 SHORTEST = st.sampled_from([2, 8, 10**9])
 """Of the chunks that an index is made for; the last one has none."""
+LONG = st.sampled_from([1, 40, lanes.LONG_STRETCH])
+"""Numbers in blocks of one length that decay by themselves."""
 
 
 class Ranks:
@@ -40,6 +43,7 @@ class Ranks:
         num_replicas: int,
         wave: int = 0,
         shortest_chunk: int = orders.SHORTEST_CHUNK,
+        long_stretch: int = lanes.LONG_STRETCH,
     ) -> None:
         self.shapes = dict(enumerate(shapes))
         self.num_holders = num_holders
@@ -54,6 +58,7 @@ class Ranks:
         with (
             patch.object(orders, "SHORTEST_CHUNK", shortest_chunk),
             patch.object(lanes, "SHORTEST_CHUNK", shortest_chunk),
+            patch.object(lanes, "LONG_STRETCH", long_stretch),
         ):
             self.lanes = [lanes_of(self._seen_by(crew), self.shapes, crew) for crew in self.crews]
 
@@ -106,12 +111,12 @@ def test_owners_get_their_blocks(
                 assert stack[others].isnan().all()
 
 
-@given(SHAPES, st.integers(2, 16), CREWS, SHORTEST, st.sampled_from([0, 100]))
+@given(SHAPES, st.integers(2, 16), CREWS, SHORTEST, st.sampled_from([0, 100]), LONG)
 def test_holders_get_updates_and_let_decay_what_moves(
-    shapes: list[Shape], block: int, crew: tuple[int, int], shortest: int, wave: int
+    shapes: list[Shape], block: int, crew: tuple[int, int], shortest: int, wave: int, long: int
 ) -> None:
     """As if every owner added to whole tensors."""
-    ranks = Ranks(shapes, block, *crew, wave, shortest)
+    ranks = Ranks(shapes, block, *crew, wave, shortest, long)
     weights = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
     expected = [weight.clone() for weight in weights]
     found = [weight.clone() for weight in weights]
@@ -143,6 +148,17 @@ def test_holders_get_updates_and_let_decay_what_moves(
                 shards[index].reshape(-1)[span] += part
     for tensor, other in zip(found, expected, strict=True):
         torch.testing.assert_close(tensor, other, rtol=1e-12, atol=0.0)
+
+
+def test_decay_of_conv_kernels_takes_no_index() -> None:
+    """Most is alive where weights are put in order."""
+    ranks = Ranks([(512, 4607)], 1024, 2, 1)
+    (lane,) = ranks.lanes[0]
+    assert lane.held.chunk == 1
+    message, flat = torch.rand(sum(lane.held.sizes)), torch.rand(lane.numel)
+    with LiveMemory() as memory:
+        lane.add_decay(message, flat, torch.rand(sum(lane.held_blocks)))
+    assert memory.peak <= 1.01 * flat.nbytes
 
 
 def _sent_by_owner(

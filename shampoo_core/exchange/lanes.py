@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from shampoo_core.blocking import Shape, Tile
 from shampoo_core.exchange.division import Division
 from shampoo_core.exchange.orders import SHORTEST_CHUNK, Order, View
 from shampoo_core.exchange.pieces import Piece, pieces_of
+
+LONG_STRETCH = 2**16
+"""Numbers in neighbouring blocks of one length that are worth a kernel of their own."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,18 @@ class Crew:
         return self.replica * self.num_holders + self.holder
 
 
+class Stretch(NamedTuple):
+    """Neighbouring blocks of a message."""
+
+    blocks: slice
+    """Of numbers, one for each."""
+    part: slice
+    """Of the message."""
+    chunks: Tensor | None
+    """In each block; None where all are of one length. To repeat numbers takes an index, three times the
+    bytes of what is made of chunks of one, as conv kernels are: long blocks go without."""
+
+
 @dataclass(frozen=True)
 class Lane:
     """The pieces of some parameters that this rank holds, and those that it owns."""
@@ -59,8 +75,8 @@ class Lane:
     """By holder: how many go."""
     blocks: Tensor
     """Where these are in a block vector."""
-    chunks_of_blocks: Tensor
-    """Chunks of ``held`` that each of those that come is for."""
+    stretches: list[Stretch]
+    """Of ``held``, one after the other: which of those that come are for which numbers."""
 
     @property
     def numel(self) -> int:
@@ -98,10 +114,14 @@ class Lane:
             flat: Weights that this rank holds, one after the other.
             numbers: One for every block of a piece.
         """
-        chunk = self.held.chunk
-        growth = numbers.repeat_interleave(self.chunks_of_blocks, output_size=len(message) // chunk)
-        weights = self.held.read(flat).view(-1, chunk)
-        message.view(-1, chunk).addcmul_(weights, growth[:, None])
+        weights = self.held.read(flat)
+        for blocks, part, chunks in self.stretches:
+            growth, shape = numbers[blocks], (blocks.stop - blocks.start, -1)
+            if chunks is not None:
+                shape = -1, self.held.chunk
+                output_size = (part.stop - part.start) // self.held.chunk
+                growth = growth.repeat_interleave(chunks, output_size=output_size)
+            message[part].view(shape).addcmul_(weights[part].view(shape), growth[:, None])
 
 
 def lanes_of(division: Division, shapes: Mapping[int, Shape], crew: Crew) -> list[Lane]:
@@ -187,15 +207,35 @@ def _lane(
         blocks=_numbers(
             (piece.first_block + i for piece in by_holder for i in range(piece.num_blocks)), device
         ),
-        chunks_of_blocks=_numbers(
-            (
-                numel // order.chunk
-                for piece, numel in zip(held, of_blocks, strict=True)
-                for _ in range(piece.num_blocks)
-            ),
+        stretches=_stretches(
+            [n for piece, n in zip(held, of_blocks, strict=True) for _ in range(piece.num_blocks)],
+            order.chunk,
             device,
         ),
     )
+
+
+def _stretches(lengths: Sequence[int], chunk: int, device: torch.device) -> list[Stretch]:
+    """Blocks of a message by how they are multiplied: all by their chunks, where these are long."""
+    ends = list(itertools.accumulate(lengths, initial=0))
+
+    def stretch(start: int, stop: int, *, equal: bool) -> Stretch:
+        chunks = None if equal else _numbers((n // chunk for n in lengths[start:stop]), device)
+        return Stretch(slice(start, stop), slice(ends[start], ends[stop]), chunks)
+
+    found: list[Stretch] = []
+    begun = stop = 0
+    for length, run in itertools.groupby(lengths if chunk == 1 else ()):
+        start, stop = stop, stop + len(list(run))
+        if (stop - start) * length < LONG_STRETCH:
+            continue
+        if begun < start:
+            found.append(stretch(begun, start, equal=False))
+        found.append(stretch(start, stop, equal=True))
+        begun = stop
+    if begun < len(lengths):
+        found.append(stretch(begun, len(lengths), equal=False))
+    return found
 
 
 def _on_meta(numel: int) -> Tensor:
