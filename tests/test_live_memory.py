@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shampoo_core import AdamConfig, DistributedShampoo, SpectralConfig
 from shampoo_core.counting import QR_FLOPS_PER_CUBE, OperationCounter
 from shampoo_core.live_memory import LiveMemory
+from shampoo_core.preconditioners.base import PreconditionerConfig
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
 
@@ -56,3 +58,19 @@ def test_flops_bytes_and_waits_of_known_operations(device: str) -> None:
         assert not (square.sum() > 100).item()
     assert counted.flops == QR_FLOPS_PER_CUBE * 7**3
     assert counted.num_synchronisations == 1
+
+
+@pytest.mark.parametrize(("config", "most"), [(AdamConfig(), 2.0), (SpectralConfig(), 5.0)])
+def test_stacks_of_gradients_are_freed_after_their_last_use(
+    config: PreconditionerConfig, most: float
+) -> None:
+    """In units of the parameter: without it, one more."""
+    parameter = torch.nn.Parameter(torch.zeros(256, 256))
+    optimizer = DistributedShampoo([parameter], preconditioner=config, max_block_size=256)
+    peaks = []
+    for _ in range(2):
+        parameter.grad = torch.ones_like(parameter)
+        with LiveMemory() as memory:
+            optimizer.step()
+        peaks.append(memory.peak / parameter.nbytes)
+    assert peaks[-1] <= most + 0.01

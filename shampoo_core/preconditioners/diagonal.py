@@ -197,7 +197,9 @@ class Diagonal:
         """See `Preconditioner`."""
         del step
         self.method.absorb(gradients)
-        return self.method.direction(self.filter.filter(gradients))
+        filtered = self.filter.filter(gradients)
+        gradients.free_stacks()  # before the direction, which needs memory of its own
+        return self.method.direction(filtered)
 
     def state(self) -> StackState:
         """See `Preconditioner`."""

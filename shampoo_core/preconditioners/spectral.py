@@ -146,6 +146,7 @@ class Spectral:
         """See `Preconditioner`."""
         del step
         ahead = self.filter.filter(gradients).stacks
+        gradients.free_stacks()
         return Direction([self._orthogonalize(stack) for stack in ahead], self._scale)
 
     def _orthogonalize(self, stack: Tensor) -> Tensor:
