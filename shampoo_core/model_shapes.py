@@ -152,7 +152,7 @@ def shapes_from_file(path: Path) -> list[NamedShape]:
 
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if isinstance(raw, list):
         raw = {f"parameter_{index}": shape for index, shape in enumerate(raw)}

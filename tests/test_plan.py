@@ -349,6 +349,7 @@ def test_shapes_from_a_file_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("[[3, -1]]", "parameter_0"),
         ("{", "not JSON"),
+        ('{"\xfc": [3]}', "shapes.json is not JSON: 'utf-8'"),
         ("[]", "at least one"),
         ('{"w": 3}', "'w'"),
         ('{"w": [99999999999, 99999999]}', r"has 1e\+19 numbers; a parameter has 1.1e\+12 at most"),
@@ -357,7 +358,7 @@ def test_shapes_from_a_file_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
 )
 def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None:
     file = tmp_path / "shapes.json"
-    file.write_text(content)
+    file.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         shapes_from_file(file)
 
