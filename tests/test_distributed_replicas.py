@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from shampoo_core import DistributedShampoo, Distribution
+from shampoo_core.exchange.division import divide
 from shampoo_core.exchange.pieces import pieces_of
 from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
 
@@ -90,8 +91,10 @@ def shared(mesh: DeviceMesh, ranks_per_group: int | None) -> dict[str, Any]:
         if key.startswith("block.")
     ]
     own_bytes = state_bytes(optimizer)
+    (engine,) = optimizer._engines[0]
     return {
         "calls": calls,
+        "tiles": [own.tiles for own in engine.division.by_rank],
         "modelled": modelled(optimizer, [tuple(p.shape) for p in params]),
         "blocks": blocks,
         "bytes": own_bytes,
@@ -158,6 +161,27 @@ def test_state_is_shared_by_replicas(four_ranks: list[dict[str, Any]]) -> None:
         assert sum(of_rank["bytes"] for of_rank in found) == owners * in_all
         assert found[0]["complete"]
         assert found[0]["gathered"] == in_all - found[0]["bytes"]
+
+
+def test_replicas_are_given_as_much_of_every_shard(four_ranks: list[dict[str, Any]]) -> None:
+    """Blocks are dealt out to replicas, not to ranks whatever they hold, as the plan has it."""
+    optimizer = optimizer_of(parameters(SHAPES, dtype=torch.float32), distributed=None)
+    (engine,), (group,) = optimizer._engines[0], optimizer.param_groups
+    method, interval = group["preconditioner"], group["refresh"].interval
+    expected, otherwise = (
+        divide(
+            engine.division.whole,
+            lambda shape: method.block_flops(shape, interval),
+            [0.0] * 4,
+            0,
+            num_replicas=replicas,
+        ).by_rank
+        for replicas in (2, 1)
+    )
+    for of_rank in four_ranks:
+        tiles = of_rank["sharing"]["all"]["tiles"]
+        assert tiles == [own.tiles for own in expected]
+        assert tiles != [own.tiles for own in otherwise]
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
