@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import Placement
 
 from shampoo_core import DistributedShampoo, Distribution
-from shampoo_core.exchange import base
+from shampoo_core.exchange import base, distribution
 
 SHAPES = ((12, 20), (7,), (9, 9), (16, 5))
 PAIRS = Distribution(ranks_per_group=2)
@@ -69,6 +70,88 @@ def of_pairs() -> dict[str, Any]:
     except ValueError as error:
         found["refused"] = str(error)
     return found
+
+
+def a_mesh(*shape: int) -> Any:
+    """What is asked of a mesh, without the processes; its groups are its axes."""
+    return SimpleNamespace(
+        ndim=len(shape),
+        size=lambda axis: shape[axis],
+        mesh=torch.arange(torch.Size(shape).numel()).view(shape),
+        get_group=lambda axis: f"axis {axis}",
+    )
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of ranks and the size asked for, in place of the group that this rank is in."""
+    monkeypatch.setattr(distribution, "part_of_ranks", lambda rows, size: (rows, size))
+
+
+def neighbours(asked: int | None, *shape: int) -> Any:
+    last = len(shape) - 1
+    return distribution.neighbours(
+        "test", Distribution(ranks_per_group=asked), a_mesh(*shape), last
+    )
+
+
+@pytest.mark.usefixtures("parts")
+def test_neighbours_are_those_along_the_last_axis() -> None:
+    assert neighbours(None, 2, 4) == neighbours(4, 2, 4) == neighbours(8, 2, 4) == "axis 1"
+    assert neighbours(2, 2, 4) == ([[0, 1, 2, 3], [4, 5, 6, 7]], 2)
+    # Of the 6 ranks that there are 2 are a divisor, but not of the 3 along the axis.
+    with pytest.raises(ValueError, match=r"ranks_per_group=2\).* give a divisor of 3"):
+        neighbours(2, 2, 3)
+
+
+def replicas(asked: int | None, *shape: int) -> Any:
+    """Of rows that are split along the last axis."""
+    sharing, last = Distribution(ranks_per_group=asked), len(shape) - 1
+    return distribution.sharing_replicas("test", sharing, a_mesh(*shape), last)
+
+
+@pytest.mark.usefixtures("parts")
+def test_replicas_share_whole_or_not_at_all() -> None:
+    assert replicas(None, 4, 3) == "axis 0"
+    assert replicas(None, 4) is replicas(None, 1, 4) is None
+    assert replicas(1, 4, 3) is replicas(3, 4, 3) is None
+    # Ranks that hold the same rows lie across the mesh.
+    assert replicas(6, 4, 3) == ([[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]], 2)
+    for asked in (4, 5, 9, 15):
+        with pytest.raises(ValueError, match=f"={asked}.* give 3 times a divisor of 4"):
+            replicas(asked, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "made"),
+    [
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], [([0, 1], {}), ([2, 3], {}), ([4, 5], {}), ([6, 7], {})]),
+        # Ranks that are in none of the rows do not call: those of the group are all who do.
+        ([[1, 3, 5, 7]], [([5, 7], {"use_local_synchronization": True})]),
+    ],
+)
+def test_a_group_is_made_once_by_all_who_call(
+    rows: list[list[int]], made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class World:
+        pass
+
+    calls: list[Any] = []
+
+    def new_group(ranks: list[int], **options: Any) -> str:
+        calls.append((ranks, options))
+        return f"group {ranks}"
+
+    stand_in = SimpleNamespace(
+        get_rank=lambda: 7,
+        get_world_size=lambda: 8,
+        group=SimpleNamespace(WORLD=World()),
+        new_group=new_group,
+    )
+    monkeypatch.setattr(distribution, "dist", stand_in)
+    for _ in range(2):
+        assert distribution.part_of_ranks(rows, 2) == f"group {made[-1][0]}"
+        assert calls == made
 
 
 def test_pairs_share_parameters_of_every_kind(tmp_path: Path) -> None:
