@@ -182,3 +182,15 @@ def test_a_step_makes_gathered_state_old() -> None:
     optimizer.step()
     assert optimizer.gather_state() == 0
     assert optimizer.state_dict()["complete"]
+
+
+def test_an_entry_longer_than_a_message_has_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "MESSAGE_BYTES", 100)
+    sizes = [40, 10, 15, 30, 1]  # of 4 bytes; the third number is one of 8
+    entries = [
+        gathering._Entry((i, "x"), (size,), torch.float64 if i == 2 else torch.float32)
+        for i, size in enumerate(sizes)
+    ]
+    found = [[entry.key[0] for entry in message] for message in gathering._messages(entries)]
+    assert found == [[0], [1], [3], [4], [2]]
+    assert list(gathering._messages([])) == []
