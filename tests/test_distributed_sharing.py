@@ -30,6 +30,7 @@ from shampoo_core import (
     HeavyBall,
     WeightEMA,
 )
+from shampoo_core.exchange import agreement
 from shampoo_core.exchange.pieces import pieces_of
 from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
 
@@ -323,6 +324,25 @@ MESSAGES = {
 def test_every_rank_hears_how_ranks_differ(mistake: str, two_ranks: list[dict[str, Any]]) -> None:
     for found in two_ranks:
         assert MESSAGES[mistake] in found["mistakes"][mistake]
+
+
+@pytest.mark.parametrize("first_has_it", [True, False])
+def test_a_fact_that_one_rank_alone_has_is_named(
+    first_has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler made on one rank leaves an entry in its groups, say."""
+    everyone: list[Any] = [{"lr": "1", "initial_lr": "2"}, {"lr": "1"}]
+    if not first_has_it:
+        everyone.reverse()
+
+    def from_all(value: Any, group: Any) -> list[Any]:
+        return everyone if isinstance(value, dict) else ["a digest", "another"]
+
+    monkeypatch.setattr(agreement, "_from_all", from_all)
+    mine, theirs = ("2", "absent") if first_has_it else ("absent", "2")
+    expected = f"initial_lr is {mine} on rank 0 and {theirs} on rank 1"
+    with pytest.raises(ValueError, match=expected):
+        agreement.check_agreement("test", everyone[0], None)  # type: ignore[arg-type]
 
 
 def test_ranks_can_train_models_of_their_own(two_ranks: list[dict[str, Any]]) -> None:
