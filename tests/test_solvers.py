@@ -27,6 +27,7 @@ from shampoo_core.solvers import (
     coupled_newton,
     scaling,
 )
+from shampoo_core.solvers.base import Regularization
 from shampoo_core.solvers.precision import full_precision
 
 
@@ -320,6 +321,20 @@ def test_largest_entries_are_the_same_by_norm_and_by_extremes(
     expected = torch.cat([each.abs().flatten(1).amax(-1) for each in batches])
     for found in (by_extremes, scaling.largest_entries(batches)):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("ridges", [(1e-12, 0.0), (0.0, 1e-12)])
+def test_a_ridge_below_rounding_is_all_that_null_directions_have(
+    ridges: tuple[float, float],
+) -> None:
+    """Eigenvalues that rounding has made negative are taken for zero before it is added."""
+    values = torch.tensor([[1.0, 1e-3, -1e-8], [1.0, 0.0, -1.0]], dtype=torch.float64)
+    powers, accepted = scaling.spectral_power(
+        values, torch.ones(2, dtype=torch.float64), 0.25, Regularization(0.0, *ridges)
+    )
+    expected = (values.clamp_min(0.0) + 1e-12) ** -0.25
+    assert accepted.all()
+    torch.testing.assert_close(powers, expected, rtol=1e-9, atol=0.0)
 
 
 def test_examples_in_docstrings() -> None:

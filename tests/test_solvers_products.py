@@ -104,6 +104,20 @@ def test_the_ridge_floor(kind: type[MatrixProductSolver]) -> None:
     assert abs(largest / 1e-2**-0.25 - 1) < 1e-3
 
 
+@each_kind
+@pytest.mark.parametrize("ridge", [1e-6, 1e6])
+def test_a_ridge_is_a_matrix_beside_zeros_and_numbers_far_smaller(
+    kind: type[MatrixProductSolver], ridge: float
+) -> None:
+    """It is part of the size that matrices are divided by, which would be the smallest number else."""
+    matrices = torch.stack([torch.zeros(3, 3), 1e-37 * torch.eye(3)])
+    expected = ridge**-0.25 * torch.eye(3).expand(2, -1, -1)
+    for solver in (kind(eigh_fallback=False), EighSolver()):
+        result = solver.inverse_root(matrices, 0.25, ridge=ridge)
+        assert result.accepted.all()
+        torch.testing.assert_close(result.roots, expected, rtol=1e-5, atol=1e-5 * ridge**-0.25)
+
+
 @pytest.mark.parametrize("kind", [*NEWTON_KINDS, ChebyshevSolver])
 def test_what_does_not_converge_falls_back_or_is_reported(kind: type[MatrixProductSolver]) -> None:
     few = {"degree": 4} if kind is ChebyshevSolver else {"max_iterations": 3}
