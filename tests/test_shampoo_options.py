@@ -30,6 +30,7 @@ from shampoo_core.preconditioners.axes import (
     preconditioned_axes,
     root_limits,
 )
+from shampoo_core.refresh import FactorSlice
 from shampoo_core.stacks import StackSet
 
 SHAPE = (12, 9)
@@ -115,6 +116,56 @@ def test_statistics_of_every_third_step_weigh_what_three_steps_would() -> None:
             optimizer.step()
         ends.append(parameter.detach().numpy())
     np.testing.assert_allclose(ends[1], ends[0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("missing", [(), (3, 4)])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_corrected_factors_are_means_of_what_counted(
+    interval: int, missing: tuple[int, ...], storage: Any
+) -> None:
+    """Divided by the weight of the gradients in them, not by that of the grafting method's."""
+    shape = (6, 4, 3)
+    params = parameters([shape, (5, 4, 3)])
+    config = ShampooConfig(statistics_interval=interval, storage=storage)
+    optimizer = optimizer_for(params, preconditioner=config, betas=(0.9, 0.8), target_order=None)
+    (engine,) = optimizer._engines[0]
+    factors = engine.preconditioner.factors
+    sums, weight, decay = [np.zeros((d, d)) for d in shape], 0.0, 0.8**interval
+    for step in range(1, 8):
+        for index, parameter in enumerate(params):
+            parameter.grad = gradient(parameter, step, index)
+        if step == 1:
+            params[1].grad = None  # its first one counts at step 2, and is nothing to the other
+        if step in missing:
+            params[0].grad = None
+        elif step % interval == 1 % interval:
+            assert params[0].grad is not None
+            counted = params[0].grad.numpy().astype(np.float64)
+            for axis, old in enumerate(sums):
+                others = [other for other in range(3) if other != axis]
+                gram = np.tensordot(counted, counted, axes=(others, others))
+                sums[axis] = decay * old + (1 - decay) * gram
+            weight = decay * weight + 1 - decay
+        optimizer.step()
+        found = factors.corrected([FactorSlice(axis, 0, 1) for axis in range(3)])
+        for factor, expected in zip(found, sums, strict=True):
+            np.testing.assert_allclose(factor[0], expected / weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_factors_that_are_not_corrected_are_copied_for_the_solver(sums: bool) -> None:
+    (parameter,) = parameters([(6, 4)])
+    config = ShampooConfig(factor_decay=1.0 if sums else None)
+    optimizer = optimizer_for([parameter], preconditioner=config, bias_correction=sums)
+    parameter.grad = gradient(parameter, 1, 0)
+    optimizer.step()
+    factors = optimizer._engines[0][0].preconditioner.factors
+    where = [FactorSlice(0, 0, 1)]
+    factors.corrected(where)[0].zero_()
+    torch.testing.assert_close(
+        factors.corrected(where)[0][0], (1.0 if sums else 1e-3) * parameter.grad @ parameter.grad.T
+    )
 
 
 def test_a_test_of_eigenvectors_needs_a_solver_that_finds_them() -> None:
