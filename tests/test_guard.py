@@ -138,6 +138,19 @@ def test_a_refresh_is_counted_once(solver: Any) -> None:
     assert log_health(optimizer).refreshes == 2
 
 
+def test_without_a_finite_gradient_there_is_no_root_though_a_ridge_would_be_one() -> None:
+    params = parameters([(6, 4), (5, 3)])
+    config = ShampooConfig(ridge=1e-3)
+    optimizer = optimizer_for(params, preconditioner=config, refresh=FixedRefresh(100, 1))
+    poison(params, float("nan"))
+    optimizer.step()
+    for parameter, refreshes in zip(params, (0, 1), strict=True):
+        state = optimizer.state[parameter]
+        for axis in ("axis0", "axis1"):
+            assert state[f"block.0.0.refreshes.{axis}"] == refreshes
+            assert state[f"block.0.0.failures.{axis}"] == 0
+
+
 def test_parameters_that_are_never_used_are_no_failures(caplog: pytest.LogCaptureFixture) -> None:
     params = parameters([(8, 8), (8, 8)])
     optimizer = optimizer_for(params, refresh=FixedRefresh(2))
