@@ -154,7 +154,7 @@ def test_the_length_of_a_run_is_that_of_its_schedule(
 
 
 def test_averages_forget_within_a_hundredth_of_the_run() -> None:
-    for step_hint in (600, 10_000, 200_000):
+    for step_hint in (600, 2_600, 10_000, 200_000):
         fitted = pace(dataclasses.replace(SELF_TUNING, step_hint_factor=1.0), step_hint)
         window = fitted.average_interval / (1.0 - fitted.average_decay)
         assert window == pytest.approx(max(SHORTEST_AVERAGE_WINDOW, AVERAGE_WINDOW * step_hint))
