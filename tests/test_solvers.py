@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -321,6 +322,27 @@ def test_largest_entries_are_the_same_by_norm_and_by_extremes(
     expected = torch.cat([each.abs().flatten(1).amax(-1) for each in batches])
     for found in (by_extremes, scaling.largest_entries(batches)):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "solver", [EighSolver(), EighSolver(double_precision=True), OrthogonalIterationSolver()]
+)
+def test_eigenvectors_that_come_with_roots_are_those_of_the_matrices(solver: Any) -> None:
+    """Orthonormal, and the roots are diagonal in them: a refresh that tests them keeps them."""
+    spread = torch.linspace(1.0, 100.0, 12, dtype=torch.float64).diag()
+    turns = torch.linalg.qr(torch.randn(3, 12, 12, dtype=torch.float64)).Q
+    matrices = turns @ spread @ turns.mT
+    result = solver.inverse_root(matrices, 0.25, warm_start=turns.flip(-1).contiguous())
+    vectors = result.eigenvectors
+    identity = torch.eye(12, dtype=torch.float64).expand(3, -1, -1)
+    torch.testing.assert_close(vectors.mT @ vectors, identity)
+    for matrix, expected in (
+        (matrices, spread),
+        (result.roots, spread.diagonal().pow(-0.25).diag()),
+    ):
+        found = vectors.mT @ matrix @ vectors
+        largest_first = expected.diagonal().flip(0).diag().expand(3, -1, -1)
+        torch.testing.assert_close(found, largest_first, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("ridges", [(1e-12, 0.0), (0.0, 1e-12)])
