@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quadratic import optimizer_for, parameters, run
+from quadratic import gradient, optimizer_for, parameters, run
 from test_state import saved
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -68,6 +68,24 @@ def test_arrivals_that_cannot_be_are_refused(arrivals: Any) -> None:
     state["param_groups"][0]["arrivals"] = arrivals
     with pytest.raises(ValueError, match="arrivals of group 0"):
         optimizer.load_state_dict(state)
+
+
+def test_arrivals_are_numbered_in_the_order_of_allocation() -> None:
+    params = parameters([(4, 4), (3,), (2, 5)])
+    for parameter in params[1:]:
+        parameter.requires_grad_(False)
+    optimizer = optimizer_for(params)
+    (group,) = optimizer.param_groups
+    assert group["arrivals"] == [0, -1, -1]
+    for step, (come, expected) in enumerate([([0, 2], [0, -1, 1]), ([0, 1, 2], [0, 2, 1])], 1):
+        for index in come:
+            params[index].requires_grad_()
+            params[index].grad = gradient(params[index], step, index)
+        optimizer.step()
+        assert group["arrivals"] == expected
+        assert [engine.stack_set.parameters for engine in optimizer._engines[0]] == [
+            [expected.index(number)] for number in range(max(expected) + 1)
+        ]
 
 
 def test_a_wrapper_that_shares_attributes_shares_the_status() -> None:
