@@ -24,7 +24,10 @@ from shampoo_core import (
     RMSpropGrafting,
     ShampooConfig,
 )
+from shampoo_core.blocking import tiles_of
+from shampoo_core.gradients import StackedGradients
 from shampoo_core.model_shapes import workload_shapes
+from shampoo_core.moments import MovingAverage
 from shampoo_core.preconditioners.turns import turn_of, turn_of_rounded
 from shampoo_core.refresh import FactorSlice, FactorStackSize
 from shampoo_core.stacks import StackSet
@@ -370,3 +373,29 @@ def test_turns_of_rounded_bases_neither_lengthen_nor_shorten() -> None:
     assert (lengths - 1.0).abs().max() < 1e-3
     still = turn_of_rounded(sizes * old, sizes * old)
     assert torch.equal(still, torch.eye(24).expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("storage", ["8bit", "4bit"])
+@pytest.mark.parametrize("options", [{}, {"bias_correction": False}, {"decay": 1.0}])
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_every_way_of_averaging_keeps_what_it_made(
+    is_missing: bool, options: dict[str, Any], storage: Any
+) -> None:
+    tiles = [tile for index in range(2) for tile in tiles_of(index, (8, 24), None)]
+    stack_set = StackSet(tiles, dtype=torch.float32, device=torch.device("cpu"))
+    is_open = torch.tensor([1.0, 0.0]) if is_missing else torch.ones(2)
+    presence = is_open if is_missing else None
+    for kind in ("first", "second"):
+        kept, exact = (
+            MovingAverage(stack_set, **{"decay": 0.8, **options}, storage=how, kind=kind)
+            for how in (storage, "dense")
+        )
+        for _ in range(4):
+            stacks = [torch.randn(2, 8, 24) * is_open[:, None, None]]
+            for average in (kept, exact):
+                absorb = average.absorb if kind == "first" else average.absorb_squares
+                absorb(StackedGradients(stacks, is_open, presence))
+        assert torch.equal(kept.weight, exact.weight)
+        (found,), (expected,) = kept.average, exact.average
+        assert expected[0].count_nonzero() == expected[0].numel()
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.01)
