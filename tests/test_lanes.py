@@ -21,6 +21,7 @@ from shampoo_core.exchange.division import Division
 from shampoo_core.exchange.lanes import Crew, Lane, lanes_of
 from shampoo_core.exchange.orders import Order, View
 from shampoo_core.exchange.pieces import held_rows
+from shampoo_core.exchange.sharded import StackedWeights
 from shampoo_core.live_memory import LiveMemory
 
 SIDES = st.sampled_from([1, 2, 3, 5, 8, 12, 16, 24, 32])
@@ -214,3 +215,11 @@ def test_pieces_take_a_few_operations_whatever_their_number() -> None:
         wide.held.write(message, flat)
     names = [operation.name for operation in counter.operations]
     assert names == ["aten::index_select", "aten::index_copy_"]
+
+
+def test_weights_that_came_are_copied_for_whoever_asks() -> None:
+    """As those that a rank holds are: a rule of averaging changes what it is given."""
+    came = torch.ones(2, 3)
+    (stack,) = StackedWeights([came]).stacks()
+    stack.zero_()
+    assert torch.equal(came, torch.ones(2, 3))
