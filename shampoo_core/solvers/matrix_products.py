@@ -82,7 +82,7 @@ class MatrixProductSolver(ManyBatchesSolver):
     def _fraction(self, exponent: float) -> Fraction:
         """Return the exponent as a fraction, or say that this method cannot do it."""
         fraction = Fraction(exponent).limit_denominator(MAX_DENOMINATOR)
-        if fraction == 0 or abs(float(fraction) / exponent - 1) > 1e-9:
+        if abs(float(fraction) / exponent - 1) > 1e-9:
             raise ValueError(
                 f"exponent must be a fraction q/p with p <= {MAX_DENOMINATOR} for "
                 f"{type(self).__name__}, got {exponent}; use EighSolver for any other"
