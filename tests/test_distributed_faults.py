@@ -158,9 +158,10 @@ def test_states_of_something_else_are_named(tmp_path: Path) -> None:
         optimizer.load_state_dict(foreign)
     with pytest.raises(ValueError, match="it has nothing"):
         optimizer.load_state_dict({})
-    other = {**optimizer.state_dict(), "format_version": 99}
-    with pytest.raises(ValueError, match="format version 99, this release reads 2"):
-        optimizer.load_state_dict(other)
+    for version in (1, 99):
+        other = {**optimizer.state_dict(), "format_version": version}
+        with pytest.raises(ValueError, match=f"format version {version}, this release reads 2"):
+            optimizer.load_state_dict(other)
     assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
 
 
