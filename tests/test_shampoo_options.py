@@ -26,6 +26,7 @@ from shampoo_core import (
 from shampoo_core.blocking import tiles_of
 from shampoo_core.preconditioners.axes import (
     SIDES,
+    axes_with_factor,
     inverse_exponents,
     preconditioned_axes,
     root_limits,
@@ -234,3 +235,20 @@ def test_one_side_has_its_own_exponent_in_blocks_with_axes_of_length_one() -> No
     assert found["all"] == {((100, 1024), 0.25), ((100, 1), 0.25)}
     assert found["first"] == {((100, 1024), 0.5), ((100, 1), 0.5)}
     assert found["last"] == {((100, 1024), 0.5)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "of_vectors", "expected"),
+    [
+        ((5,), False, []),
+        ((5,), True, [0]),
+        ((1,), True, [0]),
+        ((1, 5), True, [1]),
+        ((1, 1), True, []),
+        ((4, 5), False, [0, 1]),
+    ],
+)
+def test_an_axis_of_length_one_has_a_factor_only_where_it_is_all(
+    shape: tuple[int, ...], of_vectors: bool, expected: list[int]
+) -> None:
+    assert axes_with_factor(shape, precondition_vectors=of_vectors) == expected
