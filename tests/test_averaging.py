@@ -250,10 +250,13 @@ def test_steps_without_a_gradient_do_not_count(averaging: Any) -> None:
 def test_a_parameter_that_was_never_stepped_is_evaluated_as_it_is(name: str) -> None:
     params = parameters([(6, 4), (3,)])
     optimizer = optimizer_for(params, averaging=AVERAGING[name], betas=(0.0, 0.9))
-    before = params[1].detach().clone()
+    before = [parameter.detach().clone() for parameter in params]
+    optimizer.eval()
+    assert_same(params, before)
+    optimizer.train()
     run(optimizer, params[:1], range(1, 5))
     optimizer.eval()
-    assert_same(params[1:], [before])
+    assert_same(params[1:], before[1:])
 
 
 def test_all_of_a_schedule_free_average_is_saved() -> None:
