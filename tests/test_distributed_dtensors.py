@@ -46,13 +46,13 @@ def gradients(steps: int) -> list[Tensor]:
     return [torch.randn(6, 4, generator=generator) for _ in range(steps)]
 
 
-def of_partial_sums() -> dict[str, tuple[Tensor, Tensor]]:
+def of_partial_sums(placement: Placement) -> dict[str, tuple[Tensor, Tensor]]:
     """By method: weights after steps on sums that are still to be made, and of one process."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     rank = dist.get_rank()
     found = {}
     for name, config in METHODS.items():
-        shared = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Replicate()]))
+        shared = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [placement]))
         alone = nn.Parameter(torch.ones(6, 4))
         ours, single = (
             optimizer_of([shared], config),
@@ -65,7 +65,7 @@ def of_partial_sums() -> dict[str, tuple[Tensor, Tensor]]:
             shared.grad = type(shared.data).from_local(part, mesh, [Partial()])
             ours.step()
             single.step()
-        found[name] = shared.to_local().detach().clone(), alone.detach().clone()
+        found[name] = shared.data.full_tensor(), alone.detach().clone()  # type: ignore[attr-defined]
     return found
 
 
@@ -140,7 +140,10 @@ def from_a_full_state() -> tuple[list[Tensor], list[Tensor]]:
 
 def everything() -> dict[str, Any]:
     return {
-        "partial": of_partial_sums(),
+        "partial": {
+            "whole": of_partial_sums(Replicate()),
+            "sharded": of_partial_sums(Shard(0)),
+        },
         "finer": of_finer_gradients() if HAS_GRADIENT_DTYPES else None,
         "full": from_a_full_state(),
     }
@@ -151,11 +154,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_ranks(2, tmp_path_factory.mktemp("ranks"), everything)
 
 
+@pytest.mark.parametrize("where", ["whole", "sharded"])
 @pytest.mark.parametrize("name", METHODS)
-def test_partial_sums_are_summed_first(name: str, two_ranks: list[dict[str, Any]]) -> None:
+def test_partial_sums_are_summed_first(
+    name: str, where: str, two_ranks: list[dict[str, Any]]
+) -> None:
     """As of torch's SequenceParallel, whose norms have whole weights and gradients in parts."""
     for found in two_ranks:
-        shared, alone = found["partial"][name]
+        shared, alone = found["partial"][where][name]
         assert (alone - 1.0).abs().max() > 0.1
         torch.testing.assert_close(shared, alone, atol=1e-5, rtol=0.0)
 
