@@ -75,6 +75,12 @@ def on_each_rank(rank: int, folder: Path) -> None:
     again = Wrapper(first).wrapped(first.module)
     assert isinstance(again, DistributedDataParallel)
     outcome["keeps_options"] = again.find_unused_parameters and not again.static_graph
+    compiled: Any = torch.compile(first)  # as some workloads hand it over
+    bare = Wrapper(compiled).wrapped(first.module)
+    assert isinstance(bare, DistributedDataParallel)
+    outcome["looks_behind_compilation"] = (
+        Wrapper(compiled).wrapped(compiled) is compiled and bare.find_unused_parameters
+    )
     batch = batch_of(rank)
     loss = mean_loss(ToyWorkload(), batch, model(batch["inputs"]), 0.1)
     loss.backward()
@@ -82,6 +88,8 @@ def on_each_rank(rank: int, folder: Path) -> None:
     outcome["loss"] = averaged_over_ranks(loss.detach())
 
     outcome["interval"] = measured_interval(refresh_seconds=0.04 if rank == 0 else 0.3)
+
+    outcome["sharing"] = RefreshCost(8, 10_000, torch.device("cpu")).policy.ranks
 
     run = Run(namespace(averaging="weight_ema"), step_hint=40)
     run.model.bn.momentum = 1e-3  # all batches count alike
@@ -122,12 +130,14 @@ def test_a_bare_module_is_wrapped_once_and_as_at_first(outcomes: list[dict[str, 
         assert outcome["is_wrapped"]
         assert outcome["is_wrapped_once"]
         assert outcome["keeps_options"]
+        assert outcome["looks_behind_compilation"]
 
 
 def test_ranks_refresh_alike_though_they_measure_otherwise(outcomes: list[dict[str, Any]]) -> None:
     """The slowest is who all wait for; the other one, alone, would have halved the interval."""
     assert [outcome["interval"] for outcome in outcomes] == [16, 16]
     assert measured_interval(refresh_seconds=0.04) == 4
+    assert [outcome["sharing"] for outcome in outcomes] == [NUM_RANKS, NUM_RANKS]
 
 
 @pytest.mark.parametrize("weights", ["trained", "evaluated", "statistics"])
