@@ -30,6 +30,7 @@ from shampoo_core import (
     StaggeredRefresh,
     WeightEMA,
 )
+from shampoo_core.checkpoint import changed_entries
 
 METHODS: dict[str, dict[str, Any]] = {
     "shampoo": {"refresh": FixedRefresh(4)},
@@ -295,3 +296,21 @@ def test_a_state_of_a_longer_parameter_is_refused() -> None:
     run(optimizer, [longer], range(1, 3))
     with pytest.raises(ValueError, match=r"does not fit: missing \[\], unknown \['block\.1\.0\."):
         optimizer_for([own]).load_state_dict(saved(optimizer))
+
+
+def test_what_was_saved_as_a_description_is_not_loaded() -> None:
+    """What schedulers keep in a group is, unless it is here of another type than in the checkpoint."""
+    here = {"lr": 0.1, "step": 3, "warm": 2, "kept": torch.float32, "betas": (0.9, 0.99)}
+    saved = {
+        "lr": torch.tensor(0.2),
+        "step": 7,
+        "warm": 5,
+        "new": [1],
+        "kept": "torch.float32",
+        "betas": [0.5, 0.5],
+        "params": [0],
+        "arrivals": [0],
+    }
+    found = changed_entries(here, ("betas",), saved)
+    assert found == {"lr": torch.tensor(0.2), "step": 7, "warm": 5, "new": [1]}
+    assert found["new"] is not saved["new"]
