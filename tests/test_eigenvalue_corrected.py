@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import reference
+import torch
 from quadratic import assert_same, optimizer_for, parameters, run
 from reference.algebra import Array
 from trajectories import assert_follows
 
 from shampoo_core import AdamConfig, AdaptiveRefresh, EigenvalueCorrectedConfig, FixedRefresh
+from shampoo_core.preconditioners.basis_change import turned_squares
+from shampoo_core.preconditioners.factor_matrices import Replacement
+from shampoo_core.refresh import FactorSlice
 from shampoo_core.solvers import OrthogonalIterationSolver
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -111,3 +115,15 @@ def test_before_the_first_basis_it_is_adam() -> None:
     run(first, ours, range(1, 21))
     run(second, theirs, range(1, 21))
     assert_same(ours, theirs, 1e-12)
+
+
+def test_second_moments_follow_their_columns_by_one_rule_alone() -> None:
+    """A solver says which column continues which, whether or not anybody asks."""
+    order = torch.tensor([[2, 0, 1]])
+    change = Replacement(FactorSlice(0, 0, 1), -torch.eye(3)[None, :, order[0]], order)
+    blocks = torch.arange(6.0).view(1, 2, 3)
+    assert turned_squares(blocks, 1, change, "keep") is None
+    assert turned_squares(blocks, 1, change._replace(order=None), "permute") is None
+    for rule in ("permute", "transport"):
+        assert torch.equal(turned_squares(blocks, 1, change, rule), blocks[:, :, order[0]])
+    assert torch.equal(change.turn, -torch.eye(3)[None, :, order[0]])  # others need it
