@@ -137,7 +137,7 @@ class DistributedShampoo(WithLoadHooks):
             max_wave_numel=max_wave_numel,
             maximize=maximize,
         )
-        self._exchanges: Exchanges | None = None
+        self._exchanges: Exchanges  # made when the groups are known
         self._owned: list[GroupEngines] = []
         self._status = Status()
         super().__init__(params, defaults)
@@ -166,7 +166,7 @@ class DistributedShampoo(WithLoadHooks):
             # Schedulers overwrite lr at once, so that its peak has to be kept here.
             group["peak_lr"] = float(group["lr"])
             group["step"] = 0
-            if self._exchanges is not None:
+            if hasattr(self, "_exchanges"):
                 self._exchanges.check_agreement(facts(self.param_groups))
                 self._start(group)
             undo.pop_all()  # nothing was refused
@@ -179,7 +179,6 @@ class DistributedShampoo(WithLoadHooks):
 
     def _start(self, group: dict[str, Any]) -> None:
         """Allocate state for the parameters of a new group that require a gradient."""
-        assert self._exchanges is not None
         self._owned.append(GroupEngines(group, tuple(self.defaults), self._exchanges))
         self._show_state(self._owned[-1])
 
@@ -236,16 +235,13 @@ class DistributedShampoo(WithLoadHooks):
                     self._show_state(own)
                 own.group["step"] += 1
             tasks += [Task(engine, own.group, gradients) for engine in own.engines]
-        is_alone = self._exchanges is None or self._exchanges.group is None
-        # What ranks send each other no compiler can follow.
-        run = deliver if is_alone else torch.compiler.disable(deliver)
-        run(tasks, updates)
+        deliver(tasks, updates)
         return loss
 
     @torch.compiler.disable
     def _check_replicas(self) -> None:
         """At the first step: raise where ranks hold different weights."""
-        if self._exchanges is not None and not self._status.replicas_checked:
+        if not self._status.replicas_checked:
             self._exchanges.check_replicas([p for g in self.param_groups for p in g["params"]])
             self._status.replicas_checked = True
 
@@ -310,7 +306,7 @@ class DistributedShampoo(WithLoadHooks):
         Returns:
             Bytes that were sent to rank 0; 0 on other ranks.
         """
-        group = None if self._exchanges is None else self._exchanges.group
+        group = self._exchanges.group
         if group is None:
             return 0
         for own in self._owned:
@@ -339,8 +335,7 @@ class DistributedShampoo(WithLoadHooks):
             describe({**group, **own.constants})
             for own, group in zip(self._owned, state_dict["param_groups"], strict=True)
         ]
-        group = None if self._exchanges is None else self._exchanges.group
-        state_dict["complete"] = has_all_state(group, self._status.gathered)
+        state_dict["complete"] = has_all_state(self._exchanges.group, self._status.gathered)
         # Dicts of its own: train() takes entries out of those of the optimizer.
         state = {index: dict(entries) for index, entries in state_dict["state"].items()}
         for (index, name), tensor in (self._status.gathered or {}).items():
@@ -376,7 +371,6 @@ class DistributedShampoo(WithLoadHooks):
         fitted: list[Fitted] = []
         kept_aside: dict[Tensor, Tensor] = {}
         complete = state_dict["complete"]
-        assert self._exchanges is not None
         with self._exchanges.loads_unless_refused():
             for index, (own, saved) in enumerate(zip(self._owned, saved_groups, strict=True)):
                 states = [state_dict["state"].get(key, {}) for key in saved["params"]]

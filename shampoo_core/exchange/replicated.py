@@ -65,6 +65,7 @@ class ReplicatedExchange:
         """See `Exchange`; slices, one request at a time."""
         return map(slices, requests)
 
+    @torch.compiler.disable  # no compiler follows what ranks send each other
     def deliver(self, results: Iterable[Result], *, exact: bool = False) -> None:
         """See `Exchange`; one all-gather per device and dtype, or per result with overlap."""
         if self._overlap:

@@ -5,6 +5,7 @@ To read in this order:
     base                  what a preconditioner is
     diagonal              SGD, AdaGrad, RMSprop, Adam, AdaGrad by rows
     axes, checks          which axes have a factor, and which options are refused
+    batches               what a solver is given, and gives back
     factor_matrices       one root or basis per factor, made anew when due
     readiness             which of these have been made once
     shampoo               stored roots; with `roots`, what is done before and behind a solver

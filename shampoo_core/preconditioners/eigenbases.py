@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shampoo_core.preconditioners.factor_matrices import Batch, Solution, Solve
+from shampoo_core.preconditioners.batches import Batch, Solution, Solve
 from shampoo_core.solvers import BasisSolver
 
 

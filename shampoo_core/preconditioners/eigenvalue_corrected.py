@@ -43,9 +43,10 @@ from shampoo_core.preconditioners.basis_change import (
     turn_first_moment,
     turn_second_moment,
 )
+from shampoo_core.preconditioners.batches import Solve
 from shampoo_core.preconditioners.checks import check_basis_solver, refuse_grafting
 from shampoo_core.preconditioners.eigenbases import eigenbases
-from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Solve
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices
 from shampoo_core.refresh import FactorSlice, RefreshPolicy, whole_stacks
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.stacks import StackSet

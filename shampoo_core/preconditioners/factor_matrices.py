@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from shampoo_core.config import Storage
+from shampoo_core.preconditioners.batches import Batch, Solution, Solve, has_gradient
 from shampoo_core.preconditioners.readiness import Readiness
 from shampoo_core.preconditioners.turns import turn_of, turn_of_rounded
 from shampoo_core.refresh import FactorSlice, joined, portions, singles
@@ -33,29 +34,6 @@ from shampoo_core.statistics import (
 from shampoo_core.storage import MatrixKind, matrix_store
 
 
-class Solution(NamedTuple):
-    """The new matrices of a batch of K factors."""
-
-    matrices: Tensor
-    """(K, d, d)."""
-    accepted: Tensor
-    """(K,) bool; the old matrix stays where it is false."""
-    order: Tensor | None = None
-    """(K, d): the old column that a new one continues; None where columns are not continued."""
-
-
-class Batch(NamedTuple):
-    """Due factors of one size and exponent."""
-
-    factors: Tensor
-    """(K, d, d), bias-corrected copies, which the solver may overwrite."""
-    exponent: float
-    read_old: Callable[[], Tensor]
-    """Gives (K, d, d), the matrices so far; maybe a view, so not to be written to."""
-    limit: float = math.inf
-    """What the norm of a new matrix has to stay below."""
-
-
 class Stale(NamedTuple):
     """What a test of due factors found."""
 
@@ -68,9 +46,6 @@ class Stale(NamedTuple):
     may_wait: bool
     """Whether the solver may ask the host what failed, to fall back on safer means."""
 
-
-Solve = Callable[[list[Batch]], list[Solution]]
-"""Computes new matrices, batch by batch."""
 
 TooOld = Callable[[FactorSlice, Tensor, Tensor], Tensor]
 """Given a slice of factors, their bases Q (K, d, d) and the diagonals (K, d) of Q^T A Q: (K,) bool, whether
@@ -172,9 +147,9 @@ class FactorMatrices:
             (K,) bool for all slices, what `write` is to know.
         """
         batches = self._batches(due)
-        has_gradient = _has_gradient(batches)
-        self.write(due, solve(batches), has_gradient)
-        return has_gradient
+        known = has_gradient(batches)
+        self.write(due, solve(batches), known)
+        return known
 
     @torch.compiler.disable
     def replace(self, due: Sequence[FactorSlice], solve: Solve) -> list[Replacement]:
@@ -186,12 +161,12 @@ class FactorMatrices:
         groups = [group for _, group in self._grouped(due)]
         slices = list(itertools.chain.from_iterable(groups))
         batches = self._batches(due)
-        has_gradient = _has_gradient(batches)
+        known = has_gradient(batches)
         solutions = solve(batches)
         del batches
         orders = list(itertools.chain.from_iterable(map(_orders, groups, solutions)))
         old = [matrices.clone() for matrices in self._store.read(slices)]
-        self.write(due, solutions, has_gradient)
+        self.write(due, solutions, known)
         del solutions  # as large as what follows
         new = self._store.read(slices)  # what was accepted, as it is kept
         turn = turn_of_rounded if self._is_rounded else turn_of
@@ -200,21 +175,21 @@ class FactorMatrices:
 
     @torch.compiler.disable
     def write(
-        self, due: Sequence[FactorSlice], solutions: Sequence[Solution], has_gradient: Tensor
+        self, due: Sequence[FactorSlice], solutions: Sequence[Solution], known: Tensor
     ) -> None:
         """Put what was accepted into the place of the old matrices, and count.
 
         Args:
             due: Slices of factor stacks.
             solutions: Of the batches that a solver was given for them.
-            has_gradient: (K,) bool, batch by batch, whether a factor has any gradient in it. What has none
+            known: (K,) bool, batch by batch, whether a factor has any gradient in it. What has none
                 has no root or basis to find, so that none failed; an absolute ridge alone would be one.
         """
         groups = [group for _, group in self._grouped(due)]
         slices = list(itertools.chain.from_iterable(groups))
         counts = [item.stop - item.start for item in slices]
-        accepted = torch.cat([solution.accepted for solution in solutions]) & has_gradient
-        failed = has_gradient & ~accepted
+        accepted = torch.cat([solution.accepted for solution in solutions]) & known
+        failed = known & ~accepted
         weights = accepted.to(solutions[0].matrices.dtype).split(counts)
         new: list[Tensor] = []
         for group, solution in zip(groups, solutions, strict=True):
@@ -378,13 +353,6 @@ class FactorMatrices:
             key = (self._factors.sizes[item.stack].dimension, self._exponents[item.stack])
             groups.setdefault(key, []).append(item)
         return [(exponent, group) for (_, exponent), group in groups.items()]
-
-
-def _has_gradient(batches: Sequence[Batch]) -> Tensor:
-    """(K,) bool: whether factors are not zero; those that are not finite are not."""
-    factors = [factor for batch in batches for factor in batch.factors]
-    # Sums of absolute values: the smallest squares would be zero.
-    return torch.stack(list(torch._foreach_norm(factors, ord=1))) != 0
 
 
 def _orders(group: Sequence[FactorSlice], solution: Solution) -> Sequence[Tensor | None]:

@@ -30,14 +30,9 @@ from torch import Tensor
 from shampoo_core.config import Storage
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.preconditioners.basis_change import SecondMoments, turned_squares
+from shampoo_core.preconditioners.batches import Batch, Solution, Solve
 from shampoo_core.preconditioners.eigenbases import eigenbases
-from shampoo_core.preconditioners.factor_matrices import (
-    Batch,
-    FactorMatrices,
-    Replacement,
-    Solution,
-    Solve,
-)
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices, Replacement
 from shampoo_core.refresh import FactorSlice
 from shampoo_core.solvers import BasisSolver
 from shampoo_core.solvers.precision import full_precision

@@ -48,12 +48,13 @@ from shampoo_core.preconditioners.axes import (
     preconditioned_axes,
     root_limits,
 )
+from shampoo_core.preconditioners.batches import Batch, Solution
 from shampoo_core.preconditioners.checks import (
     check_default_exponents,
     check_regularizers,
     check_root_solver,
 )
-from shampoo_core.preconditioners.factor_matrices import Batch, FactorMatrices, Solution
+from shampoo_core.preconditioners.factor_matrices import FactorMatrices
 from shampoo_core.preconditioners.roots import limited, scale_by_trace
 from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
@@ -353,8 +354,8 @@ class Shampoo:
                 if result.eigenvectors is not None
             ]
 
-        has_gradient = bases.refresh(due, solve_in_basis)
-        self.roots.write(due, solved, has_gradient)
+        known = bases.refresh(due, solve_in_basis)
+        self.roots.write(due, solved, known)
 
     def _solve(self, solver: RootSolver, batches: list[Batch]) -> list[Solution]:
         results = self._inverse_roots(solver, batches, None)
