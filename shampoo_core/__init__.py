@@ -1,9 +1,11 @@
 """Distributed Shampoo: blocked, batched by block shape, every state in a checkpoint.
 
-Everything a user needs is exported here; `DistributedShampoo` is the place to start reading.
+Everything a user needs is exported here; `DistributedShampoo` is the place to start reading. A schedule of
+one's own is a `RefreshPolicy`, which is given `FactorStackSize`s and answers with `FactorSlice`s.
 """
 
 from shampoo_core.averaging import (
+    AveragingConfig,
     HeavyBall,
     LatestWeightAverage,
     PrimalAveraging,
@@ -29,7 +31,10 @@ from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.preconditioners.spectral import SpectralConfig
 from shampoo_core.refresh import (
     AdaptiveRefresh,
+    FactorSlice,
+    FactorStackSize,
     FixedRefresh,
+    RefreshPolicy,
     StaggeredAdaptiveRefresh,
     StaggeredRefresh,
 )
@@ -48,12 +53,15 @@ __all__ = [
     "AdamConfig",
     "AdamGrafting",
     "AdaptiveRefresh",
+    "AveragingConfig",
     "ChebyshevSolver",
     "CoupledNewtonSolver",
     "DistributedShampoo",
     "Distribution",
     "EigenvalueCorrectedConfig",
     "EighSolver",
+    "FactorSlice",
+    "FactorStackSize",
     "FixedRefresh",
     "HealthReport",
     "HeavyBall",
@@ -67,6 +75,7 @@ __all__ = [
     "PrimalAveraging",
     "RMSpropConfig",
     "RMSpropGrafting",
+    "RefreshPolicy",
     "RowWiseAdaGradConfig",
     "SGDConfig",
     "SGDGrafting",

@@ -133,7 +133,7 @@ class GroupEngines:
     def _warn_of_coarse_weights(self) -> None:
         """Warn where rounded training weights would lead evaluated ones away, which are made of them."""
         averaging = self.group["averaging"]
-        if not getattr(averaging, "extrapolates", False):
+        if averaging is None or not averaging.extrapolates:
             return
         coarse = {str(p.dtype) for p in self._parameters if p.dtype != state_dtype(p)}
         if coarse:
@@ -154,7 +154,8 @@ class GroupEngines:
         if together is None or not has_factors or together >= num_owners or divisions[0].rank:
             return
         layouts = [layout for division in divisions for layout in division.whole.layouts]
-        work = sum(one.num_blocks * sum(float(d) ** 3 for d in one.block_shape) for one in layouts)
+        matrices = [one for one in layouts if len(one.block_shape) > 1]  # vectors have no factor
+        work = sum(one.num_blocks * sum(float(d) ** 3 for d in one.block_shape) for one in matrices)
         if work <= SMALLEST_SHARE:  # all at once, so that all have work
             return
         LOGGER.warning(

@@ -9,18 +9,18 @@ from torch import nn
 
 from shampoo_core import (
     AdamConfig,
+    AveragingConfig,
     DistributedShampoo,
     EigenvalueCorrectedConfig,
     HeavyBall,
     OrthogonalIterationSolver,
     PrimalAveraging,
+    RefreshPolicy,
     ScheduleFree,
     ShampooConfig,
     SpectralConfig,
     WeightEMA,
 )
-from shampoo_core.averaging import AveragingConfig
-from shampoo_core.refresh import RefreshPolicy
 
 from .hyperparameters import Hyperparameters
 from .pace import Pace

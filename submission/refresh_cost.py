@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from absl import logging
 
-from shampoo_core import StaggeredRefresh
-from shampoo_core.refresh import FactorSlice, FactorStackSize
+from shampoo_core import FactorSlice, FactorStackSize, StaggeredRefresh
 
 from .objective import world_size
 from .pace import REFRESHES_PER_RUN

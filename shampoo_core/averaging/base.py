@@ -126,6 +126,10 @@ class AveragingConfig(Protocol):
     def leaves_decay(self) -> bool:
         """Whether updates leave decay to whoever holds the weights, see `Update.decay`."""
 
+    @property
+    def extrapolates(self) -> bool:
+        """Whether evaluated weights lie beyond the training weights: rounding these leads them away."""
+
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """Whether a step needs the weights for this rule, the same for all blocks and on all ranks.
 

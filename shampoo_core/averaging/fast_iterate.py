@@ -52,8 +52,8 @@ class ScheduleFree:
             owner, "interpolation", self.interpolation,
             low=0.0, high=1.0, low_open=True, high_open=True,
         )  # fmt: skip
-        check_range(owner, "weight_power", self.weight_power, low=0.0)
-        check_range(owner, "step_power", self.step_power, low=0.0)
+        check_range(owner, "weight_power", self.weight_power, low=0.0, high_open=True)
+        check_range(owner, "step_power", self.step_power, low=0.0, high_open=True)
         check_choice(owner, "decay_at", self.decay_at, DECAY_PLACES)
 
     @property
@@ -63,7 +63,7 @@ class ScheduleFree:
 
     @property
     def extrapolates(self) -> bool:
-        """Whether evaluated weights lie beyond the training weights, as they are held, seen from z."""
+        """See `AveragingConfig`: seen from z, evaluated weights lie beyond the training weights."""
         return True
 
     @property

@@ -56,6 +56,11 @@ class HeavyBall:
         """See `AveragingConfig`: decay has momentum, too."""
         return False
 
+    @property
+    def extrapolates(self) -> bool:
+        """See `AveragingConfig`."""
+        return False
+
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """See `AveragingConfig`."""
         return False

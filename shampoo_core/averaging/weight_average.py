@@ -59,6 +59,11 @@ class WeightEMA:
         """See `AveragingConfig`."""
         return True
 
+    @property
+    def extrapolates(self) -> bool:
+        """See `AveragingConfig`."""
+        return False
+
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """See `AveragingConfig`."""
         return first or step % self.interval == 0
@@ -147,6 +152,11 @@ class LatestWeightAverage:
     def leaves_decay(self) -> bool:
         """See `AveragingConfig`."""
         return True
+
+    @property
+    def extrapolates(self) -> bool:
+        """See `AveragingConfig`."""
+        return False
 
     def reads_weights(self, step: int, *, first: bool) -> bool:
         """See `AveragingConfig`."""

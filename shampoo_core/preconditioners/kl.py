@@ -95,7 +95,10 @@ class KLShampooConfig:
         check_flags(self)
         check_basis_solver(owner, self.solver)
         check_choice(owner, "second_moments", self.second_moments, SECOND_MOMENTS)
-        check_range(owner, "initial_eigenvalue", self.initial_eigenvalue, low=0.0, low_open=True)
+        check_range(
+            owner, "initial_eigenvalue", self.initial_eigenvalue,
+            low=0.0, low_open=True, high_open=True,
+        )  # fmt: skip
         if self.largest_scale is not None:
             check_range(
                 owner, "largest_scale", self.largest_scale,
