@@ -31,16 +31,16 @@ from shampoo_core.exchange.distribution import Distribution, checked_distributio
 from shampoo_core.grafting import GraftingConfig
 from shampoo_core.group_engines import Fitted, GroupEngines, check_ready, check_unchanged, views_of
 from shampoo_core.groups import OWNER, check_group, check_names, check_parameters, facts
-from shampoo_core.load_hooks import WithLoadHooks
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.preconditioners.shampoo import ShampooConfig
 from shampoo_core.refresh import FixedRefresh, RefreshPolicy
+from shampoo_core.state_hooks import WithStateHooks
 from shampoo_core.status import Status
 from shampoo_core.stepping import Task, deliver, dense, evaluation_shifts, updates
 from shampoo_core.weight_decay import WeightDecayKind
 
 
-class DistributedShampoo(WithLoadHooks):
+class DistributedShampoo(WithStateHooks):
     """Shampoo and its relatives, blocked, batched by block shape.
 
     Every option but ``params`` can be overridden in a parameter group. ``lr``, ``weight_decay`` and
@@ -344,7 +344,7 @@ class DistributedShampoo(WithLoadHooks):
         state_dict["state"] = state
         state_dict["evaluates"] = self._status.evaluates
         state_dict["format_version"] = FORMAT_VERSION
-        return state_dict
+        return self.hooked_behind(state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a saved state; nothing is changed unless all of it fits.

@@ -58,14 +58,18 @@ def test_copies_have_no_hooks_of_the_original() -> None:
     called: list[torch.optim.Optimizer] = []
     optimizer.register_step_post_hook(lambda which, *_: called.append(which))
     optimizer.register_load_state_dict_post_hook(called.append)
+    optimizer.register_state_dict_post_hook(lambda which, _: called.append(which))
     others = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+    state = optimizer.state_dict()
+    assert called == [optimizer]
     for other in others:
-        other.load_state_dict(optimizer.state_dict())
+        other.load_state_dict(state)
         other.step()
-    assert called == []
+        other.state_dict()
+    assert called == [optimizer]
     optimizer.step()
     optimizer.load_state_dict(others[0].state_dict())
-    assert called == [optimizer, optimizer]
+    assert called == [optimizer] * 3
 
 
 @pytest.mark.usefixtures("small_shares")

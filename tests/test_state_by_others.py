@@ -211,6 +211,20 @@ def test_hooks_of_loading_and_saving_are_called_once_each() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
+def test_hooks_behind_saving_are_given_a_complete_state_and_may_replace_it() -> None:
+    params = parameters()
+    optimizer = optimizer_for(params)
+    run(optimizer, params, range(1, 3))
+    given: list[set[str]] = []
+    optimizer.register_state_dict_post_hook(lambda _, state: given.append(set(state)))
+    handle = optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": "mine"})
+    state = optimizer.state_dict()
+    assert given == [{"state", "param_groups", "complete", "evaluates", "format_version"}]
+    assert state["note"] == "mine"
+    handle.remove()
+    assert set(optimizer.state_dict()) == given[0]
+
+
 def test_a_state_of_another_optimizer_is_refused() -> None:
     params = parameters()
     adamw = torch.optim.AdamW(params)
