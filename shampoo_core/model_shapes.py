@@ -154,6 +154,10 @@ def shapes_from_file(path: Path) -> list[NamedShape]:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{path} holds lists within lists; a shape is a list of numbers"
+        ) from error
     if isinstance(raw, list):
         raw = {f"parameter_{index}": shape for index, shape in enumerate(raw)}
     if not isinstance(raw, dict) or not raw:

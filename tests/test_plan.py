@@ -351,6 +351,7 @@ def test_shapes_from_a_file_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("{", "not JSON"),
         ('{"\xfc": [3]}', "shapes.json is not JSON: 'utf-8'"),
         ("[]", "at least one"),
+        ("[" * 100_000 + "]" * 100_000, "shapes.json holds lists within lists"),
         ('{"w": 3}', "'w'"),
         ('{"w": [99999999999, 99999999]}', r"has 1e\+19 numbers; a parameter has 1.1e\+12 at most"),
         ('{"w": [3], "w": [4]}', "'w' is there twice"),
