@@ -27,7 +27,7 @@ from shampoo_core.plan import DEVICES, Placement, Request, make_plan
 from shampoo_core.plan.__main__ import _config, _parser, _request, _title, main
 from shampoo_core.plan.advice import _others
 from shampoo_core.plan.devices import LAUNCH_SECONDS
-from shampoo_core.plan.layout import blocks_by_method
+from shampoo_core.plan.layout import MOST_RANKS, blocks_by_method
 from shampoo_core.plan.planning import GIB
 
 SMALL = [NamedShape("w", (24, 40)), NamedShape("b", (24,)), NamedShape("k", (6, 5, 3, 3))]
@@ -172,3 +172,11 @@ def test_warm_started_bases_are_planned() -> None:
         means[solver] = make_plan(Request(matrices, config=_config(options))).refresh_ms
         assert f"(dense, {solver})" in _title(options)
     assert means["orthogonal_iteration"] < 0.2 * means["eigh"]
+
+
+def test_no_more_ranks_are_advised_than_can_be_planned() -> None:
+    most = Request(SMALL, Placement(MOST_RANKS), memory_gib=1e-6)
+    assert [what for what, _ in _others(most)] == [
+        "max_block_size=512",
+        "parameters sharded (FSDP2)",
+    ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from shampoo_core.config import STORAGES
 from shampoo_core.groups import LARGEST_WAVE_NUMEL
+from shampoo_core.plan.layout import MOST_RANKS
 from shampoo_core.plan.planning import Plan, Request, make_plan
 
 WAVES_OF_LARGEST_STACK = 2
@@ -151,8 +152,10 @@ def _others(request: Request) -> Iterator[_Edit]:
         )
     if placement.num_owners < placement.world_size:
         yield _sharing(placement.world_size)
-    more = dataclasses.replace(placement, world_size=2 * placement.world_size, ranks_per_group=None)
-    yield (
-        f"{more.world_size} ranks{all_share}",
-        lambda before: dataclasses.replace(before, placement=more),
-    )
+    twice = 2 * placement.world_size
+    if twice <= MOST_RANKS:
+        more = dataclasses.replace(placement, world_size=twice, ranks_per_group=None)
+        yield (
+            f"{twice} ranks{all_share}",
+            lambda before: dataclasses.replace(before, placement=more),
+        )
