@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -193,9 +194,10 @@ def _both(candidate: Candidate) -> tuple[Observed, Observed | None]:
 def this_device() -> Device | None:
     """The planner's device that this is, if it knows it."""
     name = torch.cuda.get_device_name().lower()
-    # An H200 is an H100 with more memory, and a faster one.
+    # An H200 is an H100 with more memory, and a faster one; an A1000 is no A100.
     name = name.replace("h200", "h100")
-    return next((device for known, device in DEVICES.items() if known in name), None)
+    found = (device for known, device in DEVICES.items() if re.search(rf"{known}\b", name))
+    return next(found, None)
 
 
 def planned(workload: str, config: PreconditionerConfig) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import counts, memory, methods, scaling, timing, training
+from benchmarks import counts, memory, methods, on_device, scaling, timing, training
 from benchmarks.__main__ import SECTIONS, main
 from benchmarks.flags import out_folder, parser_of
 from benchmarks.tables import publish
@@ -172,3 +173,21 @@ def test_more_waves_than_numbers_are_waves_of_one_block(monkeypatch: pytest.Monk
     few(monkeypatch)
     rows = list(memory.memory_rows(["mnist"], memory.METHODS, 10**9))
     assert [row["max_wave_numel"] for row in rows] == [None, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA H200", "h100"),
+        ("NVIDIA GH200 480GB", "h100"),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(
+    name: str, known: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    device = on_device.this_device()
+    assert (None if device is None else device.name) == known
