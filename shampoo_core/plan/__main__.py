@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--preconditioner", choices=sorted(METHODS), default="shampoo")
     parser.add_argument(
-        "--solver", choices=SOLVERS, help="of roots or bases; default the preconditioner's own"
+        "--solver",
+        choices=SOLVERS,
+        help="of roots or bases; default the preconditioner's own; its fallbacks are not planned for",
     )
     parser.add_argument("--storage", choices=STORAGES, default="dense")
     parser.add_argument(

@@ -155,7 +155,9 @@ class Plan:
 
     Milliseconds are estimates.
 
-    Temporary bytes are those that are alive at once, counted, but while blocks travel an upper bound.
+    Temporary bytes are those that are alive at once, counted, but while blocks travel an upper bound. What
+    a solver does again where it failed is not among them: where roots of an `OrthogonalIterationSolver`
+    fall back to eigendecompositions, a refresh of everything takes some quarter more.
 
     Memory is of the rank that needs most; arithmetic, operations and milliseconds are of the one with
     the largest modelled load.
