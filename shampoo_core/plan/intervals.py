@@ -1,4 +1,7 @@
-"""The shortest refresh interval that keeps the optimizer's share of a training step."""
+"""A refresh interval that keeps the optimizer's share of a training step, while one step less does not.
+
+A much shorter one may keep it as well: with the interval blocks get other owners, and mean steps jump.
+"""
 
 from __future__ import annotations
 

@@ -134,7 +134,8 @@ def _time(request: Request, plan: Plan) -> list[str]:
             lines.append(f"  no refresh interval keeps it at {wanted}: {plan.no_interval}")
         else:
             lines.append(
-                f"  shortest refresh interval that keeps it at {wanted}: {plan.shortest_interval}"
+                f"  a refresh interval of {plan.shortest_interval} keeps it at {wanted}, "
+                "one step less does not"
             )
     return lines
 
