@@ -18,6 +18,21 @@ Row = Mapping[str, Any]
 DEFAULT_FOLDER = Path("results/bench")
 
 
+def _commit() -> str:
+    """The commit that is checked out, marked if files differ from it; "unknown" outside git."""
+    here = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+COMMIT = _commit()
+"""As the run began: a long one may see others."""
+
+
 def environment() -> dict[str, Any]:
     """Where the numbers come from: machine, versions, commit."""
     return {
@@ -30,7 +45,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": COMMIT,
     }
 
 
@@ -129,14 +144,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _commit() -> str:
-    """The commit that is checked out, marked if files differ from it; "unknown" outside git."""
-    here = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
