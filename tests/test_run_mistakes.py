@@ -85,6 +85,8 @@ BROKEN_JSON, NO_RATE, NO_UPDATE = "broken.json", "no_rate.json", "no_update.py"
             f"{BROKEN_JSON} is no folder; move it away or name another",
         ),
         ({"experiment_dir": BROKEN_JSON, "overwrite": True}, f"{BROKEN_JSON} is no folder; "),
+        ({"experiment_name": "../study_0"}, "--experiment_name is a folder in --experiment_dir"),
+        ({"experiment_name": "/study_0"}, "--experiment_name is a folder in --experiment_dir"),
         ({"hparam_start_index": 3}, "--hparam_start_index=3: "),
         ({"hparam_end_index": 0}, "must satisfy 0 <= start < end, got 0 and 0"),
     ],

@@ -35,7 +35,15 @@ def experiment_folder(experiment_dir: str, experiment_name: str, timestamp: bool
 
     Returns:
         The folder, which may not exist yet.
+
+    Raises:
+        UserError: The name leads out of `experiment_dir`, where --overwrite would delete.
     """
+    if Path(experiment_name).is_absolute() or ".." in Path(experiment_name).parts:
+        raise UserError(
+            f"--experiment_name is a folder in --experiment_dir, got {experiment_name!r}; "
+            "give the folder above it as --experiment_dir"
+        )
     if timestamp:
         experiment_name += datetime.datetime.now().strftime("-%Y-%m-%d-%H-%M-%S")
     return Path(experiment_dir).expanduser().absolute() / experiment_name
