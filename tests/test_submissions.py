@@ -113,6 +113,62 @@ def test_a_missing_function_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "changed", "message"),
+    [
+        (
+            "def data_selection(*arguments)",
+            "def data_selection(workload, queue)",
+            r"data_selection\(workload, queue\) cannot be called: too many positional arguments; the "
+            r"benchmark gives workload, input_queue, .*, rng, by place",
+        ),
+        (
+            "def init_optimizer_state(*arguments)",
+            "def init_optimizer_state(a, b, c, d, e, lr)",
+            "init_optimizer_state.* cannot be called: missing a required argument: 'lr'",
+        ),
+        (
+            "def update_params(*, batch, **arguments)",
+            "def update_params(workload, model, batch, **arguments)",
+            "update_params.* cannot be called: missing a required argument: 'model'; the benchmark gives "
+            "workload, current_param_container, .*, batch, by name",
+        ),
+        (
+            "def get_batch_size(name)",
+            "def prepare_for_eval(workload): ...\ndef get_batch_size(name)",
+            r"prepare_for_eval\(workload\) cannot be called: got an unexpected keyword argument",
+        ),
+        ("def get_batch_size(name)", "def get_batch_size()", "get_batch_size.*gives workload_name"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_named(
+    tmp_path: Path, given: str, changed: str, message: str
+) -> None:
+    text = "HELPED = 4" + FUNCTIONS.replace(given, changed)
+    path = write_submission(tmp_path / "other", text)
+    with pytest.raises(UserError, match=f"submission {path}: {message}"):
+        load_submission(path)
+
+
+def test_functions_that_can_be_called_are_left_alone(tmp_path: Path) -> None:
+    """One that needs `train_state`, and one whose decorator adds an argument."""
+    changed = """
+import functools
+
+def with_rate(function):
+    @functools.wraps(function)
+    def wrapped(*arguments):
+        return function(*arguments, 0.1)
+    return wrapped
+
+@with_rate
+def init_optimizer_state(workload, model, state, setting, rng, rate): ...
+def update_params(*, train_state, **arguments): ...
+"""
+    path = write_submission(tmp_path / "other", "HELPED = 4" + FUNCTIONS + changed)
+    assert load_submission(path).wants_train_state
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("import no_such_package", r"ModuleNotFoundError: No module named 'no_such_package' "),

@@ -22,6 +22,42 @@ from workloads_smoke.errors import UserError
 
 REQUIRED_FUNCTIONS = ("init_optimizer_state", "update_params", "data_selection", "get_batch_size")
 
+# What the benchmark gives its functions: arguments by place, and arguments by name.
+_OF_A_STEP = (
+    "workload",
+    "current_param_container",
+    "current_params_types",
+    "model_state",
+    "hyperparameters",
+    "loss_type",
+    "optimizer_state",
+    "eval_results",
+    "global_step",
+    "rng",
+)
+_BY_PLACE = {
+    "init_optimizer_state": (
+        "workload",
+        "model_params",
+        "model_state",
+        "hyperparameters",
+        "rng",
+    ),
+    "data_selection": (
+        "workload",
+        "input_queue",
+        "optimizer_state",
+        "current_param_container",
+        "model_state",
+        "hyperparameters",
+        "global_step",
+        "rng",
+    ),
+    "get_batch_size": ("workload_name",),
+    "get_eval_batch_size": ("workload_name",),
+}
+_BY_NAME = {"update_params": (*_OF_A_STEP, "batch"), "prepare_for_eval": _OF_A_STEP}
+
 _JAX_PACKAGES = {"jax", "flax", "optax", "chex", "jraph"}
 
 # How far above the file the root of absolute imports such as `submissions.self_tuning.x.y` may lie.
@@ -63,8 +99,8 @@ def load_submission(path: Path) -> Submission:
         Its functions.
 
     Raises:
-        UserError: There is no such file, it does not import, or it lacks a function; the message
-            says which.
+        UserError: There is no such file, it does not import, it lacks a function, or has one that
+            does not take the benchmark's arguments; the message says which.
     """
     if path.suffix != ".py":
         raise UserError(f"--submission_path must be a Python file (*.py), got {path}")
@@ -75,6 +111,7 @@ def load_submission(path: Path) -> Submission:
     missing = [name for name in REQUIRED_FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
         raise UserError(f"submission {path} lacks the function {', '.join(missing)}")
+    _check_arguments(module, path)
     return Submission(
         path=path,
         init_optimizer_state=module.init_optimizer_state,
@@ -85,6 +122,30 @@ def load_submission(path: Path) -> Submission:
         get_eval_batch_size=getattr(module, "get_eval_batch_size", None),
         wants_train_state="train_state" in inspect.signature(module.update_params).parameters,
     )
+
+
+def _check_arguments(module: ModuleType, path: Path) -> None:
+    """Refuse a function that could not be called, before data are made and a model is built."""
+    for name in (*_BY_PLACE, *_BY_NAME):
+        by_place, by_name = _BY_PLACE.get(name, ()), _BY_NAME.get(name, ())
+        function = getattr(module, name, None)
+        if not callable(function):
+            continue
+        try:
+            # Around a function that is wrapped there may be one that adds arguments.
+            signature = inspect.signature(function, follow_wrapped=False)
+        except ValueError:  # compiled, it does not tell
+            continue
+        if name == "update_params" and "train_state" in signature.parameters:
+            by_name += ("train_state",)
+        try:
+            signature.bind(*by_place, **dict.fromkeys(by_name))
+        except TypeError as error:
+            how = "by name" if by_name else "by place"
+            raise UserError(
+                f"submission {path}: {name}{signature} cannot be called: {error}; the benchmark gives "
+                f"{', '.join(by_place + by_name)}, {how}"
+            ) from error
 
 
 def _import_file(path: Path) -> ModuleType:
