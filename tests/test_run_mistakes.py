@@ -118,6 +118,31 @@ def test_an_error_inside_the_submission_keeps_its_traceback(runner: Runner) -> N
     assert str(caught.traceback[-1].path) == str(path)
 
 
+@pytest.mark.parametrize(
+    ("function", "returned", "what"),
+    [
+        ("update_params", "None", "NoneType"),
+        ("update_params", "optimizer_state, model", "tuple of 2"),
+        ("prepare_for_eval", "optimizer_state", "dict"),
+    ],
+)
+def test_what_a_function_must_return_is_said(
+    runner: Runner,
+    capsys: pytest.CaptureFixture[str],
+    function: str,
+    returned: str,
+    what: str,
+) -> None:
+    before, name, body = SUBMISSION.partition(f"def {function}(")
+    body = re.sub(r"    return .*", f"    return {returned}", body, count=1)
+    path = write_submission(runner.folder / "returning", before + name + body)
+    assert runner.call(submission_path=path) == 1
+    assert capsys.readouterr().err == (
+        f"error: submission {path}: {function} must return optimizer_state, current_param_container "
+        f"and model_state, got {what}\n"
+    )
+
+
 def test_a_point_that_the_submission_refuses_can_be_mended(runner: Runner) -> None:
     """hparams.json of a trial that never started would win over the mended file."""
     text = SUBMISSION.replace(

@@ -44,8 +44,8 @@ def run_loop(context: TrialContext, progress: TrialProgress) -> TrialOutcome:
         How it went; the logs are complete by then.
 
     Raises:
-        UserError: The submission reads a hyperparameter that its setting lacks, or a checkpoint
-            cannot be used.
+        UserError: The submission reads a hyperparameter that its setting lacks or returns something
+            else than the benchmark's three, or a checkpoint cannot be used.
     """
     release_device_memory()
     try:
@@ -151,9 +151,7 @@ class TrainingLoop:
             arguments["train_state"] = MappingProxyType(state.train_state)
         try:
             with profile("Update parameters"):
-                state.optimizer_state, state.model_params, state.model_state = (
-                    self._submission.update_params(**arguments)
-                )
+                self._take(self._submission.update_params(**arguments), "update_params")
         except spec.TrainingCompleteError:
             state.train_state["training_complete"] = True
         state.global_step += 1
@@ -173,6 +171,23 @@ class TrainingLoop:
             "global_step": state.global_step,
             "rng": rng,
         }
+
+    def _take(self, returned: Any, function: str) -> None:
+        """Put what a function of the submission returned in the place of what it was given.
+
+        Raises:
+            UserError: It is something else.
+        """
+        if not isinstance(returned, tuple | list) or len(returned) != 3:
+            what = type(returned).__name__
+            if isinstance(returned, tuple | list):
+                what += f" of {len(returned)}"
+            raise UserError(
+                f"submission {self._submission.path}: {function} must return optimizer_state, "
+                f"current_param_container and model_state, got {what}"
+            )
+        state = self._state
+        state.optimizer_state, state.model_params, state.model_state = returned
 
     def _count_step_time(self, seconds: float) -> None:
         """Put a step on the submission's clock and on display."""
@@ -196,9 +211,8 @@ class TrainingLoop:
             return
         state, start = self._state, current_time()
         with self._context.profiler.profile("Prepare for eval"):
-            state.optimizer_state, state.model_params, state.model_state = (
-                self._submission.prepare_for_eval(**self._common_arguments(rng))
-            )
+            returned = self._submission.prepare_for_eval(**self._common_arguments(rng))
+            self._take(returned, "prepare_for_eval")
         state.train_state["accumulated_submission_time"] += current_time() - start
 
     def _check_time(self) -> None:
