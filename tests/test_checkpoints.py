@@ -117,11 +117,28 @@ def test_earlier_ones_go_only_when_the_new_one_is_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(
+            UserError, match="checkpoint_2 cannot be written: No space left on device;"
+        ):
             save_checkpoint(tmp_path, trained(2), {}, keep_earlier=False)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
     save_checkpoint(tmp_path, trained(2), {}, keep_earlier=False)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_2"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("width", [1, 200_000])
+def test_a_full_disk_is_said_in_a_line_and_costs_nothing(tmp_path: Path, width: int) -> None:
+    """Whether the system refuses within torch.save, which has an error of its own, or after it."""
+    save_checkpoint(tmp_path, trained(1), {}, keep_earlier=False)
+    (tmp_path / ".checkpoint_2.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError) as caught:
+        save_checkpoint(tmp_path, trained(2), {"padding": torch.zeros(width)}, keep_earlier=False)
+    assert str(caught.value) == (
+        f"{tmp_path / 'checkpoint_2'} cannot be written: No space left on device; make room or give "
+        "rights, then start again: what was written before is whole"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1"]
 
 
 def cut_off(content: bytes) -> bytes:

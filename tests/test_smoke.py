@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from hand_made_logs import write_missing, write_reaching
 
-from workloads_smoke import smoke, smoke_flags
+from workloads_smoke import report, smoke, smoke_flags
 from workloads_smoke.contenders import known_contenders, read_contenders
 from workloads_smoke.errors import UserError
 from workloads_smoke.locks import sole_user
@@ -72,6 +72,16 @@ def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandInRunner:
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds; one test looks at the report."""
     monkeypatch.setattr(smoke, "write_report", lambda board, folder, title: folder / "report.html")
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One image stands for all of them."""
+    image = tmp_path / "plot.png"
+    image.write_bytes(b"")
+    monkeypatch.setattr(
+        report, "write_plots", lambda board, folder: {plot.name: image for plot in report.PLOTS}
+    )
 
 
 def options(*arguments: str) -> argparse.Namespace:
@@ -239,6 +249,20 @@ def test_nothing_to_score_is_an_error_without_a_traceback(
     runner.fails_on = "nadamw"
     assert smoke.main(["--workloads=mnist", "--submissions=nadamw"]) == 1
     assert "error: nothing to score" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("file", ["commands.txt", "report.html"])
+def test_a_full_disk_is_said_in_a_line(
+    runner: StandInRunner, no_plots: None, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    folder = Path("results/mine")
+    folder.mkdir(parents=True)
+    (folder / f".{file}.partial").symlink_to("/dev/full")
+    assert smoke.main(["--workloads", "mnist", "--run_name", "mine", "--overwrite"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / file} cannot be written: No space left on device; ")
+    assert error.count("\n") == 1
 
 
 def test_an_interrupt_says_how_to_go_on(

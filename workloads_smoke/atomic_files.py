@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from workloads_smoke.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
@@ -19,6 +21,9 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
     Yields:
         A binary file in the same folder, its name hidden and ending in `.partial`. An error in the
         block removes it; a kill leaves it behind, and the next write of `path` replaces it.
+
+    Raises:
+        UserError: The system refuses: the disk is full, or the folder is not writable any more.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -28,8 +33,16 @@ def atomic_write(path: Path, durable: bool = False) -> Iterator[IO[bytes]]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # nor does a system that refuses to write always delete
+            partial.unlink()
+        # torch.save covers the system's error by one of its archive.
+        refusal = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(refusal, OSError):
+            raise UserError(
+                f"{path} cannot be written: {refusal.strerror or refusal}; make room or give rights, then "
+                "start again: what was written before is whole"
+            ) from error
         raise
     if durable:
         _sync_folder(path.parent)

@@ -110,7 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"note: left out, not run under the {options.ruleset} ruleset: {', '.join(left_out)}")
     if not options.table_only:
         folder = options.output_dir or fresh_folder(RESULTS, "scores")
-        report = write_report(board, folder)
+        try:
+            report = write_report(board, folder)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 1
         say(f"\ntables, plots and report: {report}")
     return 0
 

@@ -37,9 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
         check_folder(options.runs_dir, "--runs_dir")
         check_folder(options.output.parent, "--output")
         known_entries(options.output)
+        _set_targets(options)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    return 0
+
+
+def _set_targets(options: argparse.Namespace) -> None:
+    """Find the targets of one workload after the other, and write each when it is found."""
     torch.set_num_threads(options.threads)
     effort = Effort(options.points, options.finalists, options.seeds)
     for name in options.workload or WORKLOADS:
@@ -50,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
             f"{name}: validation {entry['validation_target_value']:.5g}, "
             f"test {entry['test_target_value']:.5g}, by {entry['algorithm']}; {entry['check']}"
         )
-    return 0
 
 
 def write_entry(file: Path, name: str, entry: dict[str, Any]) -> None:

@@ -123,12 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         failed = run_jobs(jobs, folder / "logs", options)
+        return show(folder, failed)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write(
             f"interrupted; the same command with --run_name={folder.name} --resume_last_run goes on\n"
         )
         return INTERRUPTED
-    return show(folder, failed)
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
