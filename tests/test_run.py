@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runner_calls import (
@@ -20,7 +21,7 @@ from runner_calls import (
 )
 from tiny_runner import ENTRIES, SUBMISSION, write_submission
 
-from workloads_smoke import run_flags
+from workloads_smoke import run, run_flags
 
 
 @pytest.fixture
@@ -123,6 +124,27 @@ def test_resuming_keeps_complete_trials_and_starts_those_that_lack(
     runner.space.write_text('[{"learning_rate": 0.5}]')
     assert runner.call(resume_last_run=True) == 0
     assert "trial_1/hparams.json: complete at this setting, not at the one of now" in caplog.text
+
+
+def test_a_trial_that_another_run_has_ended_meanwhile_is_kept(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs share a folder's trials; this one listed what to train before the other began."""
+    other = {"num_tuning_trials": 2, "hparam_start_index": 1, "resume_last_run": True}
+    kept: dict[Path, bytes] = {}
+
+    def slow_first_trial(request: Any, *arguments: Any) -> Any:
+        if request.number == 2:
+            monkeypatch.setattr(run, "run_trial", run_trial)
+            assert runner.call(**other, save_checkpoints=False) == 0
+            kept.update({path: path.read_bytes() for path in runner.trial(2).iterdir()})
+        return run_trial(request, *arguments)
+
+    run_trial = run.run_trial
+    monkeypatch.setattr(run, "run_trial", slow_first_trial)
+    assert runner.call(num_tuning_trials=2, save_checkpoints=False) == 0
+    assert "outcome.json" in {path.name for path in kept}
+    assert {path: path.read_bytes() for path in runner.trial(2).iterdir()} == kept
 
 
 def test_a_kill_after_the_last_checkpoint_writes_no_row_twice(

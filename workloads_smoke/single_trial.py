@@ -39,7 +39,7 @@ def run_trial(
         slot: Line of the terminal for the progress bar.
 
     Returns:
-        How it ended; `outcome.json` holds the same.
+        How it ended; `outcome.json` holds the same. A trial that has ended stays as it is.
 
     Raises:
         UserError: The trial cannot start or go on as asked.
@@ -47,6 +47,10 @@ def run_trial(
     with contextlib.ExitStack() as stack:
         # Entered on rank 0 alone, which is the one that writes.
         on_rank_zero(lambda: _enter(stack, request.folder))
+        ended = on_rank_zero(lambda: read_outcome(request.folder))
+        if ended is not None:
+            # Another run in this folder has been through it since this one listed what to train.
+            return ended
         return _run_alone(request, settings, submission, slot)
 
 
