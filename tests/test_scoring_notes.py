@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hand_made_logs import write_missing, write_reaching
 
+from workloads_smoke.logs import OUT_OF_TIME
 from workloads_smoke.registry import load_workload
 from workloads_smoke.scoring import Scoreboard, read_results
 from workloads_smoke.targets import load_targets
@@ -30,6 +31,24 @@ def trial(root: Path, submission: str, *, ended: bool = True, flags: Any, metada
 def notes(root: Path) -> list[str]:
     """Without the one on how many trials there are."""
     return Scoreboard.of(read_results([root])).notes()[1:]
+
+
+def test_trials_that_ran_out_of_time_before_their_steps_are_named(tmp_path: Path) -> None:
+    """On a busy machine a miss may be the machine's."""
+    late = {"stopped_by": OUT_OF_TIME, "global_step": 810, "steps_to_target": None}
+    for name, flags, outcome in (
+        ("late", OWN, late),
+        # The benchmark ends trials by time alone; and a target that was reached is no miss.
+        ("unlimited", OWN | {"step_budget": None}, late),
+        ("reached", OWN, late | {"steps_to_target": 5}),
+        ("out_of_steps", OWN, late | {"stopped_by": "step limit"}),
+    ):
+        folder = trial(tmp_path, name, flags=flags, metadata={})
+        (folder / "outcome.json").write_text(json.dumps(outcome))
+    assert [note for note in notes(tmp_path) if "time" in note] == [
+        "out of time with steps left, so that a miss may be the machine's: "
+        "late study_0 mnist trial_1 (step 810)"
+    ]
 
 
 def test_trials_that_did_not_end_are_named(tmp_path: Path) -> None:

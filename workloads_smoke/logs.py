@@ -32,6 +32,9 @@ EVAL_MEASUREMENTS = "eval_measurements.csv"
 STEP_TIMES = "step_times.csv"
 OUTCOME = "outcome.json"
 
+OUT_OF_TIME = "time budget used up"
+"""What `stopped_by` of an outcome is where the clock ended the trial."""
+
 
 class CsvTable:
     """Rows of a CSV file, held in memory and written as a whole.

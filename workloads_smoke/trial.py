@@ -22,7 +22,7 @@ from workloads_smoke import spec
 from workloads_smoke.checkpoints import save_checkpoint
 from workloads_smoke.distributed import current_time, pytorch_setup, release_device_memory
 from workloads_smoke.errors import UserError
-from workloads_smoke.logs import MetricsLogger, write_json
+from workloads_smoke.logs import OUT_OF_TIME, MetricsLogger, write_json
 from workloads_smoke.metadata import get_meta_data
 from workloads_smoke.outcome import TrialOutcome, outcome_of
 from workloads_smoke.progress import TrialProgress
@@ -268,7 +268,7 @@ class TrainingLoop:
         if train_state["validation_goal_reached"] and train_state["test_goal_reached"]:
             return "targets reached"
         if not train_state["is_time_remaining"]:
-            return "time budget used up"
+            return OUT_OF_TIME
         if self._is_at_limit():
             return "step limit"
         return "submission ended training" if train_state["training_complete"] else None

@@ -55,6 +55,7 @@ class Trial:
         flags: the command's, empty where the logs do not say.
         ended: whether the run came to its end; None where the logs do not say, as those of the official
             harness do not.
+        outcome: what ``outcome.json`` says, empty where there is none.
         folder: the trial's folder, None where it came from one file of evaluations.
     """
 
@@ -69,6 +70,7 @@ class Trial:
     ruleset: str | None = None
     flags: dict[str, Any] = field(default_factory=dict)
     ended: bool | None = None
+    outcome: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
     @property
@@ -183,6 +185,7 @@ def _read_trial(folder: Path, submission: str, study: str, workload: str, trial:
         ruleset=_ruleset(flags.get("tuning_ruleset")),
         flags=flags,
         ended=(folder / OUTCOME).exists() if _OWN_FLAG in flags else None,
+        outcome=_read_json(folder / OUTCOME),
         folder=folder,
     )
 

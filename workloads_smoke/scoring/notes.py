@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import pandas as pd
 
+from workloads_smoke.logs import OUT_OF_TIME
 from workloads_smoke.scoring.logs import STEP, Trial
 
 # A full benchmark comparison under external tuning; self-tuning has one trial a study.
@@ -13,6 +14,7 @@ OFFICIAL_NUM_STUDIES = 3
 OFFICIAL_NUM_TRIALS = 5
 
 _MOST_NAMED = 5
+_STEP_LIMITS = ("step_budget", "max_global_steps")
 _COMPARED_FLAGS = (
     "step_budget",
     "eval_every_steps",
@@ -101,15 +103,35 @@ def notes_on_files(trials: Sequence[Trial]) -> list[str]:
 
 def notes_on_ends(trials: Sequence[Trial]) -> list[str]:
     """Name trials that were cut off, by a mistake of theirs or from outside."""
-    cut = [trial for trial in trials if trial.ended is False]
-    if not cut:
-        return []
-    named = [
-        f"{trial.submission} {trial.study} {trial.workload} {trial.trial} (step {_last_step(trial)})"
-        for trial in cut[:_MOST_NAMED]
+    cut = [(trial, _last_step(trial)) for trial in trials if trial.ended is False]
+    return [f"did not end, so that a miss may be none: {_named(cut)}"] if cut else []
+
+
+def notes_on_time(trials: Sequence[Trial]) -> list[str]:
+    """Name trials whose seconds ran out before their steps: a matter of the machine as well."""
+    late = [
+        (trial, int(trial.outcome["global_step"]))
+        for trial in trials
+        if trial.outcome.get("stopped_by") == OUT_OF_TIME
+        and trial.outcome.get("steps_to_target") is None
+        # Without a limit of steps time is what ends a trial.
+        and any(trial.flags.get(flag) is not None for flag in _STEP_LIMITS)
     ]
-    more = f" and {len(cut) - _MOST_NAMED} more" if len(cut) > _MOST_NAMED else ""
-    return [f"did not end, so that a miss may be none: {', '.join(named)}{more}"]
+    return (
+        [f"out of time with steps left, so that a miss may be the machine's: {_named(late)}"]
+        if late
+        else []
+    )
+
+
+def _named(trials: Sequence[tuple[Trial, int]]) -> str:
+    """Some trials and the steps that they ended at."""
+    names = [
+        f"{trial.submission} {trial.study} {trial.workload} {trial.trial} (step {step})"
+        for trial, step in trials[:_MOST_NAMED]
+    ]
+    more = f" and {len(trials) - _MOST_NAMED} more" if len(trials) > _MOST_NAMED else ""
+    return ", ".join(names) + more
 
 
 def notes_on_evaluations(trials: Sequence[Trial]) -> list[str]:

@@ -17,6 +17,7 @@ from workloads_smoke.scoring.notes import (
     notes_on_flags,
     notes_on_rulesets,
     notes_on_texts,
+    notes_on_time,
     notes_on_variants,
 )
 from workloads_smoke.scoring.profiles import (
@@ -196,6 +197,7 @@ class Scoreboard:
             *notes_on_files(self.trials),
             *notes_on_rulesets(self.trials),
             *notes_on_ends(self.trials),
+            *notes_on_time(self.trials),
             *notes_on_evaluations(self.trials),
             *notes_on_flags(self.trials),
             *notes_on_texts(self.trials),
