@@ -287,6 +287,25 @@ def test_files_named_from_one_folder_are_the_same_from_another(
     assert f"was run with --submission_path={runner.submission}" in capsys.readouterr().err
 
 
+def test_trials_by_other_code_are_kept_and_named(
+    runner: Runner, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert runner.call(max_global_steps=1) == 0
+    with caplog.at_level("WARNING"):
+        assert runner.call(max_global_steps=1, resume_last_run=True) == 0
+    assert caplog.text == ""
+    write_submission(runner.folder / "entry", SUBMISSION + "# mended\n")
+    meta_data = runner.trial() / "meta_data_0.json"
+    content = json.loads(meta_data.read_text())
+    meta_data.write_text(json.dumps(content | {"torch_version": "2.5.1"}))
+    with caplog.at_level("WARNING"):
+        assert runner.call(max_global_steps=1, resume_last_run=True) == 0
+    assert (
+        f"{runner.trial()} was run with another torch and another content of {runner.submission}: what it "
+        "has stays; --overwrite runs it anew"
+    ) in caplog.text
+
+
 @pytest.mark.parametrize("content", ["{}", '{"stopped_by": "step limit", "other": 1}'])
 def test_an_outcome_that_was_changed_is_named(
     runner: Runner, content: str, capsys: pytest.CaptureFixture[str]

@@ -102,7 +102,7 @@ def check_flags(folder: Path, flags: Mapping[str, Any], same_submission: bool = 
         UserError: A trial there was run otherwise; the message names the flags.
     """
     for trial in sorted(folder.glob("trial_*")):
-        recorded = _latest_flags(trial)
+        recorded = latest_record(trial, "flags")
         names = [name for name in _DECISIVE if same_submission or name not in _PATHS]
         if _ended_at_step_limit(trial):
             names.append("max_global_steps")
@@ -123,12 +123,12 @@ def check_flags(folder: Path, flags: Mapping[str, Any], same_submission: bool = 
             )
 
 
-def _latest_flags(trial: Path) -> dict[str, Any]:
-    """Flags of a trial's last start; none if it never got that far."""
+def latest_record(trial: Path, name: str) -> dict[str, Any]:
+    """Flags or meta data of a trial's last start; none if it never got that far."""
     numbered = {
         int(match[1]): path
-        for path in trial.glob("flags_*.json")
-        if (match := re.fullmatch(r"flags_(\d+)\.json", path.name))
+        for path in trial.glob(f"{name}_*.json")
+        if (match := re.fullmatch(rf"{name}_(\d+)\.json", path.name))
     }
     return read_json_object(numbered[max(numbered)]) if numbered else {}
 

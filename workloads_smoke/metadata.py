@@ -21,12 +21,13 @@ import torch
 _NOT_CONSTANTS = ("param_shapes", "model_params_types")
 
 
-def get_meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
+def get_meta_data(workload: Any, rng_seed: int, submission_sha256: str) -> dict[str, Any]:
     """Collect the facts of a run.
 
     Args:
         workload: Its public attributes that are numbers, strings or booleans are recorded.
         rng_seed: Seed of the run; `--resume_last_run` reads it back.
+        submission_sha256: Of the submission's file.
 
     Returns:
         A flat dict that JSON can hold.
@@ -37,7 +38,13 @@ def get_meta_data(workload: Any, rng_seed: int) -> dict[str, Any]:
         **_software(),
         **_hardware(),
         "rng_seed": rng_seed,
+        **get_code(submission_sha256),
     }
+
+
+def get_code(submission_sha256: str) -> dict[str, str]:
+    """What should be the same when a trial is resumed: torch, and the submission's file."""
+    return {"torch_version": torch.__version__, "submission_sha256": submission_sha256}
 
 
 def _workload_constants(workload: Any) -> dict[str, Any]:
@@ -76,7 +83,6 @@ def _software() -> dict[str, Any]:
         "os_platform": platform.platform(),
         "python_version": platform.python_version(),
         "python_compiler": platform.python_compiler(),
-        "torch_version": torch.__version__,
         "torch_num_threads": torch.get_num_threads(),
         **_git(),
     }

@@ -34,6 +34,7 @@ from workloads_smoke.single_trial import (
     discard_unused,
     read_outcome,
     run_trial,
+    warn_of_other_code,
     warn_of_other_settings,
 )
 from workloads_smoke.submissions import load_submission
@@ -80,6 +81,7 @@ def _run() -> None:
     }
     plan = on_rank_zero(lambda: plan_trials(FLAGS, settings, sizes))
     on_rank_zero(lambda: make_folders(plan, FLAGS.overwrite))
+    warn_of_other_code(plan, submission)
     warn_of_other_settings([request for request in plan if read_outcome(request.folder)])
     waiting = [request for request in plan if read_outcome(request.folder) is None]
     try:

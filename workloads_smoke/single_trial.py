@@ -11,8 +11,10 @@ from absl import logging
 
 from workloads_smoke.distributed import on_rank_zero, pytorch_setup
 from workloads_smoke.errors import UserError
+from workloads_smoke.experiment import latest_record
 from workloads_smoke.locks import is_in_use, sole_user
 from workloads_smoke.logs import OUTCOME, read_json_object, write_json
+from workloads_smoke.metadata import get_code
 from workloads_smoke.outcome import TrialOutcome
 from workloads_smoke.profiling import Profiler
 from workloads_smoke.progress import TrialProgress
@@ -148,3 +150,18 @@ def warn_of_other_settings(complete: Sequence[TrialRequest]) -> None:
         path = request.folder / _HPARAMS
         if path.exists() and read_json_object(path) != request.hyperparameters:
             logging.warning("%s: complete at this setting, not at the one of now; it is kept", path)
+
+
+def warn_of_other_code(requests: Sequence[TrialRequest], submission: Submission) -> None:
+    """Say which trials were run or begun by other code: torch's, or the submission's file's."""
+    code = get_code(submission.sha256)
+    names = {"torch_version": "torch", "submission_sha256": f"content of {submission.path}"}
+    for request in requests:
+        recorded = latest_record(request.folder, "meta_data")
+        others = [names[key] for key in code if recorded.get(key, code[key]) != code[key]]
+        if others:
+            logging.warning(
+                "%s was run with another %s: what it has stays; --overwrite runs it anew",
+                request.folder,
+                " and another ".join(others),
+            )

@@ -6,6 +6,7 @@ folder above it that is not a package, or whose name belongs to another one. So 
 imports from the root, and imports of what lies beside the file all resolve.
 """
 
+import hashlib
 import importlib
 import inspect
 import os
@@ -77,6 +78,7 @@ class Submission:
         prepare_for_eval: Readies model and optimizer for an evaluation, or None.
         get_eval_batch_size: Evaluation batch size by workload name, or None.
         wants_train_state: Whether `update_params` has a parameter `train_state`.
+        sha256: Of the file's content, not of what it imports.
     """
 
     path: Path
@@ -87,6 +89,7 @@ class Submission:
     prepare_for_eval: Callable[..., Any] | None
     get_eval_batch_size: Callable[[str], int] | None
     wants_train_state: bool
+    sha256: str = ""
 
 
 def load_submission(path: Path) -> Submission:
@@ -108,6 +111,7 @@ def load_submission(path: Path) -> Submission:
         raise UserError(f"--submission_path: there is no file {path}")
     algoperf_standin.install_if_needed()
     module = _import_file(Path(os.path.abspath(path)))
+    content = path.read_bytes()
     missing = [name for name in REQUIRED_FUNCTIONS if not callable(getattr(module, name, None))]
     if missing:
         raise UserError(f"submission {path} lacks the function {', '.join(missing)}")
@@ -121,6 +125,7 @@ def load_submission(path: Path) -> Submission:
         prepare_for_eval=getattr(module, "prepare_for_eval", None),
         get_eval_batch_size=getattr(module, "get_eval_batch_size", None),
         wants_train_state="train_state" in inspect.signature(module.update_params).parameters,
+        sha256=hashlib.sha256(content).hexdigest(),
     )
 
 

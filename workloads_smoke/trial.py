@@ -124,7 +124,7 @@ class TrainingLoop:
     def _open_logs(self, num_rows_kept: dict[str, int]) -> MetricsLogger:
         """Write what is known beforehand and open the tables; rank 0 only."""
         request, count = self._context.request, self._state.preemption_count
-        meta_data = get_meta_data(self._workload, request.rng_seed)
+        meta_data = get_meta_data(self._workload, request.rng_seed, self._submission.sha256)
         write_json(request.folder / f"meta_data_{count}.json", meta_data)
         flags = {**self._context.settings.flags, "workload": request.workload}
         write_json(request.folder / f"flags_{count}.json", flags)
