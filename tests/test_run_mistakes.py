@@ -143,6 +143,22 @@ def test_what_a_function_must_return_is_said(
     )
 
 
+def test_a_dict_of_batch_sizes_may_lack_what_is_not_asked_for(
+    runner: Runner, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tiny workload's own size holds, so it need not know that workload."""
+    text = SUBMISSION.replace("    return 16\n", "    return {'wmt': 128}[workload_name]\n")
+    path = write_submission(runner.folder / "sizes", text)
+    assert runner.call(submission_path=path, max_global_steps=1) == 0
+    assert f"get_batch_size of {path}: KeyError 'tiny'" in caplog.text
+    given = {"experiment_name": "study_1", "use_submission_batch_size": True}
+    assert runner.call(submission_path=path, **given) == 1
+    assert (
+        f"submission {path}: get_batch_size knows no 'tiny' (KeyError 'tiny'); leave out "
+        "--use_submission_batch_size"
+    ) in capsys.readouterr().err
+
+
 def test_a_point_that_the_submission_refuses_can_be_mended(runner: Runner) -> None:
     """hparams.json of a trial that never started would win over the mended file."""
     text = SUBMISSION.replace(

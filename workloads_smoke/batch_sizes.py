@@ -63,15 +63,17 @@ def batch_sizes(
 def _submitted_batch_size(submission: Submission, workload_name: str, needed: bool) -> int | None:
     """The submission's own answer, by the workload's name and then by its base's name."""
     try:
-        return submission.get_batch_size(workload_name)
-    except ValueError:
         try:
+            return submission.get_batch_size(workload_name)
+        except ValueError:
             return submission.get_batch_size(base_workload_name(workload_name))
-        except ValueError as error:
-            if needed:
-                raise UserError(
-                    f"submission {submission.path}: get_batch_size knows no {workload_name!r} "
-                    f"({error}); leave out --use_submission_batch_size"
-                ) from error
-            logging.warning("get_batch_size of %s: %s", submission.path, error)
-            return None
+    # The latter is what a dict of sizes raises; officially that ends the run, by whichever name.
+    except (ValueError, KeyError) as error:
+        why = f"KeyError {error}" if isinstance(error, KeyError) else str(error)
+        if needed:
+            raise UserError(
+                f"submission {submission.path}: get_batch_size knows no {workload_name!r} "
+                f"({why}); leave out --use_submission_batch_size"
+            ) from error
+        logging.warning("get_batch_size of %s: %s", submission.path, why)
+        return None
