@@ -175,6 +175,7 @@ def update_params(*, train_state, **arguments): ...
         ("import jax.numpy", r"No module named 'jax'.*a submission in JAX does not run here"),
         ("from algoperf import jax_utils", r"ImportError: cannot import name 'jax_utils'"),
         ("def broken(:", r"SyntaxError: invalid syntax .*line 1"),
+        ("import sys; sys.exit(0)", r"SystemExit: 0 \(.*entry.py:1\)"),
         ("1 / 0", r"ZeroDivisionError: division by zero \(.*entry.py:1\)"),
     ],
 )

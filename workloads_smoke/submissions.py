@@ -164,8 +164,8 @@ def _import_file(path: Path) -> ModuleType:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(name)
-    # Whatever a foreign file raises on import is the caller's to know, in one line.
-    except Exception as error:
+    # Whatever a foreign file raises on import is the caller's to know, in one line; so is that it left.
+    except (Exception, SystemExit) as error:
         raise UserError(f"submission {path} does not import: {_describe(error)}") from error
     if module.__file__ is None or not path.samefile(module.__file__):
         raise UserError(
@@ -195,7 +195,7 @@ def _is_taken(package: Path) -> bool:
     return module is not None and str(package) not in getattr(module, "__path__", [])
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception | SystemExit) -> str:
     """The error and the last line of source that led to it."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error}"
