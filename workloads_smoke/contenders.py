@@ -67,7 +67,7 @@ def check_same_number_of_trials(contenders: Sequence[Contender], num_trials: int
         if contender.search_space is None:
             raise ValueError(f"{contender.name} has no search space")
         try:
-            space = json.loads(contender.search_space.read_text())
+            space = json.loads(contender.search_space.read_text(encoding="utf-8"))
         except ValueError as error:  # nor UTF-8
             raise UserError(f"{contender.search_space} is not JSON: {error}") from error
         # Ranges, unlike lists, give any number of points.

@@ -75,7 +75,7 @@ def known_entries(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--output: {file} is no file of targets: {error}") from error
     workloads = content.get("workloads") if isinstance(content, dict) else None

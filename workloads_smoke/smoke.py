@@ -228,7 +228,7 @@ def run_jobs(jobs: Sequence[Job], logs: Path, options: argparse.Namespace) -> li
     )
     commands = "".join(f"{shlex.join(job.command(logs, options))}\n" for job in jobs)
     record = logs.parent / "commands.txt"
-    earlier = record.read_text() if record.exists() else ""
+    earlier = record.read_text(encoding="utf-8") if record.exists() else ""
     write_text(record, earlier + commands)
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     pace, failed = Pace(), []

@@ -26,7 +26,7 @@ class Targets:
 
 @functools.cache
 def _read() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(TARGETS_FILE.read_text())
+    content: dict[str, Any] = json.loads(TARGETS_FILE.read_text(encoding="utf-8"))
     return content
 
 

@@ -221,6 +221,8 @@ def _interval_problem(values: Mapping[str, Any]) -> str | None:
     for key in ("min", "max"):
         if isinstance(values[key], bool) or not isinstance(values[key], int | float):
             return f"needs a number as {key!r}, got {json.dumps(values[key])[:40]}"
+        if not math.isfinite(values[key]):  # which are no JSON, but Python reads them
+            return f"needs a finite number as {key!r}, got {values[key]}"
     if values["scaling"] not in ("linear", "log"):
         return f"needs 'linear' or 'log' as 'scaling', got {values['scaling']!r}"
     if low > high:

@@ -147,7 +147,7 @@ def main(root: str, module: str) -> None:
     if not folder.is_relative_to(root):
         sys.exit(f"{module} was found at {folder}, not below {root}")
     space = folder / "tuning_search_space.json"
-    points = json.loads(space.read_text()) if space.exists() else [None]
+    points = json.loads(space.read_text(encoding="utf-8")) if space.exists() else [None]
     for point in points:
         train(entry, None if point is None else SimpleNamespace(**point))
     strangers = [name for name in REPOSITORY_PACKAGES if name in sys.modules]

@@ -112,7 +112,7 @@ def read_targets(path: Path) -> dict[str, Target]:
         ValueError: if the file is not of that form, or cannot be read.
     """
     try:
-        entries = json.loads(path.read_text())["workloads"].items()
+        entries = json.loads(path.read_text(encoding="utf-8"))["workloads"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"targets file {path} must be JSON with an object 'workloads', got {error!r}"

@@ -150,7 +150,7 @@ class TargetSetter:
     def _train(self, run: Run) -> Result:
         file = self._folder / f"{run.algorithm}-{self._key(run)}.json"
         if file.exists():
-            return Result(run, Curve(**json.loads(file.read_text())["curve"]))
+            return Result(run, Curve(**json.loads(file.read_text(encoding="utf-8"))["curve"]))
         result = Result(run, train(fresh(self.workload), run))
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({"run": asdict(run), "curve": asdict(result.curve)}))
