@@ -122,6 +122,10 @@ def test_a_list_gives_its_points_in_order(tmp_path: Path) -> None:
             "hyperparameter 'lr' needs 'min' <= 'max', got 2 > 1",
         ),
         (
+            {"lr": {"min": 0, "max": float("inf"), "scaling": "linear"}},
+            "hyperparameter 'lr' needs a finite number as 'max', got inf",
+        ),
+        (
             {"lr": {"min": 0, "max": 1, "scaling": "log"}},
             "hyperparameter 'lr' needs 'min' > 0 under log scaling, got 0",
         ),
