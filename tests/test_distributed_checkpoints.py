@@ -57,6 +57,7 @@ def _saved_and_finished(case: Case) -> dict[str, Any]:
     complete = optimizer.state_dict()["complete"]
     optimizer.train()
     run_case(case, params, optimizer, range(STOP + 1, STEPS + 1), lambda *_: None)
+    later = optimizer.state_dict()
 
     box = [file]
     dist.broadcast_object_list(box, src=0)  # every rank restores what rank 0 saved
@@ -74,6 +75,14 @@ def _saved_and_finished(case: Case) -> dict[str, Any]:
         "own": own,
         "sent": sent,
         "complete": complete,
+        "complete later": later["complete"],
+        "own later": sum(
+            entry.nbytes
+            for entries in later["state"].values()
+            for name, entry in entries.items()
+            if name.startswith("block.")
+        ),
+        "owned": state_bytes(optimizer),
     }
 
 
@@ -174,14 +183,41 @@ def test_state_of_one_rank_alone_is_refused(two_ranks: list[dict[str, Any]]) -> 
     assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
 
 
-def test_a_step_makes_gathered_state_old() -> None:
-    """One process: always complete, and gathering costs nothing."""
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_makes_gathered_state_old(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    for found in two_ranks:
+        assert not found[name]["complete later"]
+        assert found[name]["own later"] == found[name]["owned"] > 0
+
+
+def test_one_process_has_all_state_at_no_cost() -> None:
     params, optimizer = build(CASES["staggered"])
     for index, parameter in enumerate(params):
         parameter.grad = gradient(parameter, 1, index)
     optimizer.step()
     assert optimizer.gather_state() == 0
     assert optimizer.state_dict()["complete"]
+
+
+def gathered_by_the_last_two() -> list[tuple[Any, Tensor, int]] | None:
+    """Entries that the first of these lacked, each with the bytes of its memory."""
+    last_two = dist.new_group([1, 2])
+    rank = dist.get_rank()
+    if rank == 0:
+        return None
+    own = {(rank, name): torch.full((2, 3), 10.0 * rank + i) for i, name in enumerate("xy")}
+    found = gathering.gather(own | {(0, "both"): torch.ones(2)}, last_two)
+    return [(key, entry, entry.untyped_storage().nbytes()) for key, entry in found.items()]
+
+
+def test_a_group_need_not_begin_at_rank_zero(tmp_path: Path) -> None:
+    """Ranks of a group have numbers of their own. What arrived together is not kept together."""
+    outside, first, second = on_ranks(3, tmp_path, gathered_by_the_last_two)
+    assert outside is None
+    assert second == []
+    assert [(key, nbytes) for key, _, nbytes in first] == [((2, "x"), 24), ((2, "y"), 24)]
+    for number, (_, entry, _) in zip((20.0, 21.0), first, strict=True):
+        assert torch.equal(entry, torch.full((2, 3), number))
 
 
 def test_an_entry_longer_than_a_message_has_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
