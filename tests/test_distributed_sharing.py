@@ -104,6 +104,8 @@ def everything() -> dict[str, Any]:
     torch.manual_seed(0)
     return {
         "replicated traffic": replicated_traffic(),
+        "overlapping": overlapping(),
+        "two dtypes": of_two_dtypes(),
         "sharded traffic": sharded_traffic(),
         "rounded": {dtype: rounded(dtype) for dtype in (torch.bfloat16, torch.float16, None)},
         "mistakes": mistakes(),
@@ -139,6 +141,35 @@ def replicated_traffic() -> dict[str, Any]:
             "numbers": numbers,
         }
     return found
+
+
+def overlapping() -> dict[str, int]:
+    """All-gathers of a step of two groups, of parameters that are plain or on a mesh."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {}
+    for kind in ("plain", "on a mesh"):
+        params = parameters([(20, 30), (33, 9)])
+        if kind == "on a mesh":
+            wholes = (distribute_tensor(p.detach(), mesh, [Replicate()]) for p in params)
+            params = [torch.nn.Parameter(whole) for whole in wholes]
+        groups = [{"params": [parameter]} for parameter in params]
+        optimizer = optimizer_of(groups, distributed=Distribution(overlap=True))
+        stepped(params, optimizer)
+        with counted() as calls:
+            stepped(params, optimizer)
+        found[kind] = len(calls)
+    return found
+
+
+def with_two_dtypes() -> list[torch.nn.Parameter]:
+    coarse, fine = parameters(dtype=torch.float32), parameters([(24, 18), (30,)], seed=1)
+    return [coarse[0], fine[0], *coarse[1:], fine[1]]
+
+
+def of_two_dtypes() -> list[Tensor]:
+    params = with_two_dtypes()
+    stepped(params, optimizer_of(params, refresh=FixedRefresh(2)), 3)
+    return [p.detach() for p in params]
 
 
 def sharded_traffic() -> dict[str, Any]:
@@ -183,8 +214,9 @@ def mistakes() -> dict[str, str]:
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-    def spread(placement: Placement) -> torch.nn.Parameter:
-        return torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [placement]))
+    def spread(*placements: Placement) -> torch.nn.Parameter:
+        where = mesh if len(placements) == 1 else init_device_mesh("cpu", (2, 1))
+        return torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), where, placements))
 
     found = {
         "rate": error_of(lambda: optimizer_of(parameters(), lr=0.01 * (rank + 1))),
@@ -195,6 +227,7 @@ def mistakes() -> dict[str, str]:
             lambda: optimizer_of([{"params": [p]} for p in parameters([(4, 4)] * (rank + 1))])
         ),
         "columns": error_of(lambda: optimizer_of([spread(Shard(1))])),
+        "rows twice": error_of(lambda: optimizer_of([spread(Shard(0), Shard(0))])),
         "alone": error_of(lambda: optimizer_of([spread(Replicate())], distributed=None)),
         "part": error_of(
             lambda: optimizer_of(parameters(), distributed=Distribution(ranks_per_group=3))
@@ -275,6 +308,23 @@ def test_replicated_parameters_take_one_all_gather_a_step(
         ]
 
 
+@pytest.mark.parametrize("kind", ["plain", "on a mesh"])
+def test_what_overlaps_takes_an_all_gather_a_group(
+    kind: str, two_ranks: list[dict[str, Any]]
+) -> None:
+    assert [found["overlapping"][kind] for found in two_ranks] == [2, 2]
+
+
+def test_every_dtype_travels_as_it_is(two_ranks: list[dict[str, Any]]) -> None:
+    """Double precision beside single would be rounded, or single sent at double length."""
+    params = with_two_dtypes()
+    stepped(params, optimizer_of(params, refresh=FixedRefresh(2)), 3)
+    for found in two_ranks:
+        for own, parameter in zip(found["two dtypes"], params, strict=True):
+            tolerance = 1e-12 if own.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(own, parameter.detach(), rtol=0.0, atol=tolerance)
+
+
 @pytest.mark.parametrize("rule", SHARDED_RULES)
 def test_sharded_parameters_take_one_all_to_all_each_way(
     rule: str, two_ranks: list[dict[str, Any]]
@@ -311,6 +361,7 @@ MESSAGES = {
     "number": "number of parameters of group 0 is 1 on rank 0 and 2 on rank 1",
     "groups": "number of parameter groups is 1 on rank 0 and 2 on rank 1",
     "columns": "has placements (Shard(dim=1),)",
+    "rows twice": "has placements (Shard(dim=0), Shard(dim=0))",
     "alone": "distributed must not be None for parameters that are DTensors",
     "part": "ranks_per_group must divide the number of ranks, 2; got 3",
     "values": "parameter 1 of shape (3, 3) has other values on rank",
