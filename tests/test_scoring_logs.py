@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hand_made_logs import write_reaching, write_trial
 
+from workloads_smoke.registry import WORKLOADS, load_workload
 from workloads_smoke.scoring import Scoreboard, Target, official_targets, read_results, read_targets
+from workloads_smoke.scoring.targets import LOWER_IS_BETTER
 
 
 def keys(*sources: Path | str) -> list[tuple[str, str, str, str]]:
@@ -73,6 +75,16 @@ def test_renaming_keeps_two_submissions_of_one_name_apart(tmp_path: Path) -> Non
         read_results([tmp_path / "monday", tmp_path / "tuesday"])
     renamed = keys(tmp_path / "monday", f"later={tmp_path / 'tuesday' / 'ours'}")
     assert [key[0] for key in renamed] == ["later", "ours"]
+
+
+def test_a_folder_may_have_the_sign_of_a_new_name_in_its_own(tmp_path: Path) -> None:
+    write_reaching(tmp_path / "lr=0.1" / "study_0" / "mnist_pytorch" / "trial_1", 100, 5.0)
+    assert keys(tmp_path / "lr=0.1") == [("lr=0.1", "mnist", "study_0", "trial_1")]
+    for name in ("ours", "momentum=0.9"):
+        renamed = keys(f"{name}={tmp_path / 'lr=0.1'}")
+        assert renamed == [(name, "mnist", "study_0", "trial_1")]
+    with pytest.raises(FileNotFoundError, match=r"no such folder or file of results: nowhere$"):
+        keys("lr=0.1=nowhere")
 
 
 def test_trials_come_in_natural_order(tmp_path: Path) -> None:
@@ -162,6 +174,20 @@ def test_targets_files_are_checked(tmp_path: Path) -> None:
         read_targets(path)
     with pytest.raises(ValueError, match="'speed' is unknown"):
         Target("speed", 1.0)
+    for value in (float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="must be a finite number, got -?inf"):
+            Target("loss", value)
+
+
+def test_metrics_have_the_direction_of_the_workloads_that_they_judge() -> None:
+    found = {}
+    for name in WORKLOADS:
+        facts = load_workload(name).facts
+        found[facts.target_metric] = not facts.larger_is_better
+    assert found.items() <= LOWER_IS_BETTER.items()
+    others = LOWER_IS_BETTER.keys() - found.keys()
+    assert others == {"ce_loss", "ctc_loss", "l1_loss", "error_rate", "perplexity"}
+    assert all(LOWER_IS_BETTER[name] for name in others)
 
 
 def test_a_log_without_the_target_metric_is_refused(tmp_path: Path) -> None:

@@ -116,12 +116,7 @@ def read_results(sources: Iterable[str | Path]) -> list[Trial]:
 
 
 def _read_source(source: str | Path) -> Iterator[Trial]:
-    name, _, rest = str(source).rpartition("=")
-    # A path may itself contain "=": it wins where it exists as written.
-    if name and not Path(source).exists():
-        path, renamed = Path(rest).expanduser(), name
-    else:
-        path, renamed = Path(source).expanduser(), None
+    renamed, path = _name_and_path(str(source))
     if not path.exists():
         raise FileNotFoundError(f"no such folder or file of results: {path}")
     if path.is_file():
@@ -132,6 +127,19 @@ def _read_source(source: str | Path) -> Iterator[Trial]:
     for folder in _trial_folders(path):
         submission, study, workload, trial = _names(path, folder, renamed)
         yield _read_trial(folder, submission, study, workload, trial)
+
+
+def _name_and_path(source: str) -> tuple[str | None, Path]:
+    """New name, if one is given, and path of ``NAME=PATH`` or of ``PATH``.
+
+    Both may themselves contain "=": what exists as written is a path, and else what exists behind the
+    last "=" that has such a thing behind it.
+    """
+    cuts = [index for index, letter in enumerate(source) if letter == "=" and index > 0]
+    if not cuts or Path(source).expanduser().exists():
+        return None, Path(source).expanduser()
+    splits = [(source[:cut], Path(source[cut + 1 :]).expanduser()) for cut in reversed(cuts)]
+    return next((split for split in splits if split[1].exists()), splits[0])
 
 
 def _trial_folders(root: Path) -> Iterator[Path]:
