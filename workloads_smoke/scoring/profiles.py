@@ -29,9 +29,8 @@ def performance_ratios(times: pd.DataFrame, r_max: float = R_MAX) -> pd.DataFram
     if not 1 < r_max < np.inf:
         raise ValueError(f"a finite r_max > 1 is needed, got r_max={r_max}")
     known = times.astype(float).fillna(np.inf)
-    fastest = known.min(axis=0)
-    # A workload that nobody reached has no ratio; inf / inf would be NaN.
-    ratios = known.div(fastest.where(np.isfinite(fastest), 1.0), axis=1)
+    ratios = known.div(known.min(axis=0), axis=1)
+    # Where nobody reached the target, inf / inf is NaN, which is not below anything either.
     return ratios.where(ratios <= r_max, np.inf)
 
 
