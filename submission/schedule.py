@@ -84,7 +84,8 @@ class Schedule:
     def _second(self, end: int) -> Schedule:
         """Return the second course; its warm-up takes the same share of it."""
         steps = end - self.total_steps
-        warmup_steps = min(self.warmup_steps * steps // self.total_steps, steps - 1)
+        # Below `steps`, as the first one's is below its own.
+        warmup_steps = self.warmup_steps * steps // self.total_steps
         return dataclasses.replace(
             self, total_steps=steps, warmup_steps=warmup_steps, second_end=None
         )
