@@ -45,6 +45,12 @@ def test_a_miss_is_infinite_with_its_best_metric(tmp_path: Path) -> None:
     assert (row["best_metric"], row["best_step"], row["last_step"]) == (0.8, 10, 30)
 
 
+@pytest.mark.parametrize("metric", ["loss", "accuracy"])
+def test_what_is_not_finite_is_no_best_metric(tmp_path: Path, metric: str) -> None:
+    row = trial_row(tmp_path, [INF, -INF, math.nan], metric, 0.5)
+    assert math.isnan(row["best_metric"]) and math.isnan(row["best_step"])
+
+
 def test_what_is_no_number_is_named_with_its_place(tmp_path: Path) -> None:
     folder = tmp_path / "s" / "study_0" / "mnist_pytorch" / "trial_1"
     write_reaching(folder, 200, 6.0)
@@ -82,6 +88,18 @@ def test_minimum_over_trials_then_median_over_studies(tmp_path: Path) -> None:
     assert board.steps.loc["ours", "mnist"] == 100
     assert (row["studies_reached"], row["num_studies"], row["num_trials"]) == (3, 3, 6)
     assert row["seconds_per_step"] == 8.0 / 120
+
+
+def test_the_fastest_trial_counts_whatever_others_reach(tmp_path: Path) -> None:
+    """Neither fewer steps nor a better metric later make up for seconds."""
+    study = tmp_path / "ours" / "study_0" / "mnist_pytorch"
+    write_trial(study / "trial_1", [1, 10, 20], [0.1, 9.0, 18.0], [0.1, 0.92, 0.99])
+    write_trial(study / "trial_2", [1, 40, 50], [0.1, 8.0, 10.0], [0.1, 0.91, 0.93])
+    write_trial(study / "trial_3", [1, 50, 90], [0.1, 11.0, 19.0], [0.1, 0.8, 0.95])
+    (row,) = Scoreboard.of(read_results([tmp_path])).per_study.to_dict("records")
+    assert (row["best_trial"], row["seconds"], row["steps"]) == ("trial_2", 8.0, 40)
+    assert (row["fewest_steps"], row["best_metric"], row["num_trials"]) == (10, 0.99, 3)
+    assert row["seconds_per_step"] == 8.0 / 40
 
 
 def test_a_target_met_at_the_first_step_tells_no_step_time(tmp_path: Path) -> None:
@@ -140,6 +158,13 @@ def test_runs_against_different_targets_do_not_compare(tmp_path: Path) -> None:
         resolve_targets(read_results([tmp_path]))
 
 
+def test_runs_with_other_budgets_have_the_same_target(tmp_path: Path) -> None:
+    for study, budget in (("study_0", 100.0), ("study_1", 50.0)):
+        folder = tmp_path / "a" / study / "mnist_pytorch" / "trial_1"
+        write_reaching(folder, 100, 5.0, max_seconds=budget)
+    assert resolve_targets(read_results([tmp_path]))["mnist"].value == 0.9
+
+
 def test_an_unknown_workload_without_a_recorded_target_is_refused(tmp_path: Path) -> None:
     write_reaching(tmp_path / "a" / "study_0" / "novel_pytorch" / "trial_1", 100, 5.0, target=None)
     with pytest.raises(ValueError, match="'novel' record no target"):
@@ -156,6 +181,11 @@ def test_step_times_are_means_between_evaluations_or_each_step(tmp_path: Path) -
     np.testing.assert_allclose(seconds, [0.1, 0.2])
     np.testing.assert_array_equal(steps, [10, 20])
     assert not times_every_step(trial)
+    # A resumed run of the official harness may evaluate at the same step again.
+    again = write_trial(tmp_path / "s/study_1/mnist_pytorch/trial_1", [1, 11, 11], [5.0, 6.0, 6.5],
+                        [0.1, 0.2, 0.2])  # fmt: skip
+    (resumed,) = (trial for trial in read_results([tmp_path]) if trial.folder == again)
+    np.testing.assert_array_equal(step_times(resumed), [[0.1], [10]])
     (folder / "step_times.csv").write_text("global_step,seconds\n1,9.0\n2,0.5\n3,0.25\n")
     seconds, steps = step_times(trial)
     np.testing.assert_array_equal(seconds, [0.5, 0.25])
