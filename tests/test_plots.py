@@ -204,3 +204,9 @@ def test_verdicts_say_where_studies_disagree_and_where_r_max_cuts(tmp_path: Path
     assert "slow took 10.00x as long" in verdict
     assert "; beyond 4x, the score counts it as missed." in verdict
     assert "lucky reached accuracy >= 0.9 in only 1 of 3 studies, which counts as missed" in verdict
+    trials = [t for t in read_results([tmp_path]) if t.submission == "lucky"]
+    alone = workload_verdict(Scoreboard.of(trials), "mnist")
+    assert alone.startswith("lucky reached accuracy >= 0.9 in only 1 of 3 studies, which counts")
+    at_the_edge = Scoreboard.of(read_results([tmp_path]), r_max=10.0)
+    assert at_the_edge.ratios().loc["slow", "mnist"] == 10.0
+    assert "beyond" not in workload_verdict(at_the_edge, "mnist")

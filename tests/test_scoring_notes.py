@@ -70,6 +70,11 @@ def test_trials_that_logged_no_evaluation_are_named(tmp_path: Path) -> None:
     for path in (tmp_path / "theirs").glob("*/*/*/eval_measurements.csv"):
         path.unlink()
     assert notes(tmp_path) == ["without any evaluation, so that a miss may be none: theirs 2"]
+    cut = trial(tmp_path, "cut", ended=False, flags=OWN, metadata={})
+    (cut / "eval_measurements.csv").unlink()
+    found = Scoreboard.of(read_results([tmp_path])).notes()
+    assert "did not end, so that a miss may be none: cut study_0 mnist trial_1 (step 0)" in found
+    assert "without any evaluation, so that a miss may be none: theirs 2" in found
 
 
 def test_flags_that_differ_are_named(tmp_path: Path) -> None:
