@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shampoo_core.blocking import tiles_of
-from submission.routing import TABLE_ROWS, Kind, Route, bare_name, route, routed
+from submission.routing import MANY_ROWS, TABLE_ASPECT, TABLE_ROWS, Kind, Route, bare_name, route, routed
 
 
 class Types(enum.Enum):
@@ -26,9 +26,13 @@ class Types(enum.Enum):
         ((512, 1, 3, 3), Route(Kind.MATRIX, 1024)),
         ((TABLE_ROWS - 1, 1024), Route(Kind.MATRIX, 1024)),
         ((TABLE_ROWS, 128), Route(Kind.TABLE)),
+        ((TABLE_ROWS, 1024), Route(Kind.TABLE)),
         ((128, 1_048_576), Route(Kind.TABLE)),
         ((11_264, 8), Route(Kind.TABLE)),
         ((11_264, 64), Route(Kind.MATRIX, 1024)),
+        ((MANY_ROWS, MANY_ROWS // TABLE_ASPECT), Route(Kind.TABLE)),
+        ((MANY_ROWS, MANY_ROWS // TABLE_ASPECT + 1), Route(Kind.MATRIX, 1024)),
+        ((MANY_ROWS - 1, 2), Route(Kind.MATRIX, 1024)),
         ((2, 1024), Route(Kind.MATRIX, 1024)),
     ],
 )

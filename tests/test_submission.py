@@ -45,10 +45,11 @@ def test_dropout_and_label_smoothing_reach_the_workload() -> None:
     assert run.workload.calls[1] == {"label_smoothing": 0.3}
 
 
-def test_no_dropout_rate_keeps_the_models_own() -> None:
-    run = Run(namespace(dropout_rate=None))
+@pytest.mark.parametrize(("asked", "got"), [(None, 0.25), (0.0, 0.0)])
+def test_no_dropout_rate_keeps_the_models_own(asked: float | None, got: float) -> None:
+    run = Run(namespace(dropout_rate=asked))
     run.train(1)
-    assert run.workload.calls[0]["dropout_rate"] == 0.25
+    assert run.workload.calls[0]["dropout_rate"] == got
 
 
 def test_padding_does_not_count() -> None:

@@ -170,11 +170,18 @@ def test_time_scales_of_short_and_long_runs() -> None:
     )
 
 
-@pytest.mark.parametrize(("factor", "second_end"), [(0.78, 1000), (0.81, None)])
+@pytest.mark.parametrize(("factor", "second_end"), [(0.78, 1000), (0.8, 1000), (0.81, None)])
 def test_a_second_course_takes_a_quarter_of_the_first(
     factor: float, second_end: int | None
 ) -> None:
     assert pace(setting(step_hint_factor=factor), 1000).schedule.second_end == second_end
+
+
+@pytest.mark.parametrize("step_hint", [1, 2, 10])
+def test_a_warm_up_leaves_a_step(step_hint: int) -> None:
+    """Where nearly all of so short a run rounds to all of it."""
+    long = setting(warmup_factor=0.99, step_hint_factor=1.0)
+    assert pace(long, step_hint).schedule.warmup_steps == step_hint - 1
 
 
 def test_shapes_of_schedules() -> None:
