@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_stacks import stack_set_of
 from torch import Tensor
@@ -121,7 +121,22 @@ def test_a_correlation_that_is_none_does_not_set_the_scale(storage: Any, error: 
     assert (read[0, :15, :15] - matrix).abs().max() < error
 
 
+@pytest.mark.parametrize("storage", ["8bit", "4bit"])
+def test_directions_without_gradients_leave_the_others_as_they_are(storage: Any) -> None:
+    """Rows of zeros have no correlations, and a batch of such matrices none at all."""
+    (size,) = sizes = (FactorStackSize(2, 16),)
+    store = factor_store(stacks_of(16**2), sizes, storage)
+    torch.manual_seed(0)
+    whole = torch.zeros(2, 16, 16)
+    whole[0, 3:, 3:] = torch.corrcoef(torch.randn(13, 40))
+    store.blend([FactorSlice(0, 0, size.num_factors)], [whole.clone()], [torch.ones(2)])
+    (read,) = store.read([FactorSlice(0, 0, 2)])
+    torch.testing.assert_close(read, whole, rtol=0.0, atol=1e-3)
+    assert not read[0, :3].any() and not read[0, :, :3].any() and not read[1].any()
+
+
 @given(st.lists(st.integers(1, 50), max_size=12), st.integers(1, 60))
+@example([2, 3, 4], 5)  # the first two fill a batch
 def test_batches_hold_every_stack_once_and_no_more_than_the_limit(
     numels: list[int], limit: int
 ) -> None:
