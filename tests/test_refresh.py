@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from shampoo_core.refresh import (
     FactorSlice,
     FactorStackSize,
     RefreshPolicy,
+    joined,
     portions,
     whole_stacks,
 )
@@ -66,6 +68,20 @@ def test_portions_hold_what_is_due_and_no_more_than_allowed(
     assert all(sum(a) + b[0] > limit for a, b in itertools.pairwise(numels))
 
 
+def test_slices_that_fill_a_portion_share_it() -> None:
+    sizes = (FactorStackSize(3, 2), FactorStackSize(1, 4))
+    alone = [FactorSlice(0, i, i + 1) for i in range(3)]
+    found = portions([*alone, FactorSlice(1, 0, 1)], sizes, 8)
+    assert found == [alone[:2], alone[2:], [FactorSlice(1, 0, 1)]]
+
+
+def test_only_neighbours_are_joined() -> None:
+    """What lies between was not due; nor are factors of two stacks one slice."""
+    due = [(0, 0, 1), (0, 2, 3), (0, 3, 5), (1, 5, 6), (1, 6, 7), (1, 0, 2)]
+    found = joined([FactorSlice(*item) for item in due])
+    assert found == [(0, 0, 1), (0, 2, 5), (1, 5, 7), (1, 0, 2)]
+
+
 def _singly(due: list[FactorSlice]) -> list[FactorSlice]:
     return [FactorSlice(item.stack, i, i + 1) for item in due for i in range(item.start, item.stop)]
 
@@ -95,6 +111,15 @@ def test_staggered_solves_small_factors_together_at_evenly_spaced_steps() -> Non
         for due in (policy.due(step, sizes) for step in busy)
     ]
     assert max(work) < 1.2 * min(work)
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, range(1, 9)), (2, (1, 3, 5, 7)), (8, (1,))])
+def test_every_rank_has_a_share_worth_a_step(ranks: int, steps: Sequence[int]) -> None:
+    """Of eight factors that are just one each; steps with work are evenly spaced."""
+    policy, sizes = StaggeredRefresh(8, 1, ranks=ranks), (FactorStackSize(8, 512),)
+    for first in (1, 9):
+        due = [step for step in range(1, 9) if policy.due(first - 1 + step, sizes)]
+        assert due == list(steps)
 
 
 def test_several_ranks_are_given_as_many_factors_at_fewer_steps() -> None:
