@@ -14,6 +14,7 @@ from shampoo_core.refresh import FactorStackSize
 from submission import refresh_cost
 from submission.pace import REFRESHES_PER_RUN
 from submission.refresh_cost import (
+    CYCLES,
     IDLE_STEPS,
     SHARE,
     WARM_UP_STEPS,
@@ -111,8 +112,12 @@ def test_the_interval_fits_the_clock(
     cost = RefreshCost(8, 10_000, CPU)
     idle = Clock(monkeypatch).run(cost, range(1, 60), forward=0.9, share=share)
     assert cost.policy.interval == expected
-    assert len(idle) == IDLE_STEPS
+    # Whole rounds behind the first steps, some steps without, and the next begins another interval.
+    first = WARM_UP_STEPS + 1 + CYCLES * 8
+    assert idle == list(range(first, first + IDLE_STEPS))
     assert not cost.policy.is_idle
+    changed = cost.policy.plan.first_step
+    assert changed == (first + IDLE_STEPS if expected != 8 else 1)
 
 
 def test_a_slow_step_now_and_then_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +182,7 @@ def test_a_resumed_run_decides_alike(monkeypatch: pytest.MonkeyPatch, cut: int) 
     assert second.policy.interval == whole.policy.interval == 16
 
 
-@pytest.mark.parametrize(("cut", "expected"), [(5, 4), (15, 4), (22, 8), (50, 16)])
+@pytest.mark.parametrize(("cut", "expected"), [(5, 4), (15, 4), (19, 4), (20, 8), (50, 16)])
 def test_times_of_other_ranks_are_not_taken_over(
     monkeypatch: pytest.MonkeyPatch, cut: int, expected: int
 ) -> None:
@@ -186,10 +191,12 @@ def test_times_of_other_ranks_are_not_taken_over(
     clock.run(first, range(1, cut), forward=0.9, share=0.3)
     monkeypatch.setattr(refresh_cost, "world_size", lambda: 8)
     monkeypatch.setattr(refresh_cost, "_slowest", lambda seconds, device: list(seconds))
-    second = RefreshCost(8, 10_000, CPU)
+    second, third = RefreshCost(8, 10_000, CPU), RefreshCost(8, 10_000, CPU)
     second.load_state_dict(first.state_dict())
-    clock.run(second, range(cut, 80), forward=0.9, share=0.3)
-    assert second.policy.interval == expected
+    third.load_state_dict(second.state_dict())  # cut once more, on as many ranks
+    for cost in (second, third):
+        clock.run(cost, range(cut, 80), forward=0.9, share=0.3)
+        assert cost.policy.interval == expected
 
 
 def test_going_back_to_before_a_decision_takes_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
