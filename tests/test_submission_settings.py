@@ -134,6 +134,7 @@ def test_weights_are_averaged_as_the_setting_says(changes: dict[str, Any], expec
 def test_a_lookup_table_is_not_averaged(averaging: str) -> None:
     options = route_options(Route(Kind.TABLE), setting(averaging=averaging))
     assert options["preconditioner"] == AdamConfig()
+    assert options["target_order"] == 1  # of an elementwise method, which has no use for matrices
     # Schedule-Free is where its steps lead, not a copy beside it.
     assert ("averaging" in options) == (averaging == "weight_ema")
     assert options.get("averaging") is None
