@@ -337,7 +337,7 @@ def test_eval_model_reports_the_target_metric(workload: SmokeWorkload) -> None:
         results = workload._eval_model_on_split(split, 12, 8, model, None, [5, 6], "", 0)
         assert all(isinstance(value, float) for value in results.values())
         assert workload.target_metric_name in results
-    again = workload._eval_model_on_split("validation", 10**9 * 0 + 12, 8, model, None, [7, 8], "")
+    again = workload._eval_model_on_split("validation", 12, 8, model, None, [7, 8], "")
     assert again.keys() == results.keys()
 
 
@@ -353,6 +353,32 @@ def test_reaching_a_target_is_strict(
         result = {f"validation/{metric}": value, f"test/{metric}": value}
         assert workload.has_reached_validation_target(result) == reached
         assert workload.has_reached_test_target(result) == reached
+
+
+def test_each_split_is_judged_by_its_own_metric_and_target(
+    workload: SmokeWorkload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metric = workload.target_metric_name
+    better, worse = (0.4, 0.6) if metric in LOWER_IS_BETTER else (0.6, 0.4)
+    for name, target in (("validation", 0.5), ("test", better)):
+        value = property(lambda self, target=target: target)
+        monkeypatch.setattr(SmokeWorkload, f"{name}_target_value", value)
+    for validation, test in ((better, worse), (worse, 2 * better - 0.5), (better, better)):
+        result = {f"validation/{metric}": validation, f"test/{metric}": test}
+        assert workload.has_reached_validation_target(result) == (validation == better)
+        assert workload.has_reached_test_target(result) == (test == 2 * better - 0.5)
+
+
+def test_the_last_batch_of_an_evaluation_counts_though_it_is_not_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workload = load_workload("mnist")
+    counts: list[int] = []
+    monkeypatch.setattr(workload, "_measure", lambda _, rows: counts.append(len(list(rows))) or {})
+    model = build(workload)
+    for num_examples in (12, 16, 17):
+        workload._eval_model_on_split("test", num_examples, 8, model, None, [5, 6], "", 0)
+    assert counts == [2, 2, 3]
 
 
 def test_targets_are_those_of_the_workload_as_it_is(workload: SmokeWorkload) -> None:
