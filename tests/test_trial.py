@@ -146,7 +146,7 @@ class Case:
         )
         self.context = TrialContext(
             TrialRequest("tiny", 1, 1, None, 7, folder, 8, 64),
-            RunSettings(Path("entry/submission.py"), save_checkpoints=False, **settings),
+            RunSettings(Path("entry/submission.py"), **{"save_checkpoints": False, **settings}),
             submission,
             self.workload,
             hyperparameters,
@@ -237,6 +237,37 @@ def test_evaluations_come_after_the_first_step_and_then_every_period(
     assert [row["global_step"] for row in case.evals()] == [1, 4, 7, 9]
 
 
+def test_an_evaluation_is_due_when_the_period_is_over(tmp_path: Path, clock: Clock) -> None:
+    """To the moment: 2.5 s are two steps, not three."""
+    case = Case(tmp_path, clock, max_global_steps=8, prepares=False)
+    case.workload.eval_period_time_sec = 2.5  # type: ignore[misc]
+    case.run()
+    assert [row["global_step"] for row in case.evals()] == [1, 3, 5, 7, 8]
+
+
+def test_a_resumed_trial_does_not_evaluate_at_once(tmp_path: Path, clock: Clock) -> None:
+    """The time in which it was not run is no part of the period."""
+    options = {"prepares": False, "save_checkpoints": True}
+    Case(tmp_path, clock, max_global_steps=2, **options).run()
+    clock.now += 500.0
+    resumed = Case(tmp_path, clock, max_global_steps=9, **options)
+    resumed.run()
+    assert [row["global_step"] for row in resumed.evals()] == [1, 2, 5, 8, 9]
+
+
+def test_time_to_log_is_counted_apart(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(self: TrialProgress, *arguments: Any) -> None:
+        clock.now += 2.0
+
+    monkeypatch.setattr(TrialProgress, "evaluation", slow)
+    case = Case(tmp_path, clock, max_global_steps=3, eval_every_steps=1, prepares=False)
+    outcome = case.run()
+    assert [row["accumulated_logging_time"] for row in case.evals()] == [0.0, 2.0, 4.0]
+    assert outcome.submission_time == 3 * 1.25
+
+
 def test_both_targets_must_be_reached_though_not_at_once(tmp_path: Path, clock: Clock) -> None:
     accuracies = {"validation": (0.5, 1.0, 0.5), "test": (0.5, 0.5, 1.0)}
     case = Case(tmp_path, clock, eval_every_steps=1, **accuracies)
@@ -265,6 +296,7 @@ def test_a_submission_may_end_training_and_gets_a_last_evaluation(
     [
         ({"max_global_steps": 6}, 6),
         ({"step_budget": 0.1}, 4),
+        ({"step_budget": 0.14}, 6),  # the nearest whole number of 5.6
         ({"step_budget": 0.1, "max_global_steps": 3}, 3),
         ({"step_budget": 1e-9}, 1),
     ],
