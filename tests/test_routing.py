@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from shampoo_core.blocking import tiles_of
-from submission.routing import MANY_ROWS, TABLE_ASPECT, TABLE_ROWS, Kind, Route, bare_name, route, routed
+from submission.routing import (
+    MANY_ROWS,
+    TABLE_ASPECT,
+    TABLE_ROWS,
+    Kind,
+    Route,
+    bare_name,
+    route,
+    routed,
+)
 
 
 class Types(enum.Enum):

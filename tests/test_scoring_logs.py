@@ -175,7 +175,7 @@ def test_targets_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'speed' is unknown"):
         Target("speed", 1.0)
     for value in (float("inf"), -float("inf")):
-        with pytest.raises(ValueError, match="must be a finite number, got -?inf"):
+        with pytest.raises(ValueError, match=r"must be a finite number, got -?inf"):
             Target("loss", value)
 
 
