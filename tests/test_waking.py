@@ -77,6 +77,20 @@ def test_a_root_that_keeps_its_directions_is_left_alone() -> None:
     assert optimizer.state[weight]["block.0.0.refreshes.axis0"] == 1
 
 
+def test_directions_that_stay_asleep_wake_no_root() -> None:
+    """The root is zero along them as it should be: only a gradient there makes it old."""
+    weight = torch.nn.Parameter(torch.ones(8, 24))
+    optimizer = DistributedShampoo(
+        [weight], betas=(0.9, 0.99), refresh=AdaptiveRefresh(5, 1, threshold=0.9)
+    )
+    for step in range(1, 41):
+        weight.grad = noise((8, 24), step)
+        weight.grad[4:] = 0.0
+        optimizer.step()
+    optimizer.state_dict()
+    assert optimizer.state[weight]["block.0.0.refreshes.axis0"] == 1
+
+
 @pytest.mark.parametrize("statistics", ["whitened", "whitened_mean"])
 def test_directions_that_no_root_has_seen_are_learnt_by_whitened_statistics(
     statistics: Any,
