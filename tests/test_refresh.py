@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_cases import Divided
 from hypothesis import given
 from hypothesis import strategies as st
-from quadratic import gradient, optimizer_for, parameters, run
+from quadratic import assert_same, gradient, optimizer_for, parameters, run
 
 from shampoo_core import (
     AdaptiveRefresh,
@@ -26,6 +27,8 @@ from shampoo_core import (
 )
 from shampoo_core.blocking import merge_dimensions, tiles_of
 from shampoo_core.costs import plain_step_flops, refresh_flops
+from shampoo_core.exchange.choice import Exchanges
+from shampoo_core.exchange.local import LocalExchange
 from shampoo_core.preconditioners.axes import preconditioned_axes
 from shampoo_core.preconditioners.eigenvalue_corrected import SecondMoments
 from shampoo_core.refresh import (
@@ -348,3 +351,19 @@ def test_staggered_weighs_a_large_factor_against_many_small_ones() -> None:
         assert sorted([(sizes[i.stack].dimension, i.stop - i.start) for i in due] for due in shares) == [
             [(512, 8)], [(1024, 1)],
         ]  # fmt: skip
+
+
+def test_a_schedule_does_not_depend_on_how_parameters_travel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Factors take turns in the order of parameters, some of which other ranks may share in other ways."""
+
+    def stepped() -> list[torch.nn.Parameter]:
+        params = parameters([(8, 8)] * 4)
+        run(optimizer_for(params, refresh=Divided(4)), params, range(1, 10))
+        return params
+
+    expected = stepped()
+    ways = itertools.cycle((LocalExchange(), LocalExchange()))
+    monkeypatch.setattr(Exchanges, "of", lambda self, parameter: next(ways))
+    assert_same(stepped(), expected, 1e-12)
