@@ -95,6 +95,31 @@ def test_finished_runs_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert len(trained) == len(set(trained))
 
 
+def test_a_check_says_when_a_whole_run_exceeds_the_target_and_that_a_poor_one_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    setter = made_up(lambda run: 0.5, monkeypatch, tmp_path)
+    hint = setter.workload.step_hint
+    rates: list[float] = []
+
+    def train(run: Run) -> recipe.Result:
+        rates.append(run.point.learning_rate)
+        middle = {0: 0.7, 1: 0.6, 2: 0.3}[run.seed]  # 0.6 is the target, which has to be exceeded
+        values = [0.1, middle, 0.65] if len(rates) <= 3 + 3 else [0.1, 0.2, 0.3]
+        steps = [hint // 4, hint // 2, hint]
+        return recipe.Result(run, Curve(steps, values, values, 0.0))
+
+    monkeypatch.setattr(setter, "_train", train)
+    (point,) = search_points("nadamw", 1, LossType.SOFTMAX_CROSS_ENTROPY)
+    best = recipe.Result(Run("nadamw", point, 0, hint, 10), Curve([1], [0.5], [0.5], 0.0))
+    found = setter._check([best], 0.6)
+    assert found["nadamw_tuned_reaches_at"] == [hint // 2 / hint, 1.0, 1.0]
+    assert found["nadamw_poor_learning_rate_reaches_at"] is None
+    tuned = found["nadamw_tuned_learning_rate"]
+    assert rates[:3] == pytest.approx([point.learning_rate * f for f in (0.5, 1.0, 2.0)])
+    assert rates[-1] == pytest.approx(tuned / 30)
+
+
 def test_runs_on_another_text_are_not_taken_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
