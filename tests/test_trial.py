@@ -14,7 +14,7 @@ from tiny_runner import TinyWorkload
 from workloads_smoke import randomness, spec, trial, trial_setup
 from workloads_smoke.batch_sizes import base_workload_name, batch_sizes
 from workloads_smoke.errors import UserError
-from workloads_smoke.outcome import TrialOutcome
+from workloads_smoke.outcome import TrialOutcome, outcome_of
 from workloads_smoke.profiling import Profiler
 from workloads_smoke.progress import TrialProgress
 from workloads_smoke.settings import RunSettings, TrialRequest
@@ -430,3 +430,17 @@ def test_the_profiler_adds_up_what_it_is_shown() -> None:
         "Data selection": 3,
         "Evaluation": 1,
     }
+
+
+class LossWorkload(TinyWorkload):
+    target_metric_name = "loss"
+
+    def has_reached_validation_target(self, eval_result: dict[str, float]) -> bool:
+        return eval_result["validation/loss"] < 0.1
+
+
+def test_the_best_metric_is_the_least_loss_that_is_a_number() -> None:
+    losses = (float("nan"), 0.5, 0.3, 0.4)
+    results = [(step, {"validation/loss": loss}) for step, loss in enumerate(losses, start=1)]
+    found = outcome_of(LossWorkload(), results, 9, 2.0, "step limit")
+    assert found == TrialOutcome("step limit", 9, 2.0, 0.3, None, None)
