@@ -362,7 +362,7 @@ def test_adaptive_refresh_leaves_bases_that_stand_still_alone() -> None:
     ("options", "message"),
     [
         ({"second_moments": "forget"}, "second_moments must be one of"),
-        ({"initial_eigenvalue": 0.0}, r"initial_eigenvalue must lie in \(0.0, inf\], got 0.0"),
+        ({"initial_eigenvalue": 0.0}, r"initial_eigenvalue must lie in \(0.0, inf\), got 0.0"),
         ({"largest_scale": 0.0}, r"largest_scale must lie in \(0.0, "),
         ({"factor_decay": -0.1}, "factor_decay must lie in"),
         ({"statistics_interval": 0}, "statistics_interval must be at least 1, got 0"),
