@@ -8,14 +8,12 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import METHODS
-from quadratic import SHAPES, gradient, parameters
+from quadratic import gradient, parameters
 from ranks import assert_equal_on_ranks, on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,7 +28,6 @@ from shampoo_core import (
     HeavyBall,
     WeightEMA,
 )
-from shampoo_core.exchange import agreement
 from shampoo_core.exchange.pieces import pieces_of
 from shampoo_core.exchange.traffic import all_gather_bytes, all_to_all_bytes
 
@@ -377,25 +374,6 @@ def test_every_rank_hears_how_ranks_differ(mistake: str, two_ranks: list[dict[st
         assert MESSAGES[mistake] in found["mistakes"][mistake]
 
 
-@pytest.mark.parametrize("first_has_it", [True, False])
-def test_a_fact_that_one_rank_alone_has_is_named(
-    first_has_it: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A scheduler made on one rank leaves an entry in its groups, say."""
-    everyone: list[Any] = [{"lr": "1", "initial_lr": "2"}, {"lr": "1"}]
-    if not first_has_it:
-        everyone.reverse()
-
-    def from_all(value: Any, group: Any) -> list[Any]:
-        return everyone if isinstance(value, dict) else ["a digest", "another"]
-
-    monkeypatch.setattr(agreement, "_from_all", from_all)
-    mine, theirs = ("2", "absent") if first_has_it else ("absent", "2")
-    expected = f"initial_lr is {mine} on rank 0 and {theirs} on rank 1"
-    with pytest.raises(ValueError, match=expected):
-        agreement.check_agreement("test", everyone[0], None)  # type: ignore[arg-type]
-
-
 def test_ranks_can_train_models_of_their_own(two_ranks: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(two_ranks):
         params = parameters([(6, 5)], seed=rank)
@@ -415,44 +393,3 @@ def test_gradients_of_one_rank_alone_do_not_part_the_ranks(
 
 def test_copies_share_the_group(two_ranks: list[dict[str, Any]]) -> None:
     assert all(found["copy"] for found in two_ranks)
-
-
-# --- groups of ranks ------------------------------------------------------------------------------
-
-
-def in_pairs() -> dict[str, Any]:
-    """Four ranks, of which two and two share the work."""
-    params = parameters()
-    options = {**METHODS["staggered"], "averaging": WeightEMA(0.9)}
-    optimizer = optimizer_of(params, **options, distributed=Distribution(ranks_per_group=2))
-    with counted() as calls:
-        stepped(params, optimizer, 5)
-    assert_equal_on_ranks(list(params), "pairs")
-    (engine,) = optimizer._engines[0]
-    sent = optimizer.gather_state()
-    return {
-        "weights": [p.detach() for p in params],
-        "blocks": [own.num_blocks for own in engine.division.by_rank],
-        "bytes": calls[-1][2],
-        "modelled": all_gather_bytes([own.numel for own in engine.division.by_rank], 8),
-        "keys": {index: set(e) for index, e in optimizer.state_dict()["state"].items()},
-        "sent": sent,
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # many processes on few cores
-def test_groups_of_ranks_share_the_work(tmp_path: Path) -> None:
-    params = parameters()
-    optimizer = optimizer_of(params, **METHODS["staggered"], averaging=WeightEMA(0.9))
-    stepped(params, optimizer, 5)
-    found = on_ranks(4, tmp_path, in_pairs)
-    for of_rank in found:
-        for a, b in zip(of_rank["weights"], params, strict=True):
-            torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-12)
-        assert len(of_rank["blocks"]) == 2
-        assert of_rank["bytes"] == of_rank["modelled"]
-    expected = {index: set(e) for index, e in optimizer.state_dict()["state"].items()}
-    assert found[0]["keys"] == expected
-    assert found[0]["sent"] > 0
-    assert len(SHAPES) == len(expected)

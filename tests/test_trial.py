@@ -12,10 +12,8 @@ import pytest
 from tiny_runner import TinyWorkload
 
 from workloads_smoke import randomness, spec, trial, trial_setup
-from workloads_smoke.batch_sizes import base_workload_name, batch_sizes
 from workloads_smoke.errors import UserError
 from workloads_smoke.outcome import TrialOutcome, outcome_of
-from workloads_smoke.profiling import Profiler
 from workloads_smoke.progress import TrialProgress
 from workloads_smoke.settings import RunSettings, TrialRequest
 from workloads_smoke.submissions import Submission
@@ -376,60 +374,6 @@ def test_what_a_submission_logged_before_it_failed_is_kept(tmp_path: Path, clock
         losses = [row["train_loss"] for row in csv.DictReader(file)]
     assert [float(loss) for loss in losses if loss] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert len((tmp_path / "step_times.csv").read_text().splitlines()) == 1 + 5
-
-
-def submission_with(**functions: Any) -> Submission:
-    fields = dict.fromkeys(
-        ("init_optimizer_state", "update_params", "data_selection", "prepare_for_eval"), None
-    )
-    defaults = {"get_batch_size": lambda name: 96, "get_eval_batch_size": None}
-    path = Path("entry/submission.py")
-    return Submission(path=path, wants_train_state=False, **{**fields, **defaults, **functions})
-
-
-def test_batch_sizes_are_the_workloads_unless_the_submissions_are_asked_for() -> None:
-    workload = TinyWorkload()
-    submission = submission_with(get_eval_batch_size=lambda name: 32)
-    assert batch_sizes(workload, "tiny", submission, use_submission_batch_size=False) == (8, 64)
-    assert batch_sizes(workload, "tiny", submission, use_submission_batch_size=True) == (96, 32)
-
-
-def test_a_variant_takes_the_batch_size_of_its_base_workload() -> None:
-    def get_batch_size(name: str) -> int:
-        if name != "wmt":
-            raise ValueError(f"Unsupported workload name: {name}.")
-        return 128
-
-    submission = submission_with(get_batch_size=get_batch_size)
-    assert batch_sizes(TinyWorkload(), "wmt_post_ln", submission, True)[0] == 128
-    assert base_workload_name("finewebedu_lm") == "finewebedu_lm"
-    assert batch_sizes(TinyWorkload(), "mnist", submission, False)[0] == 8
-    with pytest.raises(UserError, match=r"get_batch_size knows no 'mnist' \(Unsupported"):
-        batch_sizes(TinyWorkload(), "mnist", submission, True)
-
-
-@pytest.mark.parametrize("size", [0, -8, 7, 8.0])
-def test_batch_sizes_divide_among_processes(monkeypatch: pytest.MonkeyPatch, size: Any) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    submission = submission_with(get_batch_size=lambda name: size)
-    with pytest.raises(UserError, match=rf"multiple of the number of processes \(2\), got {size}"):
-        batch_sizes(TinyWorkload(), "tiny", submission, use_submission_batch_size=True)
-
-
-def test_the_profiler_adds_up_what_it_is_shown() -> None:
-    profiler = Profiler()
-    for _ in range(3):
-        with profiler.profile("Data selection"):
-            pass
-    with pytest.raises(ZeroDivisionError), profiler.profile("Evaluation"):
-        raise ZeroDivisionError
-    header, *lines = profiler.summary().splitlines()
-    assert header.split() == ["action", "calls", "mean", "s", "total", "s", "share"]
-    assert {line[:24].strip(): int(line[24:32]) for line in lines} == {
-        "Data selection": 3,
-        "Evaluation": 1,
-    }
 
 
 class LossWorkload(TinyWorkload):
