@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shampoo_core.config import GroupOptions
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.moments import MovingAverage, nonzero_weight
+from shampoo_core.moments import AverageIn, MovingAverage, nonzero_weight
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
 
@@ -59,21 +59,33 @@ class GradientFilter:
                 storage=options.storage,
             )
 
-    def filter(self, gradients: StackedGradients) -> Direction:
-        """Absorb the gradients of this step and return the filtered gradient."""
+    def filter(self, gradients: StackedGradients, average_in: AverageIn | None = None) -> Direction:
+        """Absorb the gradients of this step and return the filtered gradient.
+
+        Args:
+            gradients: Of this step.
+            average_in: Is called once, with what becomes the filtered gradient, if all blocks are open.
+        """
         if self.moment is None:
+            if average_in is not None:
+                average_in(gradients.stacks, 0.0)
             return Direction(list(gradients.stacks), self._stack_set.block_vector(1.0))
         if not self._looks_ahead:
-            self.moment.absorb(gradients)
+            self.moment.absorb(gradients, average_in)
             return Direction(self.moment.average, self.moment.weight.reciprocal())
-        ahead = torch._foreach_lerp(self.moment.average, gradients.stacks, 1.0 - self._beta3)
+        if average_in is not None:
+            ahead = [stack.clone() for stack in self.moment.average]
+            average_in(ahead, self._beta3)
+        else:
+            gain = 1.0 - self._beta3
+            ahead = list(torch._foreach_lerp(self.moment.average, gradients.stacks, gain))
         weight_ahead = torch.lerp(self.moment.raw_weight, gradients.is_open, 1.0 - self._beta3)
         self.moment.absorb(gradients)
         if self._normalises_as_v05 or not self._corrects:
             weight = self.moment.weight
         else:
             weight = nonzero_weight(weight_ahead)
-        return Direction(list(ahead), weight.reciprocal())
+        return Direction(ahead, weight.reciprocal())
 
     def state(self) -> StackState:
         """The average and its weight, or nothing."""

@@ -30,6 +30,8 @@ class StackedGradients:
     """Block vector: 1 where the parameter has a gradient at all; None when all have."""
     missing: tuple[int, ...] = ()
     """The parameters of the set that have none, by number in their group."""
+    all_seen_open: bool = False
+    """Whether the host has seen that every block is open; never where it would have to wait for that."""
 
     def decaying(self, *, corrected: bool) -> Tensor | None:
         """Block vector: 1 where an average decays at this step, else 0; None means in all blocks.
@@ -85,7 +87,7 @@ class GradientGuard:
         """
         presence = self._presence_of(gradients)
         if presence is None and self._are_seen_to_be_good(stacks):
-            return StackedGradients(stacks, self._ones, None)
+            return StackedGradients(stacks, self._ones, None, all_seen_open=True)
         # A NaN compares false, so one comparison finds NaN, infinity, and what would become infinity
         # in a second moment and stay there for good. Written to a float tensor it is 1 or 0. On a CPU
         # torch takes twenty times as long for the largest entry as for the Euclidean norm.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from shampoo_core.config import GroupOptions, Storage, check_range
-from shampoo_core.filtering import Direction
+from shampoo_core.filtering import Direction, GradientFilter
+from shampoo_core.fused_adam import average_and_scale
 from shampoo_core.gradients import StackedGradients
 from shampoo_core.moments import MovingAverage
 from shampoo_core.stacks import StackSet
@@ -29,11 +30,11 @@ class DiagonalMethod(Protocol):
     def second_moment(self) -> MovingAverage | None:
         """The running average of squared gradients, if the method keeps one."""
 
-    def absorb(self, gradients: StackedGradients) -> None:
-        """Update the second moment."""
+    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
+        """Update the second moment and the filter, and return the filtered gradient."""
 
     def direction(self, filtered: Direction) -> Direction:
-        """Scale the filtered gradient elementwise."""
+        """Scale the filtered gradient of this step elementwise."""
 
     def state(self) -> StackState:
         """The second moment, or nothing."""
@@ -52,8 +53,8 @@ class _Sgd:
     def __init__(self, stack_set: StackSet) -> None:
         self._num_stacks = len(stack_set)
 
-    def absorb(self, gradients: StackedGradients) -> None:
-        pass  # no second moment
+    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
+        return gradient_filter.filter(gradients)  # no second moment
 
     def direction(self, filtered: Direction) -> Direction:
         return filtered
@@ -91,20 +92,51 @@ class SecondMomentScaling:
         self._average = MovingAverage(
             stack_set, decay, bias_correction=bias_correction, storage=storage, kind="second"
         )
+        self._is_adams = exponent == 0.5 and decay < 1.0 and storage in ("dense", "packed")
+        self._scaled: list[Tensor] | None = None
+        """What `direction` is to return, where it has been made along with the averages."""
 
     @property
     def second_moment(self) -> MovingAverage:
         """V."""
         return self._average
 
-    def absorb(self, gradients: StackedGradients) -> None:
+    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
         """See `DiagonalMethod`."""
-        self._average.absorb_squares(gradients)
+        second, self._scaled = self._average, None
+        if not self._is_one_pass(gradients):
+            second.absorb_squares(gradients)
+            return gradient_filter.filter(gradients)
+        second.absorb_weight(gradients)
+        eps = self._eps * float(second.weight[0]) ** self._exponent
+        scaled = self._stack_set.zeros()
+
+        def average_in(averages: list[Tensor], decay: float) -> None:
+            betas = decay, second.decay
+            average_and_scale(
+                gradients.stacks, averages, second.average, scaled, betas=betas, eps=eps
+            )
+
+        filtered = gradient_filter.filter(gradients, average_in)
+        self._scaled = scaled
+        return filtered
+
+    def _is_one_pass(self, gradients: StackedGradients) -> bool:
+        """Whether the kernel can do it: with one eps, hence one weight, for all."""
+        return (
+            self._is_adams
+            and gradients.all_seen_open
+            and self._average.weighs_all_alike()
+            and all(stack.is_contiguous() for stack in gradients.stacks)
+        )
 
     def direction(self, filtered: Direction) -> Direction:
         """See `DiagonalMethod`."""
         # f / ((V / w)^e + eps) = f / (V^e + eps w^e) * w^e
         weight = self._average.weight**self._exponent
+        scaled, self._scaled = self._scaled, None
+        if scaled is not None:
+            return Direction(scaled, filtered.scale * weight)
         average = self._average.average
         if self._exponent == 0.5:
             denominators = torch._foreach_sqrt(average)

@@ -12,6 +12,8 @@ block without a gradient is left untouched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ from shampoo_core.gradients import StackedGradients
 from shampoo_core.stacks import StackSet
 from shampoo_core.state import StackState, stacked_state
 from shampoo_core.storage import MomentKind, stack_store
+
+AverageIn = Callable[[list[Tensor], float], None]
+"""Averages the gradients of a step into stacks, in place, with a decay."""
 
 SMALLEST_WEIGHT = 1e-12
 """Below any real weight: the first gradient already brings 1 - decay."""
@@ -75,10 +80,21 @@ class MovingAverage:
             return torch.ones_like(self.raw_weight)
         return nonzero_weight(self.raw_weight)
 
-    def absorb(self, gradients: StackedGradients) -> None:
-        """Average in the gradients themselves."""
+    def weighs_all_alike(self) -> bool:
+        """Whether all blocks have one weight; the host waits for it."""
+        return not self._corrects or bool((self.raw_weight == self.raw_weight[0]).all())
+
+    def absorb(self, gradients: StackedGradients, average_in: AverageIn | None = None) -> None:
+        """Average in the gradients themselves.
+
+        Args:
+            gradients: Of this step.
+            average_in: What does so, if all blocks are open.
+        """
         average = self.average
-        if not self._corrects and self.decay < 1.0:
+        if average_in is not None:
+            average_in(average, self.decay)
+        elif not self._corrects and self.decay < 1.0:
             gains = self._stack_set.split(self.gain * gradients.is_open)
             torch._foreach_lerp_(average, gradients.stacks, gains)
         elif self._decaying(gradients) is None and self.decay < 1.0:
@@ -87,7 +103,7 @@ class MovingAverage:
             self._decay(average, gradients)
             torch._foreach_add_(average, gradients.stacks, alpha=self.gain)
         self._store.save(average)
-        self._absorb_weight(gradients)
+        self.absorb_weight(gradients)
 
     def absorb_squares(self, gradients: StackedGradients) -> None:
         """Average in the elementwise squares of the gradients."""
@@ -95,7 +111,7 @@ class MovingAverage:
         self._decay(average, gradients)
         torch._foreach_addcmul_(average, gradients.stacks, gradients.stacks, value=self.gain)
         self._store.save(average)
-        self._absorb_weight(gradients)
+        self.absorb_weight(gradients)
 
     def _decay(self, average: list[Tensor], gradients: StackedGradients) -> None:
         decay_stacks(self._stack_set, average, self.decay, self._decaying(gradients))
@@ -103,7 +119,8 @@ class MovingAverage:
     def _decaying(self, gradients: StackedGradients) -> Tensor | None:
         return gradients.decaying(corrected=self._corrects)
 
-    def _absorb_weight(self, gradients: StackedGradients) -> None:
+    def absorb_weight(self, gradients: StackedGradients) -> None:
+        """Update the weight alone, where the average is left to somebody else."""
         absorb_weight(self.raw_weight, self.decay, self.gain, gradients)
 
     def state(self) -> StackState:

@@ -15,7 +15,7 @@ PACKAGE = Path(shampoo_core.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = (
-    ("config", "blocking", "grams", "state_hooks", "status"),
+    ("config", "blocking", "fused_adam", "grams", "state_hooks", "status"),
     ("state", "costs", "live_memory"),
     ("counting", "model_shapes", "refresh"),
     ("stacks",),

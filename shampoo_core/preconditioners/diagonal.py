@@ -196,8 +196,7 @@ class Diagonal:
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
         del step
-        self.method.absorb(gradients)
-        filtered = self.filter.filter(gradients)
+        filtered = self.method.absorb(gradients, self.filter)
         gradients.free_stacks()  # before the direction, which needs memory of its own
         return self.method.direction(filtered)
 
@@ -230,7 +229,7 @@ class _RowWiseScaling:
         ]  # fmt: skip
         self.weight = stack_set.block_vector()
 
-    def absorb(self, gradients: StackedGradients) -> None:
+    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
         decaying = gradients.decaying(corrected=self._corrects)
         decay_stacks(self._stack_set, self.rows, self._decay, decaying)
         for rows, stack in zip(self.rows, gradients.stacks, strict=True):
@@ -238,6 +237,7 @@ class _RowWiseScaling:
             norms = torch.linalg.vector_norm(per_row, dim=-1).view(rows.shape)
             rows.addcmul_(norms, norms, value=self._gain / per_row.shape[-1])
         absorb_weight(self.weight, self._decay, self._gain, gradients)
+        return gradient_filter.filter(gradients)
 
     def direction(self, filtered: Direction) -> Direction:
         denominators = torch._foreach_sqrt(self.rows)

@@ -207,8 +207,7 @@ class EigenvalueCorrected:
         rotated = replace(gradients, stacks=self.bases.multiply(gradients.stacks))
         if frees:
             gradients.free_stacks()
-        self.scaling.absorb(rotated)
-        filtered = self.filter.filter(rotated)
+        filtered = self.scaling.absorb(rotated, self.filter)
         rotated.free_stacks()
         return self.scaling.direction(filtered)
 

@@ -216,13 +216,13 @@ class KLShampoo:
             turn_first_moment(self.filter.moment, axis, change)
 
     def _direction(self, rotated: StackedGradients) -> Direction:
-        scaled = self._scaled(self.filter.filter(rotated), rotated)
+        scaled = self._scaled(rotated)
         stacks = self.factors.bases.multiply(scaled.stacks, transposed=True)
         return scaled._replace(stacks=stacks)
 
-    def _scaled(self, filtered: Direction, rotated: StackedGradients) -> Direction:
-        """What is done to the filtered gradient in the eigenbasis."""
-        del rotated
+    def _scaled(self, rotated: StackedGradients) -> Direction:
+        """The direction in the eigenbasis."""
+        filtered = self.filter.filter(rotated)
         denominators = self.factors.root_products()
         torch._foreach_add_(denominators, self._eps)
         return filtered._replace(stacks=list(torch._foreach_div(filtered.stacks, denominators)))

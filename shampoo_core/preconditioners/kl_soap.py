@@ -75,9 +75,8 @@ class KLSOAP(KLShampoo):
             storage=config.storage,
         )
 
-    def _scaled(self, filtered: Direction, rotated: StackedGradients) -> Direction:
-        self.scaling.absorb(rotated)
-        return self.scaling.direction(filtered)
+    def _scaled(self, rotated: StackedGradients) -> Direction:
+        return self.scaling.direction(self.scaling.absorb(rotated, self.filter))
 
     def _carry_over(self, axis: FactorAxis, change: Replacement) -> None:
         super()._carry_over(axis, change)

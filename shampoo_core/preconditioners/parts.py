@@ -7,6 +7,7 @@ matrices holds no state for vectors, and says nothing about them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,11 +81,12 @@ class Part:
 
     def step(self, gradients: StackedGradients, step: int) -> Direction | None:
         """Step the part with its share of the gradients of the whole set."""
-        share = StackedGradients(
-            [gradients.stacks[index] for index in self.indices],
-            gradients.is_open[self.blocks],
-            None if gradients.presence is None else gradients.presence[self.blocks],
-            gradients.missing,
+        presence = gradients.presence
+        share = replace(
+            gradients,
+            stacks=[gradients.stacks[index] for index in self.indices],
+            is_open=gradients.is_open[self.blocks],
+            presence=None if presence is None else presence[self.blocks],
         )
         return self.preconditioner.step(share, step)
 

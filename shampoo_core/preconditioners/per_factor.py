@@ -184,9 +184,11 @@ class PerFactorCorrected:
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
         self.factors.absorb(gradients, step)
-        if self.grafting is not None:
-            self.grafting.absorb(gradients)
-        filtered = self.filter.filter(gradients)
+        filtered = (
+            self.filter.filter(gradients)
+            if self.grafting is None
+            else self.grafting.absorb(gradients, self.filter)
+        )
         gradients.free_stacks()  # before the refresh, which needs memory of its own
         self._refresh_bases(step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)

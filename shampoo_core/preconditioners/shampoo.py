@@ -243,9 +243,11 @@ class Shampoo:
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
         self.factors.absorb(gradients, step, self._rows_of)
-        if self.grafting is not None:
-            self.grafting.absorb(gradients)
-        filtered = self.filter.filter(gradients)
+        filtered = (
+            self.filter.filter(gradients)
+            if self.grafting is None
+            else self.grafting.absorb(gradients, self.filter)
+        )
         gradients.free_stacks()  # before the refresh, which needs memory of its own
         due = self.factors.due(self._refresh, step)
         if due:
