@@ -92,11 +92,3 @@ class GradientFilter:
         if self.moment is None:
             return stacked_state(len(self._stack_set), {})
         return self.moment.state()
-
-
-def blend(stack_set: StackSet, where: Tensor, first: Direction, second: Direction) -> Direction:
-    """``first`` for the blocks where the block vector ``where`` is 1, ``second`` where it is 0."""
-    stacks = torch._foreach_mul(first.stacks, stack_set.split(first.scale * where))
-    rest = stack_set.split(second.scale * (1.0 - where))
-    torch._foreach_addcmul_(stacks, second.stacks, rest)
-    return Direction(list(stacks), stack_set.block_vector(1.0))

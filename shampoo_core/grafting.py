@@ -30,11 +30,19 @@ class DiagonalMethod(Protocol):
     def second_moment(self) -> MovingAverage | None:
         """The running average of squared gradients, if the method keeps one."""
 
-    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
-        """Update the second moment and the filter, and return the filtered gradient."""
+    def absorb(
+        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+    ) -> Direction:
+        """Update the second moment and the filter, and return the filtered gradient.
+
+        Args:
+            gradients: Of this step.
+            gradient_filter: That of the preconditioner.
+            ahead: Whether the direction may be made on the way, which takes its memory from now on.
+        """
 
     def direction(self, filtered: Direction) -> Direction:
-        """Scale the filtered gradient of this step elementwise."""
+        """Scale the filtered gradient of this step elementwise; the caller may empty the list of stacks."""
 
     def state(self) -> StackState:
         """The second moment, or nothing."""
@@ -53,11 +61,13 @@ class _Sgd:
     def __init__(self, stack_set: StackSet) -> None:
         self._num_stacks = len(stack_set)
 
-    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
+    def absorb(
+        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+    ) -> Direction:
         return gradient_filter.filter(gradients)  # no second moment
 
     def direction(self, filtered: Direction) -> Direction:
-        return filtered
+        return filtered._replace(stacks=list(filtered.stacks))
 
     def state(self) -> StackState:
         return stacked_state(self._num_stacks, {})
@@ -101,10 +111,12 @@ class SecondMomentScaling:
         """V."""
         return self._average
 
-    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
+    def absorb(
+        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+    ) -> Direction:
         """See `DiagonalMethod`."""
         second, self._scaled = self._average, None
-        if not self._is_one_pass(gradients):
+        if not ahead or not self._is_one_pass(gradients):
             second.absorb_squares(gradients)
             return gradient_filter.filter(gradients)
         second.absorb_weight(gradients)
@@ -242,23 +254,27 @@ class AdamGrafting:
         )
 
 
-def lend_length(stack_set: StackSet, borrower: list[Tensor], lender: Direction) -> Direction:
-    """Give each block of ``borrower`` the norm of the same block of ``lender``.
+def lengths_of(stack_set: StackSet, lender: Direction) -> Tensor:
+    """Norm of each block of a direction, as a block vector."""
+    return stack_set.norms(lender.stacks) * lender.scale
+
+
+def lend_lengths(stack_set: StackSet, lengths: Tensor, borrower: list[Tensor]) -> Direction:
+    """Give each block a norm.
 
     Args:
         stack_set: Geometry.
+        lengths: Block vector, of the direction of the grafting method.
         borrower: Direction of another method, on any scale.
-        lender: Direction of the grafting method.
 
     Returns:
-        ``borrower * |lender| / |borrower|`` per block; shorter where the squares of the borrower
+        ``borrower * length / |borrower|`` per block; shorter where the squares of the borrower
         underflow, zero where it is zero.
     """
-    # One list of both, so that both norms are one operation.
-    lengths, own = stack_set.norms([*lender.stacks, *borrower]).chunk(2)
+    own = stack_set.norms(borrower)
     # Squares of less vanish, or all but: a quotient by what is left of them would be noise, or infinite.
     own = own.clamp_min(torch.finfo(own.dtype).tiny ** 0.5)
-    return Direction(borrower, lengths * lender.scale / own)
+    return Direction(borrower, lengths / own)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -157,6 +157,11 @@ class KroneckerFactors:
         """The factors of this set that a policy, asked about the whole set, makes due."""
         return self._due.at(policy, step)
 
+    def are_few(self, due: Sequence[FactorSlice]) -> bool:
+        """Whether some slices of factors have no more than half as many numbers as the stacks."""
+        numel = sum((stop - start) * self.sizes[i].dimension ** 2 for i, start, stop in due)
+        return 2 * numel <= self._stack_set.numel
+
     def turn(self, where: FactorSlice, turn: Tensor) -> None:
         """``A <- S^T A S`` for factors that are kept in a basis which has turned by S, (K, d, d)."""
         (old,) = self._store.read([where])

@@ -25,6 +25,7 @@ from shampoo_core import (
     RMSpropGrafting,
     ScheduleFree,
     ShampooConfig,
+    StaggeredRefresh,
 )
 from shampoo_core.fused_adam import average_and_scale
 from shampoo_core.gradients import GradientGuard
@@ -129,7 +130,7 @@ def test_without_momentum_gradients_are_their_own_average() -> None:
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_step_in_one_pass_is_the_same_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"refresh": FixedRefresh(3, 2), **TAKEN[name]}
+    options = {"refresh": FixedRefresh(4, 2), **TAKEN[name]}
     ways = []
     for passes in (SOME, NONE):
         if passes is NONE:
@@ -151,6 +152,19 @@ def test_other_formulas_do_not_take_it(name: str) -> None:
     optimizer = optimizer_for(params, **LEFT[name])
     with expecting(NONE):
         run(optimizer, params, range(1, 4))
+
+
+@pytest.mark.parametrize(
+    "config", [ShampooConfig(), PerFactorCorrectedConfig()], ids=["shampoo", "per-factor"]
+)
+def test_a_refresh_of_much_comes_before_the_direction(config: Any) -> None:
+    """Both take memory; a refresh of few factors takes little."""
+    for refresh, passes in ((FixedRefresh(4), NONE), (StaggeredRefresh(100), SOME)):
+        params = parameters(((20, 30), (17, 17), (40, 9)))
+        optimizer = optimizer_for(params, preconditioner=config, refresh=refresh)
+        run(optimizer, params, range(1, 4))
+        with expecting(passes):
+            run(optimizer, params, range(4, 5))
 
 
 @pytest.mark.parametrize("what", ["missing", "not finite"])

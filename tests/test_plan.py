@@ -68,7 +68,7 @@ def measured(request: Request, steps: int = 3, device: str = "cpu") -> tuple[int
         averaging=request.averaging,
         max_block_size=request.max_block_size,
         max_wave_numel=request.max_wave_numel,
-        refresh=FixedRefresh(2, 1),
+        refresh=FixedRefresh(3, 1),
     )
     peaks = []
     for _ in range(steps):
@@ -104,13 +104,16 @@ def test_state_of_one_process_is_that_of_the_optimizer(config: Any, averaging: s
 def test_peaks_of_one_process_are_those_of_the_optimizer(
     workload: str, max_wave_numel: Any
 ) -> None:
-    """Up to the vectors with a number per block, which a plan makes for blocks one by one."""
+    """Up to the vectors with a number per block, which a plan makes for blocks one by one.
+
+    Step 3 refreshes for the second time, before which steps can take more than behind it.
+    """
     request = Request(named_model(workload), max_wave_numel=max_wave_numel, refresh_interval=4)
     plan = make_plan(request)
-    state, peaks = measured(request, 3, "meta")
+    state, (_, early, refresh, plain) = measured(request, 4, "meta")
     assert plan.state_bytes_per_rank == [state]
-    assert plan.at_once_memory.plain == pytest.approx(peaks[2], rel=0.01)
-    assert plan.at_once_memory.refresh == pytest.approx(peaks[1], rel=0.01)
+    assert plan.at_once_memory.plain == pytest.approx(max(early, plain), rel=0.01)
+    assert plan.at_once_memory.refresh == pytest.approx(max(early, refresh), rel=0.01)
 
 
 @given(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -205,6 +205,7 @@ def simulate(
         plain, bare, refresh = plain_and_refresh(methods, rank, rule)
         given = [_Given(start=1, slices=slices) for slices in staggered]
         dearest = _RankOnMeta(methods, rank, given, rule).step(_with_statistics(methods, 1))
+        dearest = _of_at_least(dearest, plain.peak_bytes)
     table_bytes = sum(tensor.nbytes for pair in tables.values() for tensor in pair)
     return RankSteps(plain, bare, refresh, dearest, table_bytes)
 
@@ -214,14 +215,23 @@ def plain_and_refresh(
     rank: int,
     rule: UpdateRule = UpdateRule(),
 ) -> tuple[Step, Step, Step]:
-    """Take three steps of one rank that has blocks: plain, without statistics, refreshing everything."""
-    second, third = (_with_statistics(methods, number) for number in (2, 3))
+    """Take three steps of one rank that has blocks: plain, without statistics, refreshing everything.
+
+    Until the second refresh the host does not know that all have been refreshed, and a step keeps more; it
+    is what a run has to have memory for.
+    """
+    early, second, third = (_with_statistics(methods, number) for number in (1, 2, 3))
     refresh = FixedRefresh(interval=second, start=1)
     blocks = _RankOnMeta(methods, rank, [refresh] * len(methods), rule)
     blocks.step(1)
+    least = blocks.step(early).peak_bytes
     refreshed, plain = blocks.step(second), blocks.step(third)
     bare = plain if third == 4 else blocks.step(third + 1)
-    return plain, bare, refreshed
+    return _of_at_least(plain, least), _of_at_least(bare, least), _of_at_least(refreshed, least)
+
+
+def _of_at_least(step: Step, peak_bytes: int) -> Step:
+    return replace(step, peak_bytes=max(step.peak_bytes, peak_bytes))
 
 
 def _with_statistics(methods: Sequence[MethodBlocks], number: int) -> int:

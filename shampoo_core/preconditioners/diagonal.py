@@ -229,7 +229,9 @@ class _RowWiseScaling:
         ]  # fmt: skip
         self.weight = stack_set.block_vector()
 
-    def absorb(self, gradients: StackedGradients, gradient_filter: GradientFilter) -> Direction:
+    def absorb(
+        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+    ) -> Direction:
         decaying = gradients.decaying(corrected=self._corrects)
         decay_stacks(self._stack_set, self.rows, self._decay, decaying)
         for rows, stack in zip(self.rows, gradients.stacks, strict=True):

@@ -33,9 +33,9 @@ from shampoo_core.config import (
     check_range,
 )
 from shampoo_core.costs import method_flops
-from shampoo_core.filtering import Direction, GradientFilter, blend
+from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
+from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_lengths, lengths_of
 from shampoo_core.preconditioners.axes import (
     ExponentOverride,
     axes_with_factor,
@@ -47,7 +47,7 @@ from shampoo_core.preconditioners.axes import (
 from shampoo_core.preconditioners.checks import check_basis_solver, check_regularizers
 from shampoo_core.preconditioners.eigenbases import eigenbases
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices
-from shampoo_core.refresh import RefreshPolicy
+from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.solvers.base import Regularization
 from shampoo_core.solvers.scaling import spectral_power
@@ -184,32 +184,26 @@ class PerFactorCorrected:
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
         self.factors.absorb(gradients, step)
-        filtered = (
-            self.filter.filter(gradients)
-            if self.grafting is None
-            else self.grafting.absorb(gradients, self.filter)
-        )
-        gradients.free_stacks()  # before the refresh, which needs memory of its own
-        self._refresh_bases(step)
+        due = self.factors.due(self._refresh, step)
+        if self.grafting is None:
+            filtered = self.filter.filter(gradients)
+        else:  # a large refresh needs memory of its own, before the direction takes any
+            filtered = self.grafting.absorb(gradients, self.filter, ahead=self.factors.are_few(due))
+        gradients.free_stacks()
+        if due:
+            self._refresh_bases(due, first=step <= self._refresh.settled_step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
             return grafted
-        direction = self._precondition(filtered, grafted)
-        if step < self._refresh.settled_step:
-            # Blocks whose first basis is still to come follow the grafting method.
-            return blend(self._stack_set, self.bases.ready.blocks(), direction, grafted)
-        return direction
+        return self._precondition(filtered, grafted)
 
-    def _refresh_bases(self, step: int) -> None:
-        due = self.factors.due(self._refresh, step)
-        if not due:
-            return
+    def _refresh_bases(self, due: list[FactorSlice], *, first: bool) -> None:
         solver = self._config.solver
         stale = self.bases.stale(
             due,
             self._refresh.tolerance,
             new_too=True,  # until then the block follows the grafting method
-            first=step <= self._refresh.settled_step,
+            first=first,
             asks=True,
         )
         for portion, continued in self.bases.rounds(stale, warm_starts=solver.warm_starts):
@@ -218,16 +212,20 @@ class PerFactorCorrected:
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
+        lengths = None if self.grafting is None else lengths_of(self._stack_set, grafted)
+        if lengths is not None and self.bases.ready.all_are_known:
+            grafted.stacks.clear()  # has served
         powers = self._inverse_powers()
         for index, bases in self.bases.by_stack():
+            stacks[index] = filtered.stacks[index]  # frees what was there before memory is needed
             rotated = multiply_along_axes(filtered.stacks[index], bases)
             stacks[index] = multiply_along_axes(rotated, self._scaled(index, bases, powers))
-        # Those that have started late, or whose gradients were zero so far, follow the grafting method, or
-        # without one the filtered gradient.
+        # Blocks whose first basis is still to come, or a gradient to make one from, follow the grafting
+        # method, or without one the filtered gradient.
         self.bases.ready.stand_in(stacks, grafted.stacks)
-        if self.grafting is None:
+        if lengths is None:
             return Direction(stacks, filtered.scale)
-        return lend_length(self._stack_set, stacks, grafted)
+        return lend_lengths(self._stack_set, lengths, stacks)
 
     def _scaled(
         self, stack: int, bases: list[Tensor | None], powers: list[Tensor]

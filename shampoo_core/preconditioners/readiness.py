@@ -59,7 +59,7 @@ class Readiness:
     def forget(self) -> None:
         """Know nothing, for somebody may have written to the counters."""
         self._is_known = [[False] * len(counts) for counts in self.num_refreshes]
-        self._all_are_known = not self._indices
+        self.all_are_known = not self._indices
         self.recount()
 
     def recount(self) -> None:
@@ -71,22 +71,17 @@ class Readiness:
         counts = [len(known) for known in self._is_known]
         is_new = iter((self._counters == 0).tolist())
         self._is_known = [[not next(is_new) for _ in range(count)] for count in counts]
-        self._all_are_known = all(map(all, self._is_known))
+        self.all_are_known = all(map(all, self._is_known))
 
     def learn(self, refreshed: Sequence[FactorSlice]) -> None:
         """Remember that factors have been refreshed."""
         for stack, start, stop in refreshed:
             self._is_known[stack][start:stop] = [True] * (stop - start)
-        self._all_are_known = all(map(all, self._is_known))
+        self.all_are_known = all(map(all, self._is_known))
 
     def knows(self, due: Sequence[FactorSlice]) -> bool:
         """Whether the host knows that all of some factors have been refreshed."""
         return all(all(self._is_known[stack][start:stop]) for stack, start, stop in due)
-
-    def blocks(self) -> Tensor:
-        """Block vector: 1 where every factor of the block has been refreshed once, else 0."""
-        self._count()
-        return 1.0 - self._unready
 
     def stand_in(self, stacks: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         """Give blocks with a factor that was never refreshed the numbers of others, in place.
@@ -98,7 +93,7 @@ class Readiness:
             stacks: All; those without factors stay.
             others: Of the same shapes.
         """
-        if self._all_are_known:
+        if self.all_are_known:
             return
         self._count()
         lists = [[tensors[i] for i in self._indices] for tensors in (stacks, others, self._weights)]

@@ -35,9 +35,9 @@ from shampoo_core.config import (
     check_range,
 )
 from shampoo_core.costs import method_flops
-from shampoo_core.filtering import Direction, GradientFilter, blend
+from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_length
+from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_lengths, lengths_of
 from shampoo_core.preconditioners.axes import (
     SIDES,
     ExponentOverride,
@@ -243,23 +243,18 @@ class Shampoo:
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
         self.factors.absorb(gradients, step, self._rows_of)
-        filtered = (
-            self.filter.filter(gradients)
-            if self.grafting is None
-            else self.grafting.absorb(gradients, self.filter)
-        )
-        gradients.free_stacks()  # before the refresh, which needs memory of its own
         due = self.factors.due(self._refresh, step)
+        if self.grafting is None:
+            filtered = self.filter.filter(gradients)
+        else:  # a large refresh needs memory of its own, before the direction takes any
+            filtered = self.grafting.absorb(gradients, self.filter, ahead=self.factors.are_few(due))
+        gradients.free_stacks()
         if due:
             self._refresh_roots(due, first=step <= self._refresh.settled_step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
             return grafted
-        direction = self._precondition(filtered, grafted)
-        if step < self._refresh.settled_step:
-            # Blocks whose first root is still to come follow the grafting method.
-            return blend(self._stack_set, self.roots.ready.blocks(), direction, grafted)
-        return direction
+        return self._precondition(filtered, grafted)
 
     @property
     def _tested(self) -> FactorMatrices:
@@ -282,13 +277,19 @@ class Shampoo:
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
         stacks = list(grafted.stacks)
+        lengths = None if self.grafting is None else lengths_of(self._stack_set, grafted)
+        ready = self._tested.ready
+        if lengths is not None and ready.all_are_known:
+            grafted.stacks.clear()  # has served
         for index, roots in self.roots.by_stack():
+            stacks[index] = filtered.stacks[index]  # frees what was there before memory is needed
             stacks[index] = multiply_along_axes(filtered.stacks[index], roots)
-        if self.grafting is None:
+        # Blocks whose first root is still to come, or a gradient to make one from, follow the grafting
+        # method, or without one the filtered gradient.
+        ready.stand_in(stacks, grafted.stacks)
+        if lengths is None:
             return Direction(stacks, filtered.scale)
-        # So do those that have started late, or whose gradients were zero so far.
-        self._tested.ready.stand_in(stacks, grafted.stacks)
-        return lend_length(self._stack_set, stacks, grafted)
+        return lend_lengths(self._stack_set, lengths, stacks)
 
     def _refresh_roots(self, due: list[FactorSlice], *, first: bool) -> None:
         solver = self._config.solver
