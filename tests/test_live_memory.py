@@ -5,10 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shampoo_core import AdamConfig, DistributedShampoo, SpectralConfig
+from shampoo_core import (
+    AdamConfig,
+    DistributedShampoo,
+    FactorSlice,
+    FixedRefresh,
+    PerFactorCorrectedConfig,
+    ShampooConfig,
+    SpectralConfig,
+)
+from shampoo_core.blocking import tiles_of
 from shampoo_core.counting import QR_FLOPS_PER_CUBE, OperationCounter
 from shampoo_core.live_memory import LiveMemory
 from shampoo_core.preconditioners.base import PreconditionerConfig
+from shampoo_core.stacks import StackSet
+from shampoo_core.statistics import FactorAxis, KroneckerFactors
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
 
@@ -74,3 +85,41 @@ def test_stacks_of_gradients_are_freed_after_their_last_use(
             optimizer.step()
         peaks.append(memory.peak / parameter.nbytes)
     assert peaks[-1] <= most + 0.01
+
+
+@DEVICES
+@pytest.mark.parametrize(
+    ("config", "early", "late"),
+    [(ShampooConfig(), 3.0, 2.0), (PerFactorCorrectedConfig(), 6.0, 5.0)],
+    ids=["shampoo", "per-factor"],
+)
+def test_the_grafting_direction_is_freed_once_every_block_has_a_root(
+    config: PreconditionerConfig, early: float, late: float, device: str
+) -> None:
+    """In plain steps before and behind the second refresh, at which the host asks; units of the parameter."""
+    parameter = torch.nn.Parameter(torch.zeros(512, 256, device=device))
+    optimizer = DistributedShampoo(
+        [parameter], preconditioner=config, max_block_size=64, refresh=FixedRefresh(3, 1)
+    )
+    peaks = []
+    for _ in range(5):
+        parameter.grad = torch.ones_like(parameter)
+        with LiveMemory() as memory, OperationCounter():  # answers what a refresh asks
+            optimizer.step()
+        peaks.append(memory.peak / parameter.nbytes)
+    assert peaks[1] == pytest.approx(early, abs=0.05)
+    assert peaks[4] == pytest.approx(late, abs=0.05)
+
+
+def test_few_factors_are_half_as_many_numbers_as_the_stacks() -> None:
+    stack_set = StackSet(tiles_of(0, (32, 8), 8), dtype=torch.float32, device=torch.device("cpu"))
+    factors = KroneckerFactors(stack_set, [FactorAxis(0, 0, 8, 2), FactorAxis(0, 1, 8, 2)], 0.9)
+    assert stack_set.sizes == [4]
+    for due, expected in (
+        ([], True),
+        ([FactorSlice(0, 1, 3)], True),
+        ([FactorSlice(1, 0, 3)], False),
+        ([FactorSlice(0, 3, 4), FactorSlice(1, 0, 1)], True),
+        ([FactorSlice(0, 2, 4), FactorSlice(1, 0, 1)], False),
+    ):
+        assert factors.are_few(due) is expected, due

@@ -298,7 +298,7 @@ class Shampoo:
             self._refresh.tolerance,
             new_too=True,
             first=first,
-            asks=solver.warm_starts or self.grafting is not None,
+            asks=True,
             too_old=self._wakes if self._truncates else None,
         )
         if not stale.may_wait:
