@@ -96,7 +96,7 @@ def test_stacks_of_gradients_are_freed_after_their_last_use(
 def test_the_grafting_direction_is_freed_once_every_block_has_a_root(
     config: PreconditionerConfig, early: float, late: float, device: str
 ) -> None:
-    """In plain steps before and behind the second refresh, at which the host asks; units of the parameter."""
+    """In plain steps before and behind the second refresh, at which the host asks; in parameters."""
     parameter = torch.nn.Parameter(torch.zeros(512, 256, device=device))
     optimizer = DistributedShampoo(
         [parameter], preconditioner=config, max_block_size=64, refresh=FixedRefresh(3, 1)
