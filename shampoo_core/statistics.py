@@ -158,9 +158,12 @@ class KroneckerFactors:
         return self._due.at(policy, step)
 
     def are_few(self, due: Sequence[FactorSlice]) -> bool:
-        """Whether some slices of factors have no more than half as many numbers as the stacks."""
+        """Whether a refresh of some factors takes less memory than the stacks, whichever way it is done.
+
+        Up to six times their bytes, of double-precision eigendecompositions and of matrix iterations.
+        """
         numel = sum((stop - start) * self.sizes[i].dimension ** 2 for i, start, stop in due)
-        return 2 * numel <= self._stack_set.numel
+        return 8 * numel <= self._stack_set.numel
 
     def turn(self, where: FactorSlice, turn: Tensor) -> None:
         """``A <- S^T A S`` for factors that are kept in a basis which has turned by S, (K, d, d)."""
