@@ -3,6 +3,8 @@
 Written out, an average, a second moment, its root and a quotient are seven operations, each of which
 reads and writes all numbers; on a CPU they take four times as long as the kernel. It has one decay, one
 eps and one bias correction for a whole stack, so that it does for steps in which all blocks are open.
+
+Source: Kingma and Ba 2015 (arXiv 1412.6980), Algorithm 1, bias corrections left to the caller.
 """
 
 from __future__ import annotations
