@@ -24,7 +24,7 @@ from shampoo_core import DistributedShampoo
 from shampoo_core.filtering import GradientFilter
 from shampoo_core.gradients import GradientGuard
 from shampoo_core.grafting import SecondMomentScaling
-from shampoo_core.preconditioners import per_factor, shampoo
+from shampoo_core.preconditioners import grafted
 from shampoo_core.preconditioners.diagonal import Diagonal
 from shampoo_core.preconditioners.eigenvalue_corrected import EigenvalueCorrected
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices
@@ -51,10 +51,8 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         (GradientFilter, "filter"),
         (SecondMomentScaling, "absorb"),
         (SecondMomentScaling, "direction"),
-        (shampoo, "lengths_of"),
-        (shampoo, "lend_lengths"),
-        (per_factor, "lengths_of"),
-        (per_factor, "lend_lengths"),
+        (grafted, "lengths_of"),
+        (grafted, "lend_lengths"),
     ],
     "apply": [(method, "step") for method in METHODS],
     "update": [(DistributedShampoo, "step")],

@@ -95,7 +95,9 @@ class OperationCounter(TorchDispatchMode):
             self.operations.append(Operation(name, 0.0, 0))
             return False if args[0].dtype == torch.bool else 0
         result = func(*args, **kwargs)
-        touched = tensors_in((args, kwargs, result))
+        # What is given to be written to is among the results.
+        given = [value for key, value in kwargs.items() if key != "out"]
+        touched = tensors_in((args, given, result))
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in touched)
         operation = _operation(name, args, num_bytes)
         self.operations.append(operation._replace(num_kernels=_num_kernels(name, args)))

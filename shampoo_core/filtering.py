@@ -64,7 +64,8 @@ class GradientFilter:
 
         Args:
             gradients: Of this step.
-            average_in: Is called once, with what becomes the filtered gradient, if all blocks are open.
+            average_in: Is called once, with what becomes the filtered gradient, if all blocks are open; the
+                gradients are not read after that.
         """
         if self.moment is None:
             if average_in is not None:
@@ -73,14 +74,15 @@ class GradientFilter:
         if not self._looks_ahead:
             self.moment.absorb(gradients, average_in)
             return Direction(self.moment.average, self.moment.weight.reciprocal())
+        weight_ahead = torch.lerp(self.moment.raw_weight, gradients.is_open, 1.0 - self._beta3)
         if average_in is not None:
             ahead = [stack.clone() for stack in self.moment.average]
+            self.moment.absorb(gradients)
             average_in(ahead, self._beta3)
         else:
             gain = 1.0 - self._beta3
             ahead = list(torch._foreach_lerp(self.moment.average, gradients.stacks, gain))
-        weight_ahead = torch.lerp(self.moment.raw_weight, gradients.is_open, 1.0 - self._beta3)
-        self.moment.absorb(gradients)
+            self.moment.absorb(gradients)
         if self._normalises_as_v05 or not self._corrects:
             weight = self.moment.weight
         else:

@@ -1,4 +1,4 @@
-"""Adam's arithmetic in one pass over memory, by the kernel of ``torch.optim.Adam(fused=True)``.
+"""Adam's arithmetic in one pass over memory, by the kernel of ``torch.optim.AdamW(fused=True)``.
 
 Written out, an average, a second moment, its root and a quotient are seven operations, each of which
 reads and writes all numbers; on a CPU they take four times as long as the kernel. It has one decay, one
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 
 def average_and_scale(
@@ -26,20 +26,21 @@ def average_and_scale(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """``M <- b1 M + (1 - b1) G``, ``V <- b2 V + (1 - b2) G^2``, and ``P <- P + M / (sqrt(V) + eps)``.
+    """``M <- b1 M + (1 - b1) G``, ``V <- b2 V + (1 - b2) G^2``, and ``P <- M / (sqrt(V) + eps)``.
 
     Args:
         gradients: G, each with its M, V and P of one shape; all contiguous, on a CPU.
         averages: M, changed in place. May be the gradients themselves where b1 is 0: what is written
             then is what is there.
         squares: V, changed in place.
-        directions: P, changed in place.
+        directions: P, finite and overwritten. May be the gradients themselves where averages are not:
+            each number is read before it is written.
         betas: b1 and b2.
         eps: Positive.
     """
     # Corrections for bias divide by 1 - beta^step: after infinitely many steps by 1.
     steps = torch.full((), math.inf, dtype=torch.float32, device=directions[0].device)
-    adam(
+    adamw(
         list(directions),
         list(gradients),
         list(averages),
@@ -50,7 +51,7 @@ def average_and_scale(
         beta1=betas[0],
         beta2=betas[1],
         lr=-1.0,  # it descends
-        weight_decay=0.0,
+        weight_decay=-1.0,  # "weights" are multiplied by 1 - lr * decay, which is 0
         eps=eps,
         maximize=False,
         fused=True,

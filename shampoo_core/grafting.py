@@ -31,7 +31,12 @@ class DiagonalMethod(Protocol):
         """The running average of squared gradients, if the method keeps one."""
 
     def absorb(
-        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+        self,
+        gradients: StackedGradients,
+        gradient_filter: GradientFilter,
+        *,
+        ahead: bool = True,
+        in_place: bool = False,
     ) -> Direction:
         """Update the second moment and the filter, and return the filtered gradient.
 
@@ -39,10 +44,15 @@ class DiagonalMethod(Protocol):
             gradients: Of this step.
             gradient_filter: That of the preconditioner.
             ahead: Whether the direction may be made on the way, which takes its memory from now on.
+            in_place: Whether that may be the memory of the gradients, which nobody reads then.
         """
 
     def direction(self, filtered: Direction) -> Direction:
-        """Scale the filtered gradient of this step elementwise; the caller may empty the list of stacks."""
+        """Scale the filtered gradient of this step elementwise.
+
+        The list of stacks is the caller's, to empty or to write to, but for stacks that are those of the
+        filtered gradient.
+        """
 
     def state(self) -> StackState:
         """The second moment, or nothing."""
@@ -62,7 +72,12 @@ class _Sgd:
         self._num_stacks = len(stack_set)
 
     def absorb(
-        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+        self,
+        gradients: StackedGradients,
+        gradient_filter: GradientFilter,
+        *,
+        ahead: bool = True,
+        in_place: bool = False,
     ) -> Direction:
         return gradient_filter.filter(gradients)  # no second moment
 
@@ -112,7 +127,12 @@ class SecondMomentScaling:
         return self._average
 
     def absorb(
-        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+        self,
+        gradients: StackedGradients,
+        gradient_filter: GradientFilter,
+        *,
+        ahead: bool = True,
+        in_place: bool = False,
     ) -> Direction:
         """See `DiagonalMethod`."""
         second, self._scaled = self._average, None
@@ -121,7 +141,9 @@ class SecondMomentScaling:
             return gradient_filter.filter(gradients)
         second.absorb_weight(gradients)
         eps = self._eps * float(second.weight[0]) ** self._exponent
-        scaled = self._stack_set.zeros()
+        # Without momentum the filtered gradient is the gradient, to be read beside the direction.
+        in_place = in_place and gradient_filter.moment is not None
+        scaled = list(gradients.stacks) if in_place else self._stack_set.zeros()
 
         def average_in(averages: list[Tensor], decay: float) -> None:
             betas = decay, second.decay

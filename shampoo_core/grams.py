@@ -1,9 +1,10 @@
-"""Gram matrices without the half that symmetry gives: the upper triangle, in strips of rows.
+"""Gram matrices without the half that symmetry gives: the upper triangle, in strips of rows or columns.
 
     A[s:e, s:] <- decay A[s:e, s:] + gain R[s:e] R[s:]^T        for every strip of rows s to e
+    A[:e, s:e] <- decay A[:e, s:e] + gain R[:e] R[s:e]^T        for every strip of columns
 
-p strips of equal height take (p + 1) / (2 p) of the arithmetic of the whole product, in p operations. What
-lies below the strips is out of date until it is mirrored from what lies above.
+p equal strips take (p + 1) / (2 p) of the arithmetic of the whole product, in p operations. Either way the
+same blocks are left out, below those on the diagonal: out of date until they are mirrored from above.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 LEAST_ROWS = 96
 """Of a strip; products of fewer run at a lower rate."""
+LEAST_COLUMNS = 32
+"""Likewise, of strips of columns."""
 
 
 class Price(NamedTuple):
@@ -60,14 +63,25 @@ def strip_bounds(rows: Tensor) -> tuple[int, ...]:
     num_matrices, side, length = rows.shape
     whole = 2.0 * num_matrices * side**2 * length
     price = _price(rows)
+    least = LEAST_COLUMNS if _in_columns(rows) else LEAST_ROWS
     strips = 1
     while (
         strips < price.most_strips
-        and side >= 2 * strips * LEAST_ROWS
+        and side >= 2 * strips * least
         and whole / (4 * strips**2) >= price.least_saving
     ):
         strips *= 2
     return tuple(index * side // strips for index in range(strips + 1))
+
+
+def _in_columns(rows: Tensor) -> bool:
+    """Whether strips are better cut from columns.
+
+    Where rows lie in memory one after the other, MKL takes up to a quarter less time for these on a CPU
+    with AVX-512, more so the narrower they are; about as much with AVX2. Where rows run across memory it
+    takes a tenth more.
+    """
+    return rows.device.type == "cpu" and rows.stride(2) == 1
 
 
 def _price(rows: Tensor) -> Price:
@@ -97,9 +111,15 @@ def add_gram(
 def _add_strips(
     matrices: Tensor, rows: Tensor, bounds: Sequence[int], decay: float, gain: float
 ) -> None:
+    in_columns = _in_columns(rows)
     for start, stop in itertools.pairwise(bounds):
-        strip = matrices[:, start:stop, start:]
-        strip.baddbmm_(rows[:, start:stop], rows[:, start:].mT, beta=decay, alpha=gain)
+        if in_columns:
+            left, right = rows[:, :stop], rows[:, start:stop]
+            strip = matrices[:, :stop, start:stop]
+        else:
+            left, right = rows[:, start:stop], rows[:, start:]
+            strip = matrices[:, start:stop, start:]
+        strip.baddbmm_(left, right.mT, beta=decay, alpha=gain)
 
 
 def num_pieces(rows: Tensor) -> int:

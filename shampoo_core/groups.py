@@ -35,7 +35,7 @@ CHANGEABLE = ("lr", "weight_decay", "maximize")
 the step, and what schedulers keep in a group. All others are part of the state's shape or meaning and
 have to agree with the checkpoint's."""
 
-CPU_WAVE_NUMEL = 2**20
+CPU_WAVE_NUMEL = 2**21
 """Numbers in a wave by default on a CPU: a stack of as many is 4 MB, which the C library's allocator hands
 out again and again, where larger ones come from the system, page by page, at every step."""
 

@@ -315,12 +315,16 @@ def unfold(stack: Tensor, axis: int) -> Tensor:
     return stack.movedim(axis + 1, 1).reshape(stack.shape[0], stack.shape[axis + 1], -1)
 
 
-def multiply_along_axes(stack: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+def multiply_along_axes(
+    stack: Tensor, matrices: Sequence[Tensor | None], out: Tensor | None = None
+) -> Tensor:
     """Multiply a stack by a matrix along each axis: ``G x_1 X_1 x_2 X_2 ...``.
 
     Args:
         stack: (N, d_0, ..., d_k).
         matrices: One (N, d_i, d_i) tensor per axis; its first index is contracted. None leaves the axis.
+        out: Memory for the result, of the stack's shape and contiguous; it may be the stack itself. Taken
+            where blocks are matrices that are multiplied from both sides.
 
     Returns:
         A tensor of the same shape. For matrices: ``X_0^T G X_1`` per block.
@@ -328,8 +332,10 @@ def multiply_along_axes(stack: Tensor, matrices: Sequence[Tensor | None]) -> Ten
     if len(matrices) == 2:
         # Without transposed operands, some per cent faster than the way for any order below.
         first, last = matrices
+        if first is None or last is None:
+            out = None
         product = stack if last is None else torch.bmm(stack, last)
-        return product if first is None else torch.bmm(first.mT, product)
+        return product if first is None else torch.bmm(first.mT, product, out=out)
     shape = stack.shape
     for matrix in matrices:
         # Contract the leading axis and append the result as the last one: after all axes the order

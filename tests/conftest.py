@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from shampoo_core import gradients, grams
 from shampoo_core.exchange import local
+from shampoo_core.preconditioners import readiness
 from shampoo_core.solvers import orthogonal_iteration, scaling
 
 # How long an example takes says nothing on a machine that does other work as well.
@@ -37,6 +38,7 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grams, "ON_CPU", grams.ON_ACCELERATOR)
     monkeypatch.setattr(local, "_in_passes", lambda *_: False)
     monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)
+    monkeypatch.setattr(readiness, "_looks_cost_nothing", lambda *_: False)
     monkeypatch.setattr(orthogonal_iteration, "prefers_products", lambda *_: True)
     monkeypatch.setattr(gradients.GradientGuard, "_are_seen_to_be_good", lambda *_: False)
 

@@ -219,14 +219,14 @@ def test_groups_choose_for_themselves() -> None:
         (2**17 + 1024, "meta", 1, [2]),
         (2**18 + 1024, "meta", 1, [3]),
         (2**17, "meta", 2, [1, 1]),
-        (2**10, "cpu", 1, [1]),
-        (2**11, "cpu", 1, [2]),
+        (2**11, "cpu", 1, [1]),
+        (2**12, "cpu", 1, [2]),
     ],
 )
 def test_how_much_is_stepped_at_once_by_default(
     rows: int, device: str, groups: int, expected: list[int]
 ) -> None:
-    """Of a matrix with 1024 columns: a million numbers on a CPU, 2^27 elsewhere, of every group."""
+    """Of a matrix with 1024 columns: two million numbers on a CPU, 2^27 elsewhere, of every group."""
     matrices = [torch.nn.Parameter(torch.empty(rows, 1024, device=device)) for _ in range(groups)]
     optimizer = DistributedShampoo(
         [{"params": [matrix]} for matrix in matrices], preconditioner=SGDConfig()

@@ -8,6 +8,7 @@ To read in this order:
     batches               what a solver is given, and gives back
     factor_matrices       one root or basis per factor, made anew when due
     readiness             which of these have been made once
+    grafted               blocks that another method gives their length
     shampoo               stored roots; with `roots`, what is done before and behind a solver
     eigenbases            how a solver is asked for bases
     basis_change, turns   what becomes of averages when a basis turns

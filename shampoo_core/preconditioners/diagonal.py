@@ -196,7 +196,7 @@ class Diagonal:
     def step(self, gradients: StackedGradients, step: int) -> Direction:
         """See `Preconditioner`."""
         del step
-        filtered = self.method.absorb(gradients, self.filter)
+        filtered = self.method.absorb(gradients, self.filter, in_place=True)
         gradients.free_stacks()  # before the direction, which needs memory of its own
         return self.method.direction(filtered)
 
@@ -230,7 +230,12 @@ class _RowWiseScaling:
         self.weight = stack_set.block_vector()
 
     def absorb(
-        self, gradients: StackedGradients, gradient_filter: GradientFilter, *, ahead: bool = True
+        self,
+        gradients: StackedGradients,
+        gradient_filter: GradientFilter,
+        *,
+        ahead: bool = True,
+        in_place: bool = False,
     ) -> Direction:
         decaying = gradients.decaying(corrected=self._corrects)
         decay_stacks(self._stack_set, self.rows, self._decay, decaying)

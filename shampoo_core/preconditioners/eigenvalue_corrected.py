@@ -191,34 +191,28 @@ class EigenvalueCorrected:
 
     def step(self, gradients: StackedGradients, step: int) -> Direction | None:
         """See `Preconditioner`."""
-        if not self._config.lagged:
-            self._refresh_bases(gradients, step)
-            return self._rotated_back(self._adam_in_eigenbasis(gradients, frees=True))
-        if step == 1:
-            self.factors.absorb(gradients, step)
+        self.factors.absorb(gradients, step)
+        tolerance, lagged = self._refresh.tolerance, self._config.lagged
+        if lagged and step == 1:
             self._turn(whole_stacks(self.factors.sizes), 0.0, first=True)
             return None
-        direction = self._rotated_back(self._adam_in_eigenbasis(gradients, frees=False))
-        self.factors.absorb(gradients, step)
-        self._turn(self.factors.due(self._refresh, step - 1), self._refresh.tolerance, first=False)
-        return direction
-
-    def _adam_in_eigenbasis(self, gradients: StackedGradients, *, frees: bool) -> Direction:
-        rotated = replace(gradients, stacks=self.bases.multiply(gradients.stacks))
-        if frees:
-            gradients.free_stacks()
-        filtered = self.scaling.absorb(rotated, self.filter)
-        rotated.free_stacks()
-        return self.scaling.direction(filtered)
-
-    def _rotated_back(self, direction: Direction) -> Direction:
-        stacks = self.bases.multiply(direction.stacks, transposed=True)
-        return direction._replace(stacks=stacks)
-
-    def _refresh_bases(self, gradients: StackedGradients, step: int) -> None:
-        self.factors.absorb(gradients, step)
+        if lagged:
+            direction = self._direction(gradients)
+            self._turn(self.factors.due(self._refresh, step - 1), tolerance, first=False)
+            return direction
         first = step <= self._refresh.settled_step
-        self._turn(self.factors.due(self._refresh, step), self._refresh.tolerance, first=first)
+        self._turn(self.factors.due(self._refresh, step), tolerance, first=first)
+        return self._direction(gradients)
+
+    def _direction(self, gradients: StackedGradients) -> Direction:
+        """Adam's in the eigenbasis, rotated back; in the memory of the gradients as far as that goes."""
+        rotated = replace(gradients, stacks=self.bases.multiply(gradients.stacks, in_place=True))
+        gradients.free_stacks()
+        filtered = self.scaling.absorb(rotated, self.filter, in_place=True)
+        rotated.free_stacks()
+        scaled = self.scaling.direction(filtered)
+        stacks = self.bases.multiply(scaled.stacks, transposed=True, in_place=True)
+        return scaled._replace(stacks=stacks)
 
     def _turn(self, due: list[FactorSlice], tolerance: float, *, first: bool) -> None:
         """Recompute bases and carry the moments into them."""

@@ -320,17 +320,26 @@ class FactorMatrices:
                 matrices[axis.axis] = self.read(index)
         return matrices
 
-    def multiply(self, stacks: Sequence[Tensor], *, transposed: bool = False) -> list[Tensor]:
+    def multiply(
+        self, stacks: Sequence[Tensor], *, transposed: bool = False, in_place: bool = False
+    ) -> list[Tensor]:
         """Multiply every stack by its matrices, or their transposes, along all axes that have one.
 
         For eigenbases: rotate the stacks into the eigenbasis, or back. Stacks without factors are
         returned as they are.
+
+        Args:
+            stacks: One per stack of the set.
+            transposed: Whether to multiply by the transposes.
+            in_place: Whether results may be put into the stacks, which nobody reads then.
         """
         result = list(stacks)
         for index, matrices in self.by_stack():
             if transposed:
                 matrices = [None if matrix is None else matrix.mT for matrix in matrices]
-            result[index] = multiply_along_axes(result[index], matrices)
+            stack = result[index]
+            free = stack if in_place and stack.is_contiguous() else None
+            result[index] = multiply_along_axes(stack, matrices, free)
         return result
 
     def state(self, name: str) -> StackState:

@@ -217,7 +217,7 @@ class KLShampoo:
 
     def _direction(self, rotated: StackedGradients) -> Direction:
         scaled = self._scaled(rotated)
-        stacks = self.factors.bases.multiply(scaled.stacks, transposed=True)
+        stacks = self.factors.bases.multiply(scaled.stacks, transposed=True, in_place=True)
         return scaled._replace(stacks=stacks)
 
     def _scaled(self, rotated: StackedGradients) -> Direction:

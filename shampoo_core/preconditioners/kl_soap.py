@@ -76,7 +76,9 @@ class KLSOAP(KLShampoo):
         )
 
     def _scaled(self, rotated: StackedGradients) -> Direction:
-        return self.scaling.direction(self.scaling.absorb(rotated, self.filter))
+        # Lagging factors come to read the gradients later.
+        filtered = self.scaling.absorb(rotated, self.filter, in_place=not self._lagged)
+        return self.scaling.direction(filtered)
 
     def _carry_over(self, axis: FactorAxis, change: Replacement) -> None:
         super()._carry_over(axis, change)

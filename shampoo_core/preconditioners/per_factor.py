@@ -35,7 +35,7 @@ from shampoo_core.config import (
 from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_lengths, lengths_of
+from shampoo_core.grafting import AdamGrafting, GraftingConfig
 from shampoo_core.preconditioners.axes import (
     ExponentOverride,
     axes_with_factor,
@@ -47,6 +47,7 @@ from shampoo_core.preconditioners.axes import (
 from shampoo_core.preconditioners.checks import check_basis_solver, check_regularizers
 from shampoo_core.preconditioners.eigenbases import eigenbases
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices
+from shampoo_core.preconditioners.grafted import Matrices, absorb, precondition
 from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import BasisSolver, EighSolver
 from shampoo_core.solvers.base import Regularization
@@ -185,11 +186,9 @@ class PerFactorCorrected:
         """See `Preconditioner`."""
         self.factors.absorb(gradients, step)
         due = self.factors.due(self._refresh, step)
-        if self.grafting is None:
-            filtered = self.filter.filter(gradients)
-        else:  # a large refresh needs memory of its own, before the direction takes any
-            filtered = self.grafting.absorb(gradients, self.filter, ahead=self.factors.are_few(due))
-        gradients.free_stacks()
+        # A large refresh needs memory of its own, before the direction takes any.
+        ahead = self.factors.are_few(due)
+        filtered = absorb(self.grafting, gradients, self.filter, ahead=ahead)
         if due:
             self._refresh_bases(due, first=step <= self._refresh.settled_step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
@@ -211,21 +210,14 @@ class PerFactorCorrected:
             self.bases.refresh(portion, solve)
 
     def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
-        stacks = list(grafted.stacks)
-        lengths = None if self.grafting is None else lengths_of(self._stack_set, grafted)
-        if lengths is not None and self.bases.ready.all_are_known:
-            grafted.stacks.clear()  # has served
         powers = self._inverse_powers()
-        for index, bases in self.bases.by_stack():
-            stacks[index] = filtered.stacks[index]  # frees what was there before memory is needed
-            rotated = multiply_along_axes(filtered.stacks[index], bases)
-            stacks[index] = multiply_along_axes(rotated, self._scaled(index, bases, powers))
-        # Blocks whose first basis is still to come, or a gradient to make one from, follow the grafting
-        # method, or without one the filtered gradient.
-        self.bases.ready.stand_in(stacks, grafted.stacks)
-        if lengths is None:
-            return Direction(stacks, filtered.scale)
-        return lend_lengths(self._stack_set, lengths, stacks)
+
+        def multiply(index: int, stack: Tensor, bases: Matrices, out: Tensor | None) -> Tensor:
+            rotated = multiply_along_axes(stack, bases, out)
+            return multiply_along_axes(rotated, self._scaled(index, bases, powers), rotated)
+
+        ready, by_stack = self.bases.ready, self.bases.by_stack()
+        return precondition(self._stack_set, filtered, grafted, ready, by_stack, multiply)
 
     def _scaled(
         self, stack: int, bases: list[Tensor | None], powers: list[Tensor]

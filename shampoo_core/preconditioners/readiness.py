@@ -1,9 +1,9 @@
 """Which factors have been refreshed: counted on the device, and known on the host where it has asked.
 
 A factor whose gradients were missing or zero so far has nothing to be refreshed from, which the device
-alone knows. The host asks at a refresh, and never again once all have been refreshed. What it knows
-decides what is waited for and what is left out, never a result: a resumed run that knows less goes on with
-the same bits.
+alone knows. The host asks at a refresh, on a CPU right after one, and never again once all have been
+refreshed. What it knows decides what is waited for and what is left out, never a result: a resumed run that
+knows less goes on with the same bits.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class Readiness:
         """Know nothing, for somebody may have written to the counters."""
         self._is_known = [[False] * len(counts) for counts in self.num_refreshes]
         self.all_are_known = not self._indices
-        self.recount()
+        self._is_counted = False
 
     def recount(self) -> None:
         """Take notice of refreshes."""
         self._is_counted = False
+        if not self.all_are_known and _looks_cost_nothing(self._counters):
+            self.ask()
 
     def ask(self) -> None:
         """Learn about all factors from the device; a host synchronisation."""
@@ -107,3 +109,7 @@ class Readiness:
             )
             torch.lt(self._fewest, 1, out=self._unready)
             self._is_counted = True
+
+
+def _looks_cost_nothing(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

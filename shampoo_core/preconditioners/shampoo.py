@@ -37,7 +37,7 @@ from shampoo_core.config import (
 from shampoo_core.costs import method_flops
 from shampoo_core.filtering import Direction, GradientFilter
 from shampoo_core.gradients import StackedGradients
-from shampoo_core.grafting import AdamGrafting, GraftingConfig, lend_lengths, lengths_of
+from shampoo_core.grafting import AdamGrafting, GraftingConfig
 from shampoo_core.preconditioners.axes import (
     SIDES,
     ExponentOverride,
@@ -55,6 +55,7 @@ from shampoo_core.preconditioners.checks import (
     check_root_solver,
 )
 from shampoo_core.preconditioners.factor_matrices import FactorMatrices
+from shampoo_core.preconditioners.grafted import Matrices, absorb, precondition
 from shampoo_core.preconditioners.roots import limited, scale_by_trace
 from shampoo_core.refresh import FactorSlice, RefreshPolicy
 from shampoo_core.solvers import EighSolver, RootResult, RootSolver
@@ -244,17 +245,16 @@ class Shampoo:
         """See `Preconditioner`."""
         self.factors.absorb(gradients, step, self._rows_of)
         due = self.factors.due(self._refresh, step)
-        if self.grafting is None:
-            filtered = self.filter.filter(gradients)
-        else:  # a large refresh needs memory of its own, before the direction takes any
-            filtered = self.grafting.absorb(gradients, self.filter, ahead=self.factors.are_few(due))
-        gradients.free_stacks()
+        # A large refresh needs memory of its own, before the direction takes any.
+        ahead = self.factors.are_few(due)
+        filtered = absorb(self.grafting, gradients, self.filter, ahead=ahead)
         if due:
             self._refresh_roots(due, first=step <= self._refresh.settled_step)
         grafted = filtered if self.grafting is None else self.grafting.direction(filtered)
         if step < self._refresh.first_step:
             return grafted
-        return self._precondition(filtered, grafted)
+        ready, by_stack = self._tested.ready, self.roots.by_stack()
+        return precondition(self._stack_set, filtered, grafted, ready, by_stack, _multiply)
 
     @property
     def _tested(self) -> FactorMatrices:
@@ -274,22 +274,6 @@ class Shampoo:
             return rows * rows.shape[-1] ** -0.5 if means else rows
 
         return whitened_rows
-
-    def _precondition(self, filtered: Direction, grafted: Direction) -> Direction:
-        stacks = list(grafted.stacks)
-        lengths = None if self.grafting is None else lengths_of(self._stack_set, grafted)
-        ready = self._tested.ready
-        if lengths is not None and ready.all_are_known:
-            grafted.stacks.clear()  # has served
-        for index, roots in self.roots.by_stack():
-            stacks[index] = filtered.stacks[index]  # frees what was there before memory is needed
-            stacks[index] = multiply_along_axes(filtered.stacks[index], roots)
-        # Blocks whose first root is still to come, or a gradient to make one from, follow the grafting
-        # method, or without one the filtered gradient.
-        ready.stand_in(stacks, grafted.stacks)
-        if lengths is None:
-            return Direction(stacks, filtered.scale)
-        return lend_lengths(self._stack_set, lengths, stacks)
 
     def _refresh_roots(self, due: list[FactorSlice], *, first: bool) -> None:
         solver = self._config.solver
@@ -398,3 +382,8 @@ class Shampoo:
         if self.grafting is not None:
             parts["grafting"] = self.grafting.state()
         return merge_states(len(self._stack_set), parts)
+
+
+def _multiply(index: int, stack: Tensor, roots: Matrices, out: Tensor | None) -> Tensor:
+    del index
+    return multiply_along_axes(stack, roots, out)
