@@ -36,6 +36,8 @@ QR_FLOPS_PER_CUBE = 16.0 / 3.0
 FLOPS_PER_CUBE = {
     "_linalg_eigh": EIGH_FLOPS_PER_CUBE,
     "linalg_qr": QR_FLOPS_PER_CUBE,
+    "geqrf": 4.0 / 3.0,
+    "linalg_householder_product": 4.0,
     "linalg_cholesky_ex": 1.0 / 3.0,
 }
 """Of decompositions of square matrices of side d, in units of d^3."""

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+FOREVER = torch.tensor(math.inf, dtype=torch.float32, device="cpu")
+"""Steps so far: corrections for bias divide by 1 - beta^step, which is 1 then. One more is as many."""
+
 
 def average_and_scale(
     gradients: Sequence[Tensor],
@@ -38,15 +41,13 @@ def average_and_scale(
         betas: b1 and b2.
         eps: Positive.
     """
-    # Corrections for bias divide by 1 - beta^step: after infinitely many steps by 1.
-    steps = torch.full((), math.inf, dtype=torch.float32, device=directions[0].device)
     adamw(
         list(directions),
         list(gradients),
         list(averages),
         list(squares),
         max_exp_avg_sqs=[],
-        state_steps=[steps] * len(directions),
+        state_steps=[FOREVER] * len(directions),
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

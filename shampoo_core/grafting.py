@@ -118,8 +118,9 @@ class SecondMomentScaling:
             stack_set, decay, bias_correction=bias_correction, storage=storage, kind="second"
         )
         self._is_adams = exponent == 0.5 and decay < 1.0 and storage in ("dense", "packed")
-        self._scaled: list[Tensor] | None = None
-        """What `direction` is to return, where it has been made along with the averages."""
+        self._made: tuple[list[Tensor], float] | None = None
+        """Stacks that `direction` is to return, where these have been made along with the averages, and the
+        root of the weight of V, one for all blocks."""
 
     @property
     def second_moment(self) -> MovingAverage:
@@ -135,24 +136,25 @@ class SecondMomentScaling:
         in_place: bool = False,
     ) -> Direction:
         """See `DiagonalMethod`."""
-        second, self._scaled = self._average, None
+        second, self._made = self._average, None
         if not ahead or not self._is_one_pass(gradients):
             second.absorb_squares(gradients)
             return gradient_filter.filter(gradients)
         second.absorb_weight(gradients)
-        eps = self._eps * float(second.weight[0]) ** self._exponent
+        root = float(second.weight[0]) ** self._exponent
         # Without momentum the filtered gradient is the gradient, to be read beside the direction.
         in_place = in_place and gradient_filter.moment is not None
         scaled = list(gradients.stacks) if in_place else self._stack_set.zeros()
 
         def average_in(averages: list[Tensor], decay: float) -> None:
             betas = decay, second.decay
+            eps = self._eps * root
             average_and_scale(
                 gradients.stacks, averages, second.average, scaled, betas=betas, eps=eps
             )
 
         filtered = gradient_filter.filter(gradients, average_in)
-        self._scaled = scaled
+        self._made = scaled, root
         return filtered
 
     def _is_one_pass(self, gradients: StackedGradients) -> bool:
@@ -167,18 +169,19 @@ class SecondMomentScaling:
     def direction(self, filtered: Direction) -> Direction:
         """See `DiagonalMethod`."""
         # f / ((V / w)^e + eps) = f / (V^e + eps w^e) * w^e
+        made, self._made = self._made, None
+        if made is not None:
+            stacks, root = made
+            return Direction(stacks, filtered.scale * root)
         weight = self._average.weight**self._exponent
-        scaled, self._scaled = self._scaled, None
-        if scaled is not None:
-            return Direction(scaled, filtered.scale * weight)
         average = self._average.average
         if self._exponent == 0.5:
             denominators = torch._foreach_sqrt(average)
         else:
             denominators = torch._foreach_pow(average, self._exponent)
         torch._foreach_add_(denominators, self._stack_set.split(weight * self._eps))
-        stacks = torch._foreach_div(filtered.stacks, denominators)
-        return Direction(list(stacks), filtered.scale * weight)
+        scaled = torch._foreach_div(filtered.stacks, denominators)
+        return Direction(list(scaled), filtered.scale * weight)
 
     def state(self) -> StackState:
         """See `DiagonalMethod`."""

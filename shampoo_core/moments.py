@@ -59,6 +59,8 @@ class MovingAverage:
         self._corrects = bias_correction and decay < 1.0
         self.raw_weight = stack_set.block_vector()
         """Block vector: the weight of what the average holds; 0 before the first gradient."""
+        self._seen_alike = False
+        """Whether the host knows that all blocks have one weight."""
 
     @property
     def average(self) -> list[Tensor]:
@@ -81,8 +83,10 @@ class MovingAverage:
         return nonzero_weight(self.raw_weight)
 
     def weighs_all_alike(self) -> bool:
-        """Whether all blocks have one weight; the host waits for it."""
-        return not self._corrects or bool((self.raw_weight == self.raw_weight[0]).all())
+        """Whether all blocks have one weight; the host waits for it, if it does not know."""
+        if self._corrects and not self._seen_alike:
+            self._seen_alike = bool((self.raw_weight == self.raw_weight[0]).all())
+        return not self._corrects or self._seen_alike
 
     def absorb(self, gradients: StackedGradients, average_in: AverageIn | None = None) -> None:
         """Average in the gradients themselves.
@@ -121,10 +125,12 @@ class MovingAverage:
 
     def absorb_weight(self, gradients: StackedGradients) -> None:
         """Update the weight alone, where the average is left to somebody else."""
+        self._seen_alike &= gradients.all_seen_open
         absorb_weight(self.raw_weight, self.decay, self.gain, gradients)
 
     def state(self) -> StackState:
         """The average and its weight."""
+        self._seen_alike = False  # whoever asks for the weights may write to them
         kept = {f"average{part}": stacks for part, stacks in self._store.tensors.items()}
         weights = self.raw_weight.split(self._stack_set.sizes)
         return stacked_state(len(self._stack_set), {**kept, "weight": weights})

@@ -165,7 +165,7 @@ def test_estimates_by_hand() -> None:
     assert device.step_seconds([large._replace(flops=15.7e12 * 0.7)]) == pytest.approx(1.0)
     tiny = small._replace(side=32, num_matrices=SMALL_AT_ONCE + 1)
     assert device.step_seconds([tiny]) == pytest.approx(2 * 50e-3 / 32)
-    for name in ("linalg_qr", "linalg_cholesky_ex"):
+    for name in ("geqrf", "linalg_householder_product", "linalg_cholesky_ex"):
         factorised = large._replace(name=f"aten::{name}")
         assert device.step_seconds([factorised]) == pytest.approx(SHARES[name] * 3 * 50e-3 * 2)
     for to_all in (True, False):

@@ -42,9 +42,11 @@ Orthonormalized = Callable[[Tensor, Tensor, Tensor], Tensor]
 def by_reflections(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
     """Q by Householder reflections, the diagonal of R non-negative; arguments as of `Orthonormalized`."""
     del vectors
-    orthogonal, triangular = torch.linalg.qr(columns(products, order))
-    flipped = triangular.diagonal(dim1=-2, dim2=-1) < 0
-    return torch.where(flipped[:, None, :], -orthogonal, orthogonal)
+    # What torch.linalg.qr does, without the copies for an R, a quarter of its time on a CPU.
+    factored, reflections = torch.geqrf(columns(products, order))
+    signs = torch.where(factored.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    orthogonal = torch.linalg.householder_product(factored, reflections)
+    return orthogonal.mul_(signs.to(orthogonal.dtype)[:, None, :])
 
 
 def by_products(products: Tensor, vectors: Tensor, order: Tensor) -> Tensor:
