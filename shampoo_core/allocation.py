@@ -16,6 +16,7 @@ from shampoo_core.groups import (
     block_size_of,
     constant_options,
     grafting_of,
+    portion_limit,
     state_dtype,
     wave_limit,
 )
@@ -75,7 +76,9 @@ def _engines(group: Mapping[str, Any], exchange: Exchange, whole: StackSet) -> I
     )
     create = partial(
         method.create,
-        options=constant_options(group, limit),
+        options=constant_options(
+            group, portion_limit(group["max_wave_numel"], whole.device, limit)
+        ),
         grafting=grafting_of(group),
         refresh=refresh,
     )

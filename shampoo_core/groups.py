@@ -36,8 +36,11 @@ the step, and what schedulers keep in a group. All others are part of the state'
 have to agree with the checkpoint's."""
 
 CPU_WAVE_NUMEL = 2**21
-"""Numbers in a wave by default on a CPU: a stack of as many is 4 MB, which the C library's allocator hands
+"""Numbers in a wave by default on a CPU: stacks of as many are 8 MB, which the C library's allocator hands
 out again and again, where larger ones come from the system, page by page, at every step."""
+
+CPU_PORTION_NUMEL = 2**20
+"""Numbers of factors that are refreshed at once by default on a CPU, which needs several times as many."""
 
 LARGEST_WAVE_NUMEL = 2**27
 """Numbers in a wave by default elsewhere, half a GiB in float32: a step takes up to 1.9 GiB for a while,
@@ -194,22 +197,20 @@ def facts(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return found
 
 
-def constant_options(group: Mapping[str, Any], limit: int | None) -> GroupOptions:
+def constant_options(group: Mapping[str, Any], portion_numel: int | None) -> GroupOptions:
     """Options fixed when the group's state is allocated.
 
     Args:
         group: A parameter group.
-        limit: From `wave_limit`. Where all numbers are few enough to be stepped at once by default, those
-            of their factors can be many more: refreshes are solved in portions all the same.
+        portion_numel: From `portion_limit`.
     """
-    in_portions = limit is None and group["max_wave_numel"] == "auto"
     return GroupOptions(
         betas=(group["betas"][0], group["betas"][1]),
         beta3=group["beta3"],
         eps=group["eps"],
         bias_correction=group["bias_correction"],
         momentum_normaliser=group["momentum_normaliser"],
-        portion_numel=LARGEST_WAVE_NUMEL if in_portions else limit,
+        portion_numel=portion_numel,
     )
 
 
@@ -273,6 +274,26 @@ def wave_limit(
         return CPU_WAVE_NUMEL
     limit = 2 * LARGEST_WAVE_NUMEL // max(2, num_messages)
     return limit if numel > limit else None
+
+
+def portion_limit(
+    asked: int | Literal["auto"] | None, device: torch.device, limit: int | None
+) -> int | None:
+    """Most numbers of factors that are refreshed at once, None for all.
+
+    Where all numbers are few enough to be stepped at once by default, those of their factors can be many
+    more: refreshes are solved in portions all the same.
+
+    Args:
+        asked: The option ``max_wave_numel`` of a group.
+        device: Of its state.
+        limit: From `wave_limit`.
+    """
+    if asked != "auto":
+        return limit
+    if device.type == "cpu":
+        return CPU_PORTION_NUMEL
+    return LARGEST_WAVE_NUMEL if limit is None else limit
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
