@@ -323,8 +323,8 @@ def multiply_along_axes(
     Args:
         stack: (N, d_0, ..., d_k).
         matrices: One (N, d_i, d_i) tensor per axis; its first index is contracted. None leaves the axis.
-        out: Memory for the result, of the stack's shape and contiguous; it may be the stack itself. Taken
-            where blocks are matrices that are multiplied from both sides.
+        out: Memory that products, the last one above all, may be put into: contiguous, of the stack's
+            shape, the stack itself or nothing that is read here.
 
     Returns:
         A tensor of the same shape. For matrices: ``X_0^T G X_1`` per block.
@@ -332,16 +332,24 @@ def multiply_along_axes(
     if len(matrices) == 2:
         # Without transposed operands, some per cent faster than the way for any order below.
         first, last = matrices
-        if first is None or last is None:
-            out = None
-        product = stack if last is None else torch.bmm(stack, last)
-        return product if first is None else torch.bmm(first.mT, product, out=out)
+        if out is stack and (first is None or last is None):
+            out = None  # a product cannot be put into the place of what it is made from
+        if last is not None:
+            stack = torch.bmm(stack, last, out=out if first is None else None)
+        return stack if first is None else torch.bmm(first.mT, stack, out=out)
     shape = stack.shape
+    products_to_come = sum(matrix is not None for matrix in matrices)
+    is_in_out = stack is out
     for matrix in matrices:
         # Contract the leading axis and append the result as the last one: after all axes the order
         # is restored, and each product is one batched matrix product on views.
-        rest = stack.reshape(shape[0], stack.shape[1], -1).mT
-        result = rest if matrix is None else torch.bmm(rest, matrix)
+        rest = result = stack.reshape(shape[0], stack.shape[1], -1).mT
+        if matrix is not None:
+            # Every other product, so that the last is one of them.
+            products_to_come -= 1
+            is_in_out = out is not None and products_to_come % 2 == 0 and not is_in_out
+            place = out.view(rest.shape) if out is not None and is_in_out else None
+            result = torch.bmm(rest, matrix, out=place)
         stack = result.reshape(shape[0], *stack.shape[2:], stack.shape[1])
     return stack
 

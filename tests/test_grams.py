@@ -29,13 +29,22 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips however little they save."""
     monkeypatch.setattr(grams, "ON_CPU", Price(4, 0.0))
     monkeypatch.setattr(grams, "LEAST_ROWS", 1)
+    monkeypatch.setattr(grams, "LEAST_COLUMNS", 1)
 
 
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, ON_CPU.most_strips))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, ON_CPU.most_strips),
+    st.booleans(),
+)
 def test_upper_triangles_are_those_of_the_whole_product(
-    count: int, side: int, length: int, strips: int
+    count: int, side: int, length: int, strips: int, across: bool
 ) -> None:
-    rows = torch.randn(count, side, length, dtype=torch.float64)
+    """In strips of columns, or of rows where these run across memory."""
+    rows = torch.randn(count, length, side, dtype=torch.float64).mT
+    rows = rows if across else rows.contiguous()
     old = torch.randn(count, side, side, dtype=torch.float64)
     old = old + old.mT
     bounds = [index * side // strips for index in range(strips + 1)]
@@ -108,6 +117,11 @@ def test_strips_pay_for_themselves(device: str, strips: int) -> None:
     """Small products stay one operation, large ones take 5/8 of the arithmetic, or 9/16."""
     for shape in [(1, 16, 16), (8, 64, 64), (1, 10, 2048)]:
         assert strip_bounds(torch.empty(shape, device=device)) == (0, shape[1])
+    # A CPU cuts columns narrower than it does rows.
+    wide = torch.empty(8, 256, 1024, device=device)
+    across = wide.mT.contiguous().mT
+    found = tuple(len(strip_bounds(rows)) - 1 for rows in (wide, across))
+    assert found == ((8, 2) if device == "cpu" else (1, 1))
     large = torch.empty(8, 1024, 1024, device=device)
     assert strip_bounds(large) == tuple(range(0, 1025, 1024 // strips))
     matrices, rows = torch.empty(2, 8, 1024, 1024, device="meta")
@@ -151,6 +165,7 @@ def test_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     whole = trajectory(case)
     monkeypatch.setattr(grams, "ON_CPU", Price(4, 0.0))
     monkeypatch.setattr(grams, "LEAST_ROWS", 1)
+    monkeypatch.setattr(grams, "LEAST_COLUMNS", 1)
     assert_close(name, trajectory(case), whole, tolerance_of(case))
 
 
