@@ -73,12 +73,13 @@ class DistributedShampoo(WithStateHooks):
             v0.5 entry did; ``"exact"`` by the weight of what it holds.
         max_wave_numel: Bounds the memory that a step needs for a while: blocks are stepped in waves of at
             most so many numbers of a rank, due factors solved in portions of as many (or one block, one
-            factor), and everything temporary of one is freed before the next. Takes about 3 times the
+            factor), and everything temporary of one is freed before the next. Takes 2 to 3 times the
             bytes of a wave, 3.5 at a refresh by `EighSolver`: half of the largest stack keeps a step below
             twice that. Costs some 40 operations and a message each way between ranks per wave, some 80
             and a host synchronisation per portion. None steps all at once; ``"auto"`` makes waves and
             portions of 2^27 numbers (waves of replicas: 2^28 of all ranks) where a group and rank has more;
-            on one CPU of a million, which are quicker. Changes results by rounding, no checkpoints.
+            on one CPU of two million and of one, which are quicker. Changes results by rounding, no
+            checkpoints.
         maximize: Whether to climb, as if the loss were negated.
         distributed: How ranks share the work; see `Distribution`. ``"auto"`` shares it among all
             ranks of the process group, if there is one, which have to hold the same model; None makes
