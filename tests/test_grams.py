@@ -27,7 +27,7 @@ from shampoo_core.storage import factor_store
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips however little they save."""
-    monkeypatch.setattr(grams, "ON_CPU", Price(4, 0.0))
+    monkeypatch.setattr(grams, "ON_CPU", Price(4, 0.0, has_columns=True))
     monkeypatch.setattr(grams, "LEAST_ROWS", 1)
     monkeypatch.setattr(grams, "LEAST_COLUMNS", 1)
 
@@ -163,7 +163,7 @@ def test_stores_give_whole_matrices_to_every_reader(eager: None, storage: Any) -
 def test_strips_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(CASES[name])
     whole = trajectory(case)
-    monkeypatch.setattr(grams, "ON_CPU", Price(4, 0.0))
+    monkeypatch.setattr(grams, "ON_CPU", Price(4, 0.0, has_columns=True))
     monkeypatch.setattr(grams, "LEAST_ROWS", 1)
     monkeypatch.setattr(grams, "LEAST_COLUMNS", 1)
     assert_close(name, trajectory(case), whole, tolerance_of(case))
