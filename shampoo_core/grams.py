@@ -41,9 +41,9 @@ ON_ACCELERATOR = Price(4, 1e9, 512)
 the host to launch it, and what products of fewer rows lose. On an H200 2e9 was measured as fast as 2e8.
 It has 132 processors, each of which takes some tiles at a time."""
 ON_CPU = Price(8, 1e7, has_columns=True)
-"""It launches nothing, but runs small products at a lower rate. With AVX-512, MKL takes up to a quarter less
-time for strips of columns, more so the narrower they are, with AVX2 about as long; where rows run across
-memory it takes a tenth more for them."""
+"""It launches nothing, but runs small products at a lower rate. With AVX-512, MKL takes up to a quarter
+less time for strips of columns, more so the narrower they are, with AVX2 about as long; where rows run
+across memory it takes a tenth more for them."""
 
 TILE = 64
 """Side of the part of a product that one of a GPU's processors takes; smaller parts take as long."""
