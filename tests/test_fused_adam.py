@@ -224,3 +224,17 @@ def test_gradients_of_other_strides_are_stepped_alike(
         run(optimizer, params, range(1, 7))
         ways.append([p.detach() for p in params])
     torch.testing.assert_close(*ways, rtol=1e-9, atol=1e-11)
+
+
+def test_weights_that_somebody_wrote_to_keep_it_away() -> None:
+    """As where one parameter starts anew: with the weights of another its step was too long."""
+    params = parameters()
+    optimizer = optimizer_for(params, preconditioner=AdamConfig(), weight_decay=0.0)
+    run(optimizer, params, range(1, 6))
+    before = params[1].detach().clone()
+    for tensor in optimizer.state[params[1]].values():
+        tensor.zero_()
+    with expecting(NONE):
+        run(optimizer, params, range(6, 7))
+    steps = (params[1].detach() - before).abs()
+    torch.testing.assert_close(steps, torch.full_like(steps, optimizer.param_groups[0]["lr"]))
