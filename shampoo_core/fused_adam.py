@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-FOREVER = torch.tensor(math.inf, dtype=torch.float32, device="cpu")
-"""Steps so far: corrections for bias divide by 1 - beta^step, which is 1 then. One more is as many."""
+with torch.inference_mode(mode=False):  # wherever this is imported: the kernel adds 1 to it
+    FOREVER = torch.tensor(math.inf, dtype=torch.float32, device="cpu")
+    """Steps so far: corrections for bias divide by 1 - beta^step, which is 1 then. One more is as many."""
 
 
 def average_and_scale(

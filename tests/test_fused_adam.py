@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,6 +141,19 @@ def test_without_momentum_gradients_are_their_own_average() -> None:
     average_and_scale(gradients, gradients, squares, directions, betas=(0.0, 0.75), eps=1e-8)
     assert all(map(torch.equal, gradients, before))
     torch.testing.assert_close(directions, [2 * g.sign() for g in gradients])
+
+
+def test_it_may_be_imported_in_inference_mode() -> None:
+    """As by a function that evaluates, the first to need it."""
+    spec = importlib.util.find_spec(average_and_scale.__module__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with torch.inference_mode():
+        spec.loader.exec_module(module)
+    gradients, averages, squares = ([torch.ones(3)] for _ in range(3))
+    module.average_and_scale(gradients, averages, squares, gradients, betas=(0.9, 0.99), eps=1e-8)
+    torch.testing.assert_close(gradients, [torch.ones(3)])
 
 
 @pytest.mark.parametrize("name", TAKEN)
