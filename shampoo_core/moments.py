@@ -59,8 +59,6 @@ class MovingAverage:
         self._corrects = bias_correction and decay < 1.0
         self.raw_weight = stack_set.block_vector()
         """Block vector: the weight of what the average holds; 0 before the first gradient."""
-        self._seen_alike: int | None = None
-        """Version of the weights of which the host knows that all blocks have one."""
 
     @property
     def average(self) -> list[Tensor]:
@@ -83,19 +81,8 @@ class MovingAverage:
         return nonzero_weight(self.raw_weight)
 
     def weighs_all_alike(self) -> bool:
-        """Whether all blocks have one weight; the host waits for it, if it does not know."""
-        if not self._corrects or self._is_seen_alike():
-            return True
-        is_alike = bool((self.raw_weight == self.raw_weight[0]).all())
-        self._seen_alike = self._version() if is_alike else None
-        return is_alike
-
-    def _is_seen_alike(self) -> bool:
-        # Whoever holds the state may have written to the weights; that makes another version of them.
-        return self._seen_alike is not None and self._seen_alike == self._version()
-
-    def _version(self) -> int | None:
-        return None if self.raw_weight.is_inference() else self.raw_weight._version
+        """Whether all blocks have one weight; the host waits for it."""
+        return not self._corrects or bool((self.raw_weight == self.raw_weight[0]).all())
 
     def absorb(self, gradients: StackedGradients, average_in: AverageIn | None = None) -> None:
         """Average in the gradients themselves.
@@ -134,13 +121,10 @@ class MovingAverage:
 
     def absorb_weight(self, gradients: StackedGradients) -> None:
         """Update the weight alone, where the average is left to somebody else."""
-        stays_alike = gradients.all_seen_open and self._is_seen_alike()
         absorb_weight(self.raw_weight, self.decay, self.gain, gradients)
-        self._seen_alike = self._version() if stays_alike else None
 
     def state(self) -> StackState:
         """The average and its weight."""
-        self._seen_alike = None  # whoever asks for the weights may write to them, unseen as `.data`
         kept = {f"average{part}": stacks for part, stacks in self._store.tensors.items()}
         weights = self.raw_weight.split(self._stack_set.sizes)
         return stacked_state(len(self._stack_set), {**kept, "weight": weights})

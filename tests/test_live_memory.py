@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -139,3 +141,28 @@ def test_few_factors_are_an_eighth_as_many_numbers_as_the_stacks() -> None:
         ([FactorSlice(0, 2, 4), FactorSlice(1, 0, 1)], False),
     ):
         assert factors.are_few(due) is expected, due
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 2.0),
+        ({"preconditioner": PerFactorCorrectedConfig()}, 3.0),
+        ({"preconditioner": EigenvalueCorrectedConfig()}, 3.0),
+        ({"preconditioner": EigenvalueCorrectedConfig(), "betas": (0.0, 0.9)}, 3.0),
+        ({"preconditioner": ShampooConfig(sides="first")}, 2.0),
+    ],
+    ids=str,
+)
+def test_blocks_with_three_axes_use_memory_again_too(options: dict[str, Any], most: float) -> None:
+    """Beside a vector, which is not multiplied: its view of the gradients keeps all of their memory."""
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((64, 32, 32), (32,))]
+    optimizer = DistributedShampoo(
+        params, max_block_size=32, target_order=3, refresh=FixedRefresh(9, 1), **options
+    )
+    for _ in range(3):
+        for parameter in params:
+            parameter.grad = torch.ones_like(parameter)
+        with LiveMemory() as memory:
+            optimizer.step()
+    assert memory.peak / params[0].nbytes <= most + 0.1

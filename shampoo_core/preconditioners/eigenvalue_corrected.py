@@ -208,11 +208,14 @@ class EigenvalueCorrected:
         """Adam's in the eigenbasis, rotated back; in the memory of the gradients as far as that goes."""
         rotated = replace(gradients, stacks=self.bases.multiply(gradients.stacks, in_place=True))
         gradients.free_stacks()
-        filtered = self.scaling.absorb(rotated, self.filter, in_place=True)
-        rotated.free_stacks()
-        scaled = self.scaling.direction(filtered)
+        scaled = self._scaled(rotated)
         stacks = self.bases.multiply(scaled.stacks, transposed=True, in_place=True)
         return scaled._replace(stacks=stacks)
+
+    def _scaled(self, rotated: StackedGradients) -> Direction:
+        filtered = self.scaling.absorb(rotated, self.filter, in_place=True)
+        rotated.free_stacks()
+        return self.scaling.direction(filtered)
 
     def _turn(self, due: list[FactorSlice], tolerance: float, *, first: bool) -> None:
         """Recompute bases and carry the moments into them."""
