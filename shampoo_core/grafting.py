@@ -50,8 +50,7 @@ class DiagonalMethod(Protocol):
     def direction(self, filtered: Direction) -> Direction:
         """Scale the filtered gradient of this step elementwise.
 
-        The list of stacks is the caller's, to empty or to write to, but for stacks that are those of the
-        filtered gradient.
+        The caller may write to the stacks that this returns, but for those of the filtered gradient itself.
         """
 
     def state(self) -> StackState:

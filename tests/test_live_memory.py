@@ -73,6 +73,9 @@ def test_flops_bytes_and_waits_of_known_operations(device: str) -> None:
         assert not (square.sum() > 100).item()
     assert counted.flops == QR_FLOPS_PER_CUBE * 7**3
     assert counted.num_synchronisations == 1
+    with OperationCounter() as counted:  # of what is given to be written to, once
+        torch.bmm(left, right, out=product)
+    assert counted.bytes_moved == 4 * (60 + 90 + 72)
     if device == "cpu":  # torch has no meta kernel for the first of these
         with OperationCounter() as counted:
             torch.linalg.householder_product(*torch.geqrf(square))
@@ -141,6 +144,22 @@ def test_few_factors_are_an_eighth_as_many_numbers_as_the_stacks() -> None:
         ([FactorSlice(0, 2, 4), FactorSlice(1, 0, 1)], False),
     ):
         assert factors.are_few(due) is expected, due
+
+
+@DEVICES
+def test_a_product_takes_the_place_of_the_graft_and_that_of_the_gradient(device: str) -> None:
+    """Of four shapes: on a CPU one wave and a product, on a GPU Adam's denominators beside the wave."""
+    shapes = [(32, 32 * width) for width in (1, 2, 3, 4)]
+    params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    optimizer = DistributedShampoo(params, max_block_size=128, refresh=FixedRefresh(3, 1))
+    peaks = []
+    for _ in range(5):
+        for parameter in params:
+            parameter.grad = torch.ones_like(parameter)
+        with LiveMemory() as memory, OperationCounter():
+            optimizer.step()
+        peaks.append(memory.peak / sum(p.nbytes for p in params))
+    assert peaks[4] == pytest.approx(1.4 if device == "cpu" else 2.0, abs=0.1)
 
 
 @pytest.mark.parametrize(

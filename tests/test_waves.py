@@ -39,7 +39,7 @@ from shampoo_core import (
 from shampoo_core.blocking import cut_tile, tiles_of
 from shampoo_core.counting import OperationCounter
 from shampoo_core.exchange.division import Division, divide
-from shampoo_core.groups import wave_limit
+from shampoo_core.groups import portion_limit, wave_limit
 from shampoo_core.live_memory import LiveMemory
 from shampoo_core.preconditioners.base import PreconditionerConfig
 from shampoo_core.refresh import RefreshPolicy
@@ -255,6 +255,22 @@ def test_messages_of_all_ranks_are_bounded_together(
         if num_messages or device.type != "cpu":
             found = wave_limit("auto", device, num_messages=num_messages, numel=numel)
             assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "limit", "expected"),
+    [
+        ("auto", "cpu", 2**21, 2**20),
+        ("auto", "meta", None, 2**27),
+        ("auto", "meta", 2**18, 2**18),
+        (None, "cpu", None, None),
+        (2**21, "cpu", 2**21, 2**21),
+    ],
+)
+def test_how_many_numbers_of_factors_are_refreshed_at_once(
+    asked: Any, device: str, limit: int | None, expected: int | None
+) -> None:
+    assert portion_limit(asked, torch.device(device), limit) == expected
 
 
 def test_a_parameter_in_many_waves_is_copied_once() -> None:

@@ -74,8 +74,6 @@ def precondition(
     stacks = list(grafted.stacks)
     lengths = None if grafted is filtered else lengths_of(stack_set, grafted)
     has_served = lengths is not None and ready.all_are_known
-    if has_served:
-        grafted.stacks.clear()
     for index, matrices in by_stack:
         stack, other = filtered.stacks[index], stacks[index]
         is_free = has_served and other is not stack
