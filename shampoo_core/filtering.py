@@ -26,7 +26,7 @@ class Direction(NamedTuple):
 
     Bias corrections, grafting ratios and the learning rate are one number per block. Carrying them
     beside the stacks makes them one multiplication at the end instead of a pass over memory each.
-    Nobody may change ``stacks`` in place: they can be somebody's state.
+    Nobody may change ``stacks`` in place, for they can be somebody's state, but where their maker says so.
     """
 
     stacks: list[Tensor]
