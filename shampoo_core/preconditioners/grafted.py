@@ -4,7 +4,7 @@
     D  = direction of the grafting method
     P <- P |D| / |P|                                       block by block; D itself where no matrix is ready
 
-Source: Agarwal et al. 2020 (arXiv 2002.11803); Anil et al. 2020 (arXiv 2002.09018), section 4.
+Source: Agarwal et al. 2020 (arXiv 2002.11803); Anil et al. 2020 (arXiv 2002.09018).
 """
 
 from __future__ import annotations
