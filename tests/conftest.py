@@ -7,12 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerator import imitate_an_accelerator
 from hypothesis import settings
-
-from shampoo_core import gradients, grams
-from shampoo_core.exchange import local
-from shampoo_core.preconditioners import readiness
-from shampoo_core.solvers import orthogonal_iteration, scaling
 
 # How long an example takes says nothing on a machine that does other work as well.
 settings.register_profile("untimed", deadline=None)
@@ -34,13 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is done otherwise because the device is a CPU, where operations and looks cost little."""
-    monkeypatch.setattr(grams, "ON_CPU", grams.ON_ACCELERATOR)
-    monkeypatch.setattr(local, "_in_passes", lambda *_: False)
-    monkeypatch.setattr(scaling, "_norm_is_slow", lambda *_: False)
-    monkeypatch.setattr(readiness, "_looks_cost_nothing", lambda *_: False)
-    monkeypatch.setattr(orthogonal_iteration, "prefers_products", lambda *_: True)
-    monkeypatch.setattr(gradients.GradientGuard, "_are_seen_to_be_good", lambda *_: False)
+    """See `imitate_an_accelerator`."""
+    imitate_an_accelerator(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
