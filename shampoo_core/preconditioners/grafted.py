@@ -20,10 +20,10 @@ from shampoo_core.preconditioners.readiness import Readiness
 from shampoo_core.stacks import StackSet
 
 Matrices = list[Tensor | None]
-"""Of one stack, an entry per axis of its blocks."""
+"""Of one stack, (N, d, d) per axis of its blocks, None for an axis without."""
 Multiply = Callable[[int, Tensor, Matrices, Tensor | None], Tensor]
-"""Given the index of a stack, its filtered gradient, its matrices, and None or memory that the result may
-be put into: the preconditioned stack."""
+"""Given the index of a stack, its filtered gradient (N, *block shape), its matrices, and None or memory
+of the same shape that the result may be put into: the preconditioned stack."""
 
 
 def absorb(
@@ -70,12 +70,16 @@ def precondition(
         ready: Of the matrices.
         by_stack: Index and matrices of every stack that has any.
         multiply: Applies them.
+
+    Returns:
+        The direction: in the memory of the grafting method's where that has served, else in its own.
     """
     stacks = list(grafted.stacks)
     lengths = None if grafted is filtered else lengths_of(stack_set, grafted)
     has_served = lengths is not None and ready.all_are_known
     for index, matrices in by_stack:
         stack, other = filtered.stacks[index], stacks[index]
+        # That of a method that scales nothing is the filter's own.
         is_free = has_served and other is not stack
         stacks[index] = multiply(index, stack, matrices, other if is_free else None)
     ready.stand_in(stacks, grafted.stacks)
